@@ -1,0 +1,18 @@
+//! Locks, elections, registrations and mirrors, each written once over the primitives of [`crate::Registry`].
+//!
+//! Locks and elections are one idea: a queue of ephemeral keys, in which a contender's place is the `create_revision`
+//! of its own key, and the first holds.
+
+mod election;
+mod lock;
+mod mirror;
+mod queue;
+mod reentrant;
+mod register;
+
+pub use election::{Campaign, Election, Leader, Leadership};
+pub use lock::{Held, Lock};
+pub use mirror::Mirror;
+pub use queue::Contender;
+pub use reentrant::{ReentrantHeld, ReentrantLock};
+pub use register::{Registered, Registration};

@@ -1,0 +1,226 @@
+//! Elections.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use futures_util::Stream;
+
+use super::queue::{Contender, Hold, Queue, QueueKind};
+use crate::{
+    Condition, Entry, Event, Key, Registry, Result, Revision, SessionId, Watch, WatchItem, WatchRequest, WatchScope,
+};
+
+/// An election: of the candidates that campaign, one leads at a time, in the order they came (E1).
+///
+/// Who leads is told by session and token, never by the value published: a restarted process that publishes what its
+/// dead predecessor published is another candidate (E5).
+///
+/// ```no_run
+/// # use std::sync::Arc;
+/// # use registry_api::{Key, Registry, Result};
+/// # async fn example(registry: Arc<dyn Registry>) -> Result<()> {
+/// let election = registry.election(&Key::parse("/scheduler")?);
+/// let leadership = election.campaign("10.0.0.7:7480").await?;
+/// tokio::select! {
+///     () = leadership.lost() => println!("somebody else may lead now"),
+///     () = work(leadership.token()) => leadership.resign().await?,
+/// }
+/// # Ok(()) }
+/// # async fn work(_: registry_api::Revision) {}
+/// ```
+#[derive(Clone, Debug)]
+pub struct Election {
+    queue: Queue,
+}
+
+impl Election {
+    /// The election of that name. Nothing is sent.
+    pub fn new(registry: Arc<dyn Registry>, name: &Key) -> Self {
+        Self {
+            queue: Queue::new(registry, QueueKind::Election, name),
+        }
+    }
+
+    /// Stands as a candidate with that value and waits to lead.
+    ///
+    /// # Errors
+    /// As [`crate::Lock::acquire`].
+    ///
+    /// # Cancel safety
+    /// Dropping the future withdraws the candidate, at the latest when the session ends (E4).
+    pub async fn campaign(&self, value: impl Into<Bytes>) -> Result<Leadership> {
+        Ok(Leadership(self.queue.wait(value.into()).await?))
+    }
+
+    /// Who leads now.
+    ///
+    /// # Errors
+    /// As [`Registry::list`].
+    pub async fn leader(&self) -> Result<Option<Leader>> {
+        Ok(self.queue.entries().await?.into_iter().next().map(Leader::from))
+    }
+
+    /// The leader, then the other candidates in their order.
+    ///
+    /// # Errors
+    /// As [`Registry::list`].
+    pub async fn candidates(&self) -> Result<Vec<Contender>> {
+        Ok(self.queue.entries().await?.into_iter().map(Contender::from).collect())
+    }
+
+    /// The leader now, then each change of leader or of its value (E2). Changes that come faster than they are read are
+    /// folded; the newest is always told, and tokens only grow.
+    ///
+    /// # Errors
+    /// As [`Registry::watch`].
+    pub async fn observe(&self) -> Result<Campaign> {
+        let request = WatchRequest::new(self.queue.dir(), WatchScope::Children);
+        let watch = self.queue.registry.watch(request).await?;
+        Ok(Campaign {
+            watch,
+            candidates: BTreeMap::new(),
+            synced: false,
+            told: None,
+        })
+    }
+}
+
+/// Who leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leader {
+    /// What it published.
+    pub value: Bytes,
+    /// Its fencing token: larger than that of every earlier leader.
+    pub token: Revision,
+    /// The revision of the value.
+    pub mod_revision: Revision,
+    /// Its session.
+    pub session: Option<SessionId>,
+}
+
+impl From<Entry> for Leader {
+    fn from(entry: Entry) -> Self {
+        Self {
+            value: entry.value,
+            token: entry.create_revision,
+            mod_revision: entry.mod_revision,
+            session: entry.session,
+        }
+    }
+}
+
+/// The course of an election as an observer sees it. Dropping it ends the watch beneath.
+#[derive(Debug)]
+pub struct Campaign {
+    watch: Watch,
+    /// By token: the first leads.
+    candidates: BTreeMap<Revision, Entry>,
+    synced: bool,
+    told: Option<Option<Leader>>,
+}
+
+impl Campaign {
+    /// The next leader or value; `Some(Ok(None))` is the absence of a leader, `None` the end.
+    ///
+    /// # Errors
+    /// As [`Watch::next`].
+    ///
+    /// # Cancel safety
+    /// Loses nothing.
+    pub async fn next(&mut self) -> Option<Result<Option<Leader>>> {
+        loop {
+            match self.watch.next().await? {
+                Err(error) => return Some(Err(error)),
+                Ok(WatchItem::Reset) => self.candidates.clear(),
+                Ok(WatchItem::Synced(_)) => self.synced = true,
+                Ok(WatchItem::Changes(events)) => events.into_iter().for_each(|event| self.apply(event)),
+            }
+            let leader = self.candidates.values().next().cloned().map(Leader::from);
+            if self.synced && self.told.as_ref() != Some(&leader) {
+                self.told = Some(leader.clone());
+                return Some(Ok(leader));
+            }
+        }
+    }
+
+    /// The same as a stream.
+    pub fn into_stream(self) -> impl Stream<Item = Result<Option<Leader>>> {
+        futures_util::stream::unfold(
+            self,
+            |mut campaign| async move { Some((campaign.next().await?, campaign)) },
+        )
+    }
+
+    fn apply(&mut self, event: Event) {
+        match event {
+            Event::Created(entry) | Event::Updated(entry) => {
+                self.candidates.insert(entry.create_revision, entry);
+            }
+            Event::Deleted { last, .. } => {
+                self.candidates.remove(&last.create_revision);
+            }
+        }
+    }
+}
+
+/// A leadership that was won.
+///
+/// Dropping it resigns soon after, in the background, retried until done or the session ends.
+#[derive(Debug)]
+pub struct Leadership(Hold);
+
+impl Leadership {
+    /// The election's name.
+    pub fn name(&self) -> &Key {
+        self.0.name()
+    }
+
+    /// The fencing token: larger than that of every earlier leader of this election.
+    pub fn token(&self) -> Revision {
+        self.0.token()
+    }
+
+    /// What a transaction requires so that the store refuses it once the leadership is lost.
+    pub fn condition(&self) -> Condition {
+        self.0.condition()
+    }
+
+    /// Publishes another value; observers are told.
+    ///
+    /// # Errors
+    /// [`crate::Error::HoldLost`] if the leadership is lost: nothing was published. Else as [`Registry::commit`].
+    pub async fn publish(&self, value: impl Into<Bytes>) -> Result<Revision> {
+        self.0.publish(value.into()).await
+    }
+
+    /// Until when the leadership is sure, as known now; `None` if it is lost. Keep-alives move it on.
+    pub fn valid_until(&self) -> Option<Instant> {
+        self.0.valid_until()
+    }
+
+    /// Whether the leadership was lost, by the session's clock. It never comes back.
+    pub fn is_lost(&self) -> bool {
+        self.0.is_lost()
+    }
+
+    /// Waits until the leadership is lost: the session ended, or another hand removed the leader's key (E3).
+    ///
+    /// # Cancel safety
+    /// Leaves nothing behind.
+    pub async fn lost(&self) {
+        self.0.lost().await;
+    }
+
+    /// Hands over to the next candidate; done when it returns (E3).
+    ///
+    /// # Errors
+    /// As [`crate::Held::release`].
+    ///
+    /// # Cancel safety
+    /// Dropping the future resigns in the background.
+    pub async fn resign(self) -> Result<()> {
+        self.0.release().await
+    }
+}

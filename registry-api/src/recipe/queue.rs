@@ -1,0 +1,486 @@
+//! The queue beneath locks and elections: one ephemeral key per contender, in the order of their creation.
+//!
+//! Each contender watches only the one before it, so the end of one wakes one (the lock recipe of the ZooKeeper
+//! documentation, without the herd). The `create_revision` of a contender's key is its place, and its fencing token
+//! once it holds: larger than every earlier holder's, since revisions never go back.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
+
+use crate::{
+    Condition, Depth, Entry, Error, Event, Expect, Key, List, Registry, Result, Revision, SessionId, Txn, WatchItem,
+    WatchRequest, WatchScope,
+};
+
+const MIN_BACKOFF: Duration = Duration::from_millis(10);
+const MAX_BACKOFF: Duration = Duration::from_secs(1);
+
+/// The kinds of queue, each with a tree of its own beside the user's keys (K9).
+#[derive(Clone, Copy, Debug)]
+pub(super) enum QueueKind {
+    Lock,
+    Election,
+}
+
+/// A named queue.
+#[derive(Clone, Debug)]
+pub(super) struct Queue {
+    pub(super) registry: Arc<dyn Registry>,
+    pub(super) name: Key,
+    dir: Key,
+}
+
+/// One who waits for a lock or a leadership, or has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Contender {
+    /// What it left to be known by: a label, or the value it published.
+    pub value: Bytes,
+    /// Its place: the smallest is the holder's, and is the holder's fencing token.
+    pub token: Revision,
+    /// Its session.
+    pub session: Option<SessionId>,
+}
+
+impl From<Entry> for Contender {
+    fn from(entry: Entry) -> Self {
+        Self {
+            value: entry.value,
+            token: entry.create_revision,
+            session: entry.session,
+        }
+    }
+}
+
+impl Queue {
+    pub(super) fn new(registry: Arc<dyn Registry>, kind: QueueKind, name: &Key) -> Self {
+        let tree = match kind {
+            QueueKind::Lock => "lock",
+            QueueKind::Election => "election",
+        };
+        // The number of segments keeps the contenders of `/jobs` apart from the locks below it.
+        let dir = Key::of_recipe(&format!("/{tree}/{}{name}", name.depth()));
+        Self {
+            registry,
+            name: name.clone(),
+            dir,
+        }
+    }
+
+    /// Where the contenders are.
+    pub(super) fn dir(&self) -> &Key {
+        &self.dir
+    }
+
+    /// The contenders' entries, first come first.
+    pub(super) async fn entries(&self) -> Result<Vec<Entry>> {
+        let mut entries = self
+            .registry
+            .list_all(List {
+                depth: Depth::Children,
+                ..List::new(&self.dir)
+            })
+            .await?;
+        entries.sort_by_key(|entry| entry.create_revision);
+        Ok(entries)
+    }
+
+    /// Enters the queue and waits for the first place.
+    pub(super) async fn wait(&self, value: Bytes) -> Result<Hold> {
+        let (mut place, first) = self.enter(value, Enter::Anyway).await?;
+        if !first {
+            place.wait_first().await?;
+        }
+        place.into_hold()
+    }
+
+    /// Enters the queue only if nobody is in it.
+    pub(super) async fn try_enter(&self, value: Bytes) -> Result<Option<Hold>> {
+        match self.enter(value, Enter::IfEmpty).await {
+            Ok((place, _)) => place.into_hold().map(Some),
+            Err(Error::Conflict { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The second value says that the place is known to be the first.
+    async fn enter(&self, value: Bytes, enter: Enter) -> Result<(Place, bool)> {
+        let session = self.registry.session().live()?;
+        let id = uuid::Uuid::new_v4().simple();
+        let key = Key::of_recipe(&format!("{}/{id}", &self.dir.as_str()[1..]));
+        let queue = self.clone();
+        let entering = tokio::spawn({
+            let key = key.clone();
+            async move { queue.put(&key, value, session, enter).await }
+        });
+        let mut place = Place {
+            queue: self.clone(),
+            key,
+            session,
+            token: None,
+            entering: Some(entering),
+            kept: false,
+        };
+        let entering = place.entering.as_mut().expect("set the line above");
+        let entered = entering.await.map_err(|e| Error::OutcomeUnknown {
+            operation: "entering a queue",
+            source: e.into(),
+        });
+        place.entering = None;
+        match entered? {
+            Ok((token, first)) => {
+                place.token = Some(token);
+                Ok((place, first))
+            }
+            Err(error) => {
+                // What is known to have failed left nothing to clean up.
+                place.kept = !matches!(error, Error::OutcomeUnknown { .. });
+                Err(error)
+            }
+        }
+    }
+
+    /// Puts the contender's key, once, whatever the outcome of each try (L7): the key's name is unique, so a try that
+    /// finds it there has found its own.
+    async fn put(&self, key: &Key, value: Bytes, session: SessionId, enter: Enter) -> Result<(Revision, bool)> {
+        // The common case of an empty queue takes one request: nobody is there, so this place is the first.
+        let txn = || Txn::new().when(key, Expect::Absent).put_ephemeral(key, value.clone());
+        let mut empty = true;
+        let mut backoff = Backoff::default();
+        loop {
+            let txn = if empty {
+                txn().when(&self.dir, Expect::Childless)
+            } else {
+                txn()
+            };
+            match self.registry.commit(txn).await {
+                Ok(committed) => return Ok((committed.revision, empty)),
+                Err(Error::Conflict { key: conflicting, .. }) if &conflicting == key => {}
+                Err(error @ Error::Conflict { .. }) => {
+                    // Somebody is in the queue: perhaps this very contender, by a try of unknown outcome.
+                    match self.own(key, session).await? {
+                        Some(token) => return Ok((token, false)),
+                        None if enter == Enter::IfEmpty => return Err(error),
+                        None => empty = false,
+                    }
+                    continue;
+                }
+                Err(Error::OutcomeUnknown { operation, source }) => {
+                    if !self.registry.session().is_valid(session) {
+                        return Err(Error::OutcomeUnknown { operation, source });
+                    }
+                    backoff.wait().await;
+                    continue;
+                }
+                Err(error) => return Err(error),
+            }
+            match self.own(key, session).await? {
+                Some(token) => return Ok((token, false)),
+                // It was there and is gone: the session it belonged to has ended.
+                None => return Err(Error::SessionExpired { session }),
+            }
+        }
+    }
+
+    /// The place of a contender's key, read until there is an answer or its session ends.
+    async fn own(&self, key: &Key, session: SessionId) -> Result<Option<Revision>> {
+        let mut backoff = Backoff::default();
+        loop {
+            match self.registry.get(key, crate::Read::Linearizable).await {
+                Ok(Some(entry)) if entry.session == Some(session) => return Ok(Some(entry.create_revision)),
+                Ok(Some(_)) => return Err(Error::SessionExpired { session }),
+                Ok(None) => return Ok(None),
+                Err(error @ Error::Unavailable { .. }) if self.registry.session().is_valid(session) => {
+                    tracing::debug!(%error, "could not look for the own place, trying again");
+                    backoff.wait().await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Enter {
+    Anyway,
+    IfEmpty,
+}
+
+/// A contender's place in the queue. Dropped, it leaves the queue in the background.
+struct Place {
+    queue: Queue,
+    key: Key,
+    session: SessionId,
+    token: Option<Revision>,
+    /// The put under way. It runs apart, so that giving up in the middle knows what there is to clean up.
+    entering: Option<JoinHandle<Result<(Revision, bool)>>>,
+    kept: bool,
+}
+
+impl Place {
+    /// Waits until every contender before this one is gone, and this one is still there.
+    async fn wait_first(&mut self) -> Result<()> {
+        let registry = self.queue.registry.clone();
+        let mut backoff = Backoff::default();
+        loop {
+            let next = async {
+                let Some(before) = self.before().await? else {
+                    return Ok(true);
+                };
+                gone(&*registry, &before).await?;
+                Ok(false)
+            };
+            let step = tokio::select! {
+                step = next => step,
+                () = registry.session().ended(self.session) => return Err(self.session_gone()),
+            };
+            match step {
+                Ok(true) => return Ok(()),
+                Ok(false) => backoff = Backoff::default(),
+                // The store can't be asked now; the place is kept as long as the session lives.
+                Err(error @ Error::Unavailable { .. }) => {
+                    tracing::debug!(%error, "waiting in a queue");
+                    backoff.wait().await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// The contender just before this one.
+    async fn before(&self) -> Result<Option<Key>> {
+        let mut before = None;
+        for entry in self.queue.entries().await? {
+            if entry.key == self.key {
+                return match entry.session == Some(self.session) {
+                    true => Ok(before),
+                    false => Err(self.session_gone()),
+                };
+            }
+            before = Some(entry.key);
+        }
+        // The own key is not there: expired, or removed by another hand.
+        match self.queue.registry.session().is_valid(self.session) {
+            true => Err(Error::HoldLost {
+                key: self.queue.name.clone(),
+            }),
+            false => Err(self.session_gone()),
+        }
+    }
+
+    fn session_gone(&self) -> Error {
+        match self.queue.registry.session().live() {
+            Err(closed @ Error::Closed) => closed,
+            _ => Error::SessionExpired { session: self.session },
+        }
+    }
+
+    fn into_hold(mut self) -> Result<Hold> {
+        // The session may have ended between the store's last answer and now.
+        if !self.queue.registry.session().is_valid(self.session) {
+            return Err(self.session_gone());
+        }
+        self.kept = true;
+        Ok(Hold {
+            queue: self.queue.clone(),
+            key: self.key.clone(),
+            token: self.token.expect("a place that was entered has a token"),
+            session: self.session,
+            lost: AtomicBool::new(false),
+            released: false,
+            runtime: Handle::current(),
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        let (queue, key, session, entering) =
+            (self.queue.clone(), self.key.clone(), self.session, self.entering.take());
+        // Without a runtime the process is ending, and the session with it.
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(async move {
+                if let Some(entering) = entering {
+                    // Whatever became of it, the key is to go.
+                    let _ = entering.await;
+                }
+                // On failure the session has ended, and the key with it.
+                let _ = leave(&queue, &key, session).await;
+            });
+        }
+    }
+}
+
+/// Deletes a contender's key, retrying until that is done or its session has ended. The name is never used again, so a
+/// late delete removes nobody else's.
+async fn leave(queue: &Queue, key: &Key, session: SessionId) -> Result<()> {
+    let mut backoff = Backoff::default();
+    loop {
+        match queue.registry.delete(key).await {
+            Ok(_) => return Ok(()),
+            Err(error @ (Error::Unavailable { .. } | Error::OutcomeUnknown { .. })) => {
+                if !queue.registry.session().is_valid(session) {
+                    return Err(error);
+                }
+                tracing::debug!(%error, "leaving a queue, trying again");
+                backoff.wait().await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Waits until a key is gone.
+async fn gone(registry: &dyn Registry, key: &Key) -> Result<()> {
+    let mut watch = registry.watch(WatchRequest::new(key, WatchScope::Key)).await?;
+    let mut there = false;
+    while let Some(item) = watch.next().await {
+        match item? {
+            WatchItem::Synced(_) if !there => return Ok(()),
+            WatchItem::Synced(_) => {}
+            WatchItem::Reset => there = false,
+            WatchItem::Changes(events) => {
+                there = !matches!(events.last(), Some(Event::Deleted { .. }) | None);
+                if !there {
+                    return Ok(());
+                }
+            }
+        }
+    }
+    Err(Error::Closed)
+}
+
+/// The first place: a lock held, or a leadership.
+#[derive(Debug)]
+pub(super) struct Hold {
+    queue: Queue,
+    key: Key,
+    token: Revision,
+    session: SessionId,
+    lost: AtomicBool,
+    released: bool,
+    runtime: Handle,
+}
+
+impl Hold {
+    pub(super) fn name(&self) -> &Key {
+        &self.queue.name
+    }
+
+    pub(super) fn token(&self) -> Revision {
+        self.token
+    }
+
+    /// What a transaction requires so that the store refuses it once this hold is lost.
+    pub(super) fn condition(&self) -> Condition {
+        Condition {
+            key: self.key.clone(),
+            expect: Expect::CreateRevision(self.token),
+        }
+    }
+
+    pub(super) fn valid_until(&self) -> Option<Instant> {
+        let until = self.queue.registry.session().valid_until(self.session);
+        if until.is_none() {
+            self.lost.store(true, Ordering::Release);
+        }
+        until.filter(|_| !self.lost.load(Ordering::Acquire))
+    }
+
+    /// Once lost, lost for ever.
+    pub(super) fn is_lost(&self) -> bool {
+        self.valid_until().is_none()
+    }
+
+    /// Waits until the session ends or the key is removed by another hand.
+    pub(super) async fn lost(&self) {
+        if self.is_lost() {
+            return;
+        }
+        let registry = &*self.queue.registry;
+        let removed = async {
+            let mut backoff = Backoff::default();
+            while gone(registry, &self.key).await.is_err() {
+                backoff.wait().await;
+            }
+        };
+        tokio::select! {
+            () = removed => {}
+            () = registry.session().ended(self.session) => {}
+        }
+        self.lost.store(true, Ordering::Release);
+    }
+
+    /// Publishes a value under the own key.
+    pub(super) async fn publish(&self, value: Bytes) -> Result<Revision> {
+        if self.is_lost() {
+            return Err(self.hold_lost());
+        }
+        let txn = Txn::new().require(self.condition()).put_ephemeral(&self.key, value);
+        match self.queue.registry.commit(txn).await {
+            Ok(committed) => Ok(committed.revision),
+            Err(Error::Conflict { .. } | Error::SessionExpired { .. } | Error::Refused { .. }) => {
+                self.lost.store(true, Ordering::Release);
+                Err(self.hold_lost())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(super) async fn release(mut self) -> Result<()> {
+        if self.is_lost() {
+            // Nothing of it is left, or soon will be: its session is over. What another holds is not touched.
+            return Err(self.hold_lost());
+        }
+        let released = leave(&self.queue, &self.key, self.session).await;
+        self.released = released.is_ok();
+        released
+    }
+
+    fn hold_lost(&self) -> Error {
+        Error::HoldLost {
+            key: self.queue.name.clone(),
+        }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if self.released {
+            return;
+        }
+        let (queue, key, session) = (self.queue.clone(), self.key.clone(), self.session);
+        self.runtime.spawn(async move {
+            // On failure the session has ended, and the key with it.
+            let _ = leave(&queue, &key, session).await;
+        });
+    }
+}
+
+/// Waits that double, from 10 ms to 1 s, each by up to half as much again, so that many who failed together do not
+/// come back together.
+#[derive(Debug)]
+pub(super) struct Backoff(Duration);
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self(MIN_BACKOFF)
+    }
+}
+
+impl Backoff {
+    pub(super) async fn wait(&mut self) {
+        // Two random bytes of an id are all the chance that is needed.
+        let id = uuid::Uuid::new_v4();
+        let jitter = f64::from(u16::from_le_bytes([id.as_bytes()[0], id.as_bytes()[1]])) / f64::from(u16::MAX) / 2.0;
+        tokio::time::sleep(self.0.mul_f64(1.0 + jitter)).await;
+        self.0 = (self.0 * 2).min(MAX_BACKOFF);
+    }
+}

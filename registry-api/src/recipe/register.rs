@@ -1,0 +1,245 @@
+//! An ephemeral key that comes back.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::queue::Backoff;
+use crate::{
+    Error, Event, Existing, Expect, Key, Kind, Read, Refusal, Registry, Result, Revision, SessionId, SessionState, Txn,
+    Watch, WatchItem, WatchRequest, WatchScope,
+};
+
+/// A key that says "this process is alive": ephemeral, and put back by itself after the session expired (S5), or
+/// after another hand deleted it.
+///
+/// While the session is lost the key may be gone for a while, and watchers see that. A key that another session holds
+/// meanwhile is not taken from it: [`Registration::state`] tells [`Registered::Refused`], and it is tried again.
+///
+/// Dropping it deletes the key in the background; [`Registration::unregister`] says when that is done.
+#[derive(Debug)]
+pub struct Registration {
+    registry: Arc<dyn Registry>,
+    key: Key,
+    value: watch::Sender<Bytes>,
+    state: watch::Receiver<Registered>,
+    task: JoinHandle<()>,
+}
+
+/// How a registration stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Registered {
+    /// The key is there, put by this session at this revision.
+    There(SessionId, Revision),
+    /// The key is not there, and is being put.
+    Lost,
+    /// The key is another's, or its place is taken; it is tried again.
+    Refused,
+}
+
+impl Registration {
+    pub(crate) async fn start(
+        registry: Arc<dyn Registry>,
+        key: &Key,
+        value: Bytes,
+        existing: Existing,
+    ) -> Result<Self> {
+        let mut keeper = Keeper {
+            registry: registry.clone(),
+            key: key.clone(),
+            owner: None,
+        };
+        let there = keeper.put(&value, existing).await?;
+        let (value, values) = watch::channel(value);
+        let (states, state) = watch::channel(there);
+        let task = tokio::spawn(keeper.keep(values, states));
+        Ok(Self {
+            registry,
+            key: key.clone(),
+            value,
+            state,
+            task,
+        })
+    }
+
+    /// As `register` on the trait object, but takes the key from whoever holds it: for a process that restarts before
+    /// its predecessor's session has expired (K7).
+    ///
+    /// # Errors
+    /// As [`Registry::commit`].
+    pub async fn taking_over(registry: &Arc<dyn Registry>, key: &Key, value: impl Into<Bytes>) -> Result<Self> {
+        Self::start(registry.clone(), key, value.into(), Existing::TakeOver).await
+    }
+
+    /// The key.
+    pub fn key(&self) -> &Key {
+        &self.key
+    }
+
+    /// Changes the value. It is put soon after; values that follow fast on each other may be skipped, the newest is not.
+    pub fn set(&self, value: impl Into<Bytes>) {
+        self.value.send_replace(value.into());
+    }
+
+    /// How it stands, to be read and watched.
+    pub fn state(&self) -> watch::Receiver<Registered> {
+        self.state.clone()
+    }
+
+    /// Deletes the key, if it is still the one that was put; done when it returns.
+    ///
+    /// # Errors
+    /// As [`Registry::commit`].
+    pub async fn unregister(self) -> Result<()> {
+        self.task.abort();
+        // Aborted, or ended by the handle's closing: either way it puts nothing any more.
+        let _ = self.task.await;
+        match self.registry.session().live() {
+            Ok(session) => delete_own(&*self.registry, &self.key, session).await,
+            // The key went with its session.
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+/// Deletes the key if it is this session's.
+async fn delete_own(registry: &dyn Registry, key: &Key, session: SessionId) -> Result<()> {
+    let Some(entry) = registry.get(key, Read::Linearizable).await? else {
+        return Ok(());
+    };
+    if entry.session != Some(session) {
+        return Ok(());
+    }
+    match registry
+        .delete_if(key, Expect::CreateRevision(entry.create_revision))
+        .await
+    {
+        Ok(_) | Err(Error::Conflict { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Keeps the key there; ends when the handle is closed, or when the registration is dropped and the key deleted.
+struct Keeper {
+    registry: Arc<dyn Registry>,
+    key: Key,
+    /// The session that last put the key.
+    owner: Option<SessionId>,
+}
+
+impl Keeper {
+    async fn keep(mut self, mut values: watch::Receiver<Bytes>, states: watch::Sender<Registered>) {
+        let mut sessions = self.registry.session().states();
+        let mut watch = None;
+        let mut backoff = Backoff::default();
+        loop {
+            tokio::select! {
+                changed = values.changed() => if changed.is_err() { return self.leave().await },
+                connected = connected_as_other_than(&mut sessions, self.owner) => if !connected { break },
+                () = removed(&*self.registry, &self.key, self.owner, &mut watch) => {}
+            }
+            loop {
+                let value = values.borrow_and_update().clone();
+                match self.put(&value, Existing::Keep).await {
+                    Ok(there) => {
+                        states.send_replace(there);
+                        backoff = Backoff::default();
+                        break;
+                    }
+                    Err(error) => {
+                        tracing::debug!(key = %self.key, %error, "not registered yet");
+                        let refused = matches!(error, Error::Refused { .. } | Error::Conflict { .. });
+                        states.send_replace(if refused { Registered::Refused } else { Registered::Lost });
+                        if matches!(error, Error::Closed) {
+                            return;
+                        }
+                    }
+                }
+                tokio::select! {
+                    () = backoff.wait() => {}
+                    changed = values.changed() => if changed.is_err() { return self.leave().await },
+                }
+            }
+        }
+        states.send_replace(Registered::Lost);
+    }
+
+    /// Puts the key; one that the handle's own earlier session left behind is taken over.
+    async fn put(&mut self, value: &Bytes, existing: Existing) -> Result<Registered> {
+        let session = self.registry.session().live()?;
+        let put = |existing| Txn::new().put_as(&self.key, value.clone(), Kind::Ephemeral, existing);
+        let committed = match self.registry.commit(put(existing)).await {
+            Err(Error::Refused {
+                refusal: Refusal::OwnedBy(owner),
+                ..
+            }) if self.owner == Some(owner) => {
+                let left = self.registry.get(&self.key, Read::Linearizable).await?;
+                let expect = match left.filter(|entry| entry.session == Some(owner)) {
+                    Some(entry) => Expect::ModRevision(entry.mod_revision),
+                    None => Expect::Absent,
+                };
+                self.registry
+                    .commit(put(Existing::TakeOver).when(&self.key, expect))
+                    .await?
+            }
+            committed => committed?,
+        };
+        self.owner = Some(session);
+        Ok(Registered::There(session, committed.revision))
+    }
+
+    async fn leave(self) {
+        if let Some(owner) = self.owner {
+            // On failure the key goes with its session.
+            let _ = delete_own(&*self.registry, &self.key, owner).await;
+        }
+    }
+}
+
+/// Waits until the key is gone or another's. The watch is kept from call to call.
+async fn removed(registry: &dyn Registry, key: &Key, owner: Option<SessionId>, watch: &mut Option<Watch>) {
+    let mut backoff = Backoff::default();
+    loop {
+        let mut there = watch.is_some();
+        let watching = match watch {
+            Some(watching) => watching,
+            None => match registry.watch(WatchRequest::new(key, WatchScope::Key)).await {
+                Ok(new) => watch.insert(new),
+                Err(_) => {
+                    backoff.wait().await;
+                    continue;
+                }
+            },
+        };
+        while let Some(Ok(item)) = watching.next().await {
+            match item {
+                WatchItem::Reset => there = false,
+                WatchItem::Synced(_) => {}
+                WatchItem::Changes(events) => {
+                    let newest = events.last().filter(|event| !matches!(event, Event::Deleted { .. }));
+                    there = newest.is_some_and(|event| event.entry().session == owner);
+                }
+            }
+            if !there {
+                return;
+            }
+        }
+        *watch = None;
+        backoff.wait().await;
+    }
+}
+
+/// Waits for a connected session other than the one the key was put under; `false` when the handle is closed.
+async fn connected_as_other_than(sessions: &mut watch::Receiver<SessionState>, owner: Option<SessionId>) -> bool {
+    let wanted = |state: &SessionState| match state {
+        SessionState::Connected(session) => Some(*session) != owner,
+        SessionState::Closed(_) => true,
+        SessionState::Suspended(_) | SessionState::Expired(_) => false,
+    };
+    sessions
+        .wait_for(wanted)
+        .await
+        .is_ok_and(|state| !matches!(*state, SessionState::Closed(_)))
+}

@@ -1,0 +1,311 @@
+//! The queue between a backend that learns of changes and a reader who may be slow.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::mem;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use futures_util::Stream;
+
+use crate::{Error, Event, Key, Result, Revision, Watch, WatchItem};
+
+/// How many events, and how many bytes of keys and values, wait for a reader before they are folded.
+const MAX_EVENTS: usize = 4096;
+const MAX_BYTES: usize = 8 << 20;
+
+/// The two ends of a watch: the backend pushes, the caller reads.
+///
+/// Pushing never waits. Beyond 4,096 events or 8 MiB the queue is folded: of each key only the newest state is left,
+/// and all of them are handed on together. What is left is at most what the reader knew that is now gone, and what is
+/// there now: memory is bounded by the watched keys, not by the changes to them (W6).
+pub fn feed() -> (Feed, Watch) {
+    let queue = Arc::new(Queue::default());
+    (Feed(queue.clone()), Watch::new(Reader(queue)))
+}
+
+/// The backend's end of a watch. Dropping it ends the watch after what was pushed.
+#[derive(Debug)]
+pub struct Feed(Arc<Queue>);
+
+impl Feed {
+    /// Tells changes, in the order of their revisions; those of one transaction in one call.
+    pub fn changes(&self, events: Vec<Event>) {
+        if !events.is_empty() {
+            self.0.push(WatchItem::Changes(events));
+        }
+    }
+
+    /// Tells that everything up to this revision was told.
+    pub fn synced(&self, revision: Revision) {
+        self.0.push(WatchItem::Synced(revision));
+    }
+
+    /// Tells the reader to forget.
+    pub fn reset(&self) {
+        self.0.push(WatchItem::Reset);
+    }
+
+    /// Ends the watch with an error.
+    pub fn fail(self, error: Error) {
+        self.0.lock().error = Some(error);
+    }
+
+    /// Whether the reader is gone.
+    pub fn is_closed(&self) -> bool {
+        self.0.lock().reader_gone
+    }
+
+    /// Waits until the reader is gone.
+    ///
+    /// # Cancel safety
+    /// Leaves nothing behind.
+    pub async fn closed(&self) {
+        std::future::poll_fn(|cx| {
+            let mut state = self.0.lock();
+            if state.reader_gone {
+                return Poll::Ready(());
+            }
+            state.feed_waker = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.feed_gone = true;
+        wake(&mut state.reader_waker);
+    }
+}
+
+#[derive(Debug, Default)]
+struct Queue(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    items: VecDeque<WatchItem>,
+    events: usize,
+    bytes: usize,
+    /// What was left after the last fold: the next is due when as much again has come, so folding stays cheap.
+    folded: (usize, usize),
+    error: Option<Error>,
+    feed_gone: bool,
+    reader_gone: bool,
+    reader_waker: Option<Waker>,
+    feed_waker: Option<Waker>,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, item: WatchItem) {
+        let mut state = self.lock();
+        if state.reader_gone {
+            return;
+        }
+        state.count(&item, usize::wrapping_add);
+        state.items.push_back(item);
+        let (events, bytes) = state.folded;
+        if state.events > MAX_EVENTS + 2 * events || state.bytes > MAX_BYTES + 2 * bytes {
+            state.fold();
+        }
+        wake(&mut state.reader_waker);
+    }
+}
+
+impl State {
+    fn count(&mut self, item: &WatchItem, by: fn(usize, usize) -> usize) {
+        if let WatchItem::Changes(events) = item {
+            self.events = by(self.events, events.len());
+            let bytes = events
+                .iter()
+                .map(|e| e.key().as_str().len() + e.entry().value.len())
+                .sum();
+            self.bytes = by(self.bytes, bytes);
+        }
+    }
+
+    /// Folds everything that waits into one batch.
+    fn fold(&mut self) {
+        let mut reset = false;
+        let mut synced = None;
+        let mut keys = BTreeMap::<Key, Folded>::new();
+        for item in mem::take(&mut self.items) {
+            match item {
+                WatchItem::Reset => {
+                    reset = true;
+                    keys.clear();
+                }
+                WatchItem::Synced(revision) => synced = Some(revision),
+                WatchItem::Changes(events) => {
+                    for event in events {
+                        keys.entry(event.key().clone()).or_default().then(event);
+                    }
+                }
+            }
+        }
+        let mut events: Vec<_> = keys
+            .into_values()
+            .flat_map(|f| f.deleted.into_iter().chain(f.put))
+            .collect();
+        events.sort_by_key(Event::revision);
+        self.items.extend(reset.then_some(WatchItem::Reset));
+        self.items
+            .extend((!events.is_empty()).then_some(WatchItem::Changes(events)));
+        self.items.extend(synced.map(WatchItem::Synced));
+        (self.events, self.bytes) = (0, 0);
+        for item in mem::take(&mut self.items) {
+            self.count(&item, usize::wrapping_add);
+            self.items.push_back(item);
+        }
+        self.folded = (self.events, self.bytes);
+    }
+}
+
+/// What is left of one key's changes: the end of what the reader knew, then what is there now.
+#[derive(Default)]
+struct Folded {
+    deleted: Option<Event>,
+    put: Option<Event>,
+}
+
+impl Folded {
+    fn then(&mut self, event: Event) {
+        match (event, self.put.take()) {
+            (Event::Updated(entry), Some(Event::Created(_))) => self.put = Some(Event::Created(entry)),
+            (event @ (Event::Created(_) | Event::Updated(_)), _) => self.put = Some(event),
+            // The reader never saw what came and went.
+            (Event::Deleted { .. }, Some(Event::Created(_))) => {}
+            (event @ Event::Deleted { .. }, _) => self.deleted = Some(event),
+        }
+    }
+}
+
+struct Reader(Arc<Queue>);
+
+impl Stream for Reader {
+    type Item = Result<WatchItem>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let mut state = self.0.lock();
+        if let Some(item) = state.items.pop_front() {
+            state.count(&item, usize::wrapping_sub);
+            if state.items.is_empty() {
+                state.folded = (0, 0);
+            }
+            return Poll::Ready(Some(Ok(item)));
+        }
+        if let Some(error) = state.error.take() {
+            return Poll::Ready(Some(Err(error)));
+        }
+        if state.feed_gone {
+            return Poll::Ready(None);
+        }
+        state.reader_waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.reader_gone = true;
+        state.items = VecDeque::new();
+        wake(&mut state.feed_waker);
+    }
+}
+
+fn wake(waker: &mut Option<Waker>) {
+    if let Some(waker) = waker.take() {
+        waker.wake();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::Entry;
+    use crate::watch::{DeleteCause, Picture};
+
+    fn entry(key: u8, revision: u64) -> Entry {
+        let (create_revision, mod_revision) = (Revision(revision), Revision(revision));
+        let key = Key::parse(&format!("/{key}")).expect("a digit is a key");
+        Entry {
+            key,
+            value: Bytes::from(revision.to_string()),
+            create_revision,
+            mod_revision,
+            session: None,
+        }
+    }
+
+    /// What a reader knows after these items.
+    fn read(picture: &mut BTreeMap<Key, Entry>, item: WatchItem) {
+        let WatchItem::Changes(events) = item else { return };
+        for event in events {
+            match event {
+                Event::Created(entry) => {
+                    let before = picture.insert(entry.key.clone(), entry);
+                    assert!(before.is_none(), "created over {before:?}");
+                }
+                Event::Updated(entry) => assert!(picture.insert(entry.key.clone(), entry).is_some()),
+                Event::Deleted { last, .. } => assert!(picture.remove(&last.key).is_some()),
+            }
+        }
+    }
+
+    proptest! {
+        /// However often the queue is folded, and wherever the reader was, it ends with the newest state of every key.
+        #[test]
+        fn folding_keeps_the_final_state(changes in proptest::collection::vec((0u8..6, any::<bool>(), 0u8..4), 1..200)) {
+            let queue = Queue::default();
+            let mut truth = Picture::default();
+            let mut known = BTreeMap::new();
+            for (revision, (key, put, then)) in (1..).zip(changes) {
+                let entry = entry(key, revision);
+                let events = match put {
+                    true => truth.put(entry),
+                    false => truth.delete(&entry.key, Revision(revision), DeleteCause::Deleted).into_iter().collect(),
+                };
+                queue.push(WatchItem::Changes(events));
+                match then {
+                    0 => queue.lock().fold(),
+                    1 => if let Some(item) = queue.lock().items.pop_front() { read(&mut known, item) },
+                    _ => {}
+                }
+            }
+            for item in mem::take(&mut queue.lock().items) {
+                read(&mut known, item);
+            }
+            prop_assert_eq!(known.into_values().collect::<Vec<_>>(), truth.entries().cloned().collect::<Vec<_>>());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_does_not_read_costs_bounded_memory() {
+        let (feed, mut watch) = feed();
+        let mut truth = Picture::default();
+        for revision in 1..200_000 {
+            feed.changes(truth.put(entry((revision % 7) as u8, revision)));
+            assert!(feed.0.lock().events <= MAX_EVENTS + 2 * 7 + 1);
+        }
+        feed.synced(Revision(200_000));
+        drop(feed);
+        let mut known = BTreeMap::new();
+        while let Some(item) = watch.next().await {
+            read(&mut known, item.expect("nothing failed"));
+        }
+        assert_eq!(
+            known.into_values().collect::<Vec<_>>(),
+            truth.entries().cloned().collect::<Vec<_>>()
+        );
+    }
+}
