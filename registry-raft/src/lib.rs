@@ -1,1 +1,4 @@
-//! registry-raft
+//! The embedded Raft backend of `registry`.
+
+mod command;
+mod types;
