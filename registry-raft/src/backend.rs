@@ -1,0 +1,317 @@
+//! The handle: the trait over a link.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use registry_api::{
+    Capabilities, Committed, Depth, Entry, Error, Health, Key, List, Namespace, Options, Page, Prefix, Read, Registry,
+    Result, Revision, Session, SessionId, Txn, Watch, WatchRequest,
+};
+
+use crate::command::{self, Change, Command, Outcome, not_understood};
+use crate::link::{BACKEND, Link};
+use crate::proto;
+use crate::proto::request::Call;
+use crate::proto::response::Answer;
+use crate::session::Sessions;
+
+const CAPABILITIES: Capabilities = Capabilities {
+    backend: BACKEND,
+    every_change: true,
+    watch_from_revision: true,
+    consistent_pages: true,
+    tells_expiry: true,
+    atomic_expiry: true,
+    atomic_delete_prefix: true,
+    fresh_create_revision: true,
+    stale_without_quorum: true,
+    max_children: None,
+};
+
+/// The longest pause between two tries of one request.
+const MAX_BACKOFF: Duration = Duration::from_millis(200);
+
+/// A handle on the members of a group, whichever link it holds.
+#[derive(Debug)]
+pub(crate) struct RaftRegistry {
+    link: Arc<dyn Link>,
+    options: Options,
+    session: Session,
+    sequences: Mutex<Sequences>,
+}
+
+impl RaftRegistry {
+    pub(crate) async fn open(link: Arc<dyn Link>, options: &Options) -> Result<Self> {
+        let sessions = Arc::new(Sessions::new(link.apart(), options));
+        let session = Session::open(BACKEND, sessions, options.connect_timeout).await?;
+        Ok(Self { link, options: options.clone(), session, sequences: Mutex::default() })
+    }
+
+    fn namespace(&self) -> &Namespace {
+        &self.options.namespace
+    }
+
+    fn qualify(&self, name: &str) -> String {
+        self.namespace().qualify(name)
+    }
+
+    fn deadline(&self) -> Deadline {
+        Deadline { until: Instant::now() + self.options.request_timeout }
+    }
+
+    /// Asks a question that changes nothing, again while nobody can answer and there is time.
+    async fn ask(&self, call: Call) -> Result<Answer> {
+        self.session.check_open()?;
+        let deadline = self.deadline();
+        let mut backoff = Backoff::default();
+        loop {
+            match self.link.call(call.clone(), deadline.left()).await {
+                Err(Error::Unavailable { .. } | Error::OutcomeUnknown { .. }) if backoff.within(&deadline) => {
+                    backoff.wait().await;
+                }
+                Err(Error::OutcomeUnknown { source, .. }) => {
+                    return Err(Error::Unavailable { backend: BACKEND, source });
+                }
+                answered => return answered,
+            }
+        }
+    }
+
+    /// Carries out a change once, whatever happens to each try: the members remember what (session, sequence) did.
+    async fn change(&self, change: Change, needs_session: bool) -> Result<Outcome> {
+        self.session.check_open()?;
+        let deadline = self.deadline();
+        let mut backoff = Backoff::default();
+        loop {
+            let session = match self.session.live() {
+                Ok(session) => session,
+                Err(error @ Error::SessionExpired { .. }) if needs_session => return Err(error),
+                Err(error @ Error::SessionExpired { .. }) => match backoff.within(&deadline) {
+                    true => {
+                        backoff.wait().await;
+                        continue;
+                    }
+                    false => return Err(Error::Unavailable { backend: BACKEND, source: error.into() }),
+                },
+                Err(error) => return Err(error),
+            };
+            match self.change_under(session, change.clone(), &deadline, &mut backoff).await {
+                // It was refused for its session alone; what needs none is asked again under the next.
+                Err(Error::SessionExpired { .. }) if !needs_session => {}
+                done => return done,
+            }
+        }
+    }
+
+    async fn change_under(
+        &self,
+        session: SessionId,
+        change: Change,
+        deadline: &Deadline,
+        backoff: &mut Backoff,
+    ) -> Result<Outcome> {
+        let sequence = Sequence::next(&self.sequences);
+        let command = Command {
+            session: session.0,
+            sequence: sequence.number,
+            answered_below: sequence.answered_below,
+            change: Some(change),
+        };
+        let mut unknown = None;
+        loop {
+            match self.link.command(command.clone(), deadline.left()).await {
+                Ok(reply) => match (reply.result.ok_or_else(not_understood)?, unknown) {
+                    (Outcome::SessionExpired(_), Some(unknown)) => {
+                        // An earlier try may have been carried out before the session went.
+                        self.session.told_expired(session);
+                        return Err(unknown);
+                    }
+                    (Outcome::SessionExpired(_), None) => {
+                        self.session.told_expired(session);
+                        return Err(Error::SessionExpired { session });
+                    }
+                    (outcome, _) => return Ok(outcome),
+                },
+                Err(error @ Error::OutcomeUnknown { .. }) => unknown = Some(error),
+                Err(error @ Error::Unavailable { .. }) if !backoff.within(deadline) => {
+                    return Err(unknown.unwrap_or(error));
+                }
+                Err(Error::Unavailable { .. }) => {}
+                Err(error) => return Err(unknown.unwrap_or(error)),
+            }
+            if !backoff.within(deadline) {
+                return Err(unknown.unwrap_or_else(not_understood));
+            }
+            backoff.wait().await;
+        }
+    }
+}
+
+#[async_trait]
+impl Registry for RaftRegistry {
+    fn capabilities(&self) -> &Capabilities {
+        &CAPABILITIES
+    }
+
+    fn session(&self) -> &Session {
+        &self.session
+    }
+
+    async fn get(&self, key: &Key, read: Read) -> Result<Option<Entry>> {
+        let get = proto::Get { key: self.qualify(key.as_str()), stale: read == Read::Stale };
+        match self.ask(Call::Get(get)).await? {
+            Answer::Get(answer) => answer.entry.map(|entry| command::entry(self.namespace(), entry)).transpose(),
+            _ => Err(not_understood()),
+        }
+    }
+
+    async fn list(&self, list: List) -> Result<Page> {
+        if list.limit == 0 {
+            return Err(Error::InvalidRequest("a page of no entries".into()));
+        }
+        let call = proto::List {
+            prefix: self.qualify(list.prefix.as_str()),
+            children_only: list.depth == Depth::Children,
+            limit: list.limit as u64,
+            after: list.after.as_ref().map_or_else(String::new, |key| self.qualify(key.as_str())),
+            stale: list.read == Read::Stale,
+        };
+        let Answer::Page(page) = self.ask(Call::List(call)).await? else { return Err(not_understood()) };
+        let entries = page.entries.into_iter().map(|entry| command::entry(self.namespace(), entry));
+        let entries = entries.collect::<Result<Vec<_>>>()?;
+        let next = entries.last().filter(|_| page.more).map(|entry| entry.key.clone());
+        Ok(Page { entries, next, revision: Revision(page.revision) })
+    }
+
+    async fn children(&self, prefix: &Prefix, read: Read) -> Result<Vec<String>> {
+        let call = proto::Children { prefix: self.qualify(prefix.as_str()), stale: read == Read::Stale };
+        match self.ask(Call::Children(call)).await? {
+            Answer::Children(answer) => Ok(answer.names),
+            _ => Err(not_understood()),
+        }
+    }
+
+    async fn count(&self, prefix: &Prefix, read: Read) -> Result<u64> {
+        let call = proto::Count { prefix: self.qualify(prefix.as_str()), stale: read == Read::Stale };
+        match self.ask(Call::Count(call)).await? {
+            Answer::Count(count) => Ok(count),
+            _ => Err(not_understood()),
+        }
+    }
+
+    async fn commit(&self, txn: Txn) -> Result<Committed> {
+        txn.check()?;
+        let change = Change::Txn(command::txn_to_proto(self.namespace(), &txn));
+        let outcome = self.change(change, txn.needs_session()).await?;
+        command::txn_result(self.namespace(), &txn, outcome)
+    }
+
+    async fn delete_prefix(&self, prefix: &Prefix) -> Result<u64> {
+        let change = Change::DeletePrefix(self.qualify(prefix.as_str()));
+        match self.change(change, false).await? {
+            Outcome::Deleted(count) => Ok(count),
+            _ => Err(not_understood()),
+        }
+    }
+
+    async fn watch(&self, request: WatchRequest) -> Result<Watch> {
+        self.session.check_open()?;
+        let watch = self.link.watch(self.namespace(), request, self.options.request_timeout).await?;
+        Ok(until_closed(watch, &self.session))
+    }
+
+    async fn health(&self) -> Result<Health> {
+        let asked = Instant::now();
+        // A key that can't be: the read is as short as a linearizable one gets.
+        let get = proto::Get { key: self.qualify("~/health"), stale: false };
+        match self.ask(Call::Get(get)).await? {
+            Answer::Get(answer) => Ok(Health {
+                endpoint: self.link.endpoint(),
+                latency: asked.elapsed(),
+                revision: Revision(answer.revision),
+            }),
+            _ => Err(not_understood()),
+        }
+    }
+
+    async fn close(&self) -> Result<()> {
+        self.session.close(self.options.request_timeout).await
+    }
+}
+
+/// The watch ends with the handle.
+fn until_closed(watch: Watch, session: &Session) -> Watch {
+    use futures_util::StreamExt;
+    let mut states = session.states();
+    let closed = async move {
+        // An error says that the keeper is gone, and the handle with it.
+        let _ = states.wait_for(|state| matches!(state, registry_api::SessionState::Closed(_))).await;
+    };
+    Watch::new(watch.take_until(closed))
+}
+
+#[derive(Debug)]
+struct Deadline {
+    until: Instant,
+}
+
+impl Deadline {
+    fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
+    }
+}
+
+/// Short waits that double; a leader is found again in a second or so.
+#[derive(Debug)]
+struct Backoff(Duration);
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self(Duration::from_millis(5))
+    }
+}
+
+impl Backoff {
+    fn within(&self, deadline: &Deadline) -> bool {
+        deadline.left() > self.0
+    }
+
+    async fn wait(&mut self) {
+        tokio::time::sleep(self.0).await;
+        self.0 = (self.0 * 2).min(MAX_BACKOFF);
+    }
+}
+
+/// The numbers of a handle's changes, and which of them still wait for an answer.
+#[derive(Debug, Default)]
+struct Sequences {
+    last: u64,
+    waiting: BTreeSet<u64>,
+}
+
+/// One change's number; dropped when nobody will ask for its answer again.
+struct Sequence<'a> {
+    sequences: &'a Mutex<Sequences>,
+    number: u64,
+    answered_below: u64,
+}
+
+impl<'a> Sequence<'a> {
+    fn next(sequences: &'a Mutex<Sequences>) -> Self {
+        let mut locked = sequences.lock();
+        locked.last += 1;
+        let number = locked.last;
+        locked.waiting.insert(number);
+        let answered_below = locked.waiting.first().copied().unwrap_or(number);
+        Self { sequences, number, answered_below }
+    }
+}
+
+impl Drop for Sequence<'_> {
+    fn drop(&mut self) {
+        self.sequences.lock().waiting.remove(&self.number);
+    }
+}

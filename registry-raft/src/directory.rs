@@ -1,0 +1,210 @@
+//! A member's data directory: whose it is, and that nobody else has it open.
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use parking_lot::Mutex;
+use registry_api::{Error, Result};
+use rustix::fs::{FlockOperation, flock};
+
+use crate::log::Identity;
+
+const FORMAT: u32 = 1;
+const IDENTITY: &str = "identity";
+
+/// An open data directory. Dropping it lets another process open it.
+#[derive(Debug)]
+pub(crate) struct Directory {
+    path: PathBuf,
+    name: String,
+    identity: Identity,
+    founded: Mutex<bool>,
+    _lock: File,
+}
+
+impl Directory {
+    /// Opens the directory, or makes it, for its owner only.
+    pub(crate) fn open(path: &Path, member: &str) -> Result<Self> {
+        let failed = |what: &str| {
+            let what = what.to_owned();
+            move |error: io::Error| storage(path, format!("{what}: {error}"))
+        };
+        fs::create_dir_all(path).map_err(failed("can't be made"))?;
+        fs::set_permissions(path, Permissions::from_mode(0o700)).map_err(failed("can't be kept to its owner"))?;
+        let lock = owned(path.join("lock"), OpenOptions::new().create(true).truncate(false).write(true));
+        let lock = lock.map_err(failed("can't be locked"))?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(storage(path, "another process has this directory open; stop it, or use its address in `endpoints`".into()));
+            }
+            Err(error) => return Err(failed("can't be locked")(error.into())),
+        }
+        for part in ["log", "snapshots"] {
+            fs::create_dir_all(path.join(part)).map_err(failed("can't be made"))?;
+        }
+        let file = path.join(IDENTITY);
+        let (identity, founded) = match fs::read_to_string(&file) {
+            Ok(text) => parse(&file, &text, member)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                refuse_orphans(path)?;
+                let identity = Identity::random();
+                write(path, &identity, member, false).map_err(failed("can't be written"))?;
+                (identity, false)
+            }
+            Err(error) => return Err(storage(&file, format!("can't be read: {error}"))),
+        };
+        if founded && is_empty(&path.join("log")).map_err(failed("can't be read"))? {
+            return Err(storage(
+                &path.join("log"),
+                "the log is gone, and with it what was acknowledged; restore a backup into a new directory".into(),
+            ));
+        }
+        Ok(Self { path: path.into(), name: member.into(), identity, founded: Mutex::new(founded), _lock: lock })
+    }
+
+    pub(crate) fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    pub(crate) fn log(&self) -> PathBuf {
+        self.path.join("log")
+    }
+
+    pub(crate) fn snapshots(&self) -> PathBuf {
+        self.path.join("snapshots")
+    }
+
+    /// Notes that the group is made: from now on an empty log is a loss, not a beginning.
+    pub(crate) fn founded(&self) -> Result<()> {
+        let mut founded = self.founded.lock();
+        if !*founded {
+            let written = write(&self.path, &self.identity, &self.name, true);
+            written.map_err(|error| storage(&self.path, format!("can't be written: {error}")))?;
+            *founded = true;
+        }
+        Ok(())
+    }
+}
+
+/// Files without an identity are somebody's data that lost its label.
+fn refuse_orphans(path: &Path) -> Result<()> {
+    for part in ["log", "snapshots"] {
+        let part = path.join(part);
+        if !is_empty(&part).map_err(|error| storage(&part, error.to_string()))? {
+            let reason = format!("there is data, but {IDENTITY} is missing that says whose; put it back, or use an empty directory");
+            return Err(storage(&part, reason));
+        }
+    }
+    Ok(())
+}
+
+fn is_empty(path: &Path) -> io::Result<bool> {
+    Ok(fs::read_dir(path)?.next().is_none())
+}
+
+/// The file is text, for people too: a format line, the cluster, the member, and a checksum of the lines above.
+fn text(identity: &Identity, name: &str, founded: bool) -> String {
+    let body = format!(
+        "registry-raft {FORMAT}\ncluster {}\nmember {} {name}\nfounded {founded}\n",
+        uuid::Uuid::from_bytes(identity.cluster).simple(),
+        identity.member,
+    );
+    let checksum = crc32fast::hash(body.as_bytes());
+    format!("{body}checksum {checksum:08x}\n")
+}
+
+fn parse(file: &Path, text: &str, member: &str) -> Result<(Identity, bool)> {
+    let damaged = || storage(file, "it is damaged; put it back from a copy, or restore a backup into a new directory".into());
+    if let Some(format) = text.strip_prefix("registry-raft ").and_then(|rest| rest.lines().next())
+        && format.parse::<u32>().is_ok_and(|format| format > FORMAT)
+    {
+        let reason = format!("its format is {format}, this version reads {FORMAT} at most; use the version that wrote it");
+        return Err(storage(file, reason));
+    }
+    let (body, checksum) = text.trim_end().rsplit_once('\n').ok_or_else(damaged)?;
+    let checksum = checksum.strip_prefix("checksum ").and_then(|hex| u32::from_str_radix(hex, 16).ok());
+    if checksum != Some(crc32fast::hash(format!("{body}\n").as_bytes())) {
+        return Err(damaged());
+    }
+    let field = |name: &str| body.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    let cluster = field("cluster").and_then(|hex| uuid::Uuid::try_parse(hex).ok()).ok_or_else(damaged)?;
+    let (id, name) = field("member").and_then(|line| line.split_once(' ')).ok_or_else(damaged)?;
+    let id = id.parse().map_err(|_| damaged())?;
+    let founded = field("founded").ok_or_else(damaged)? == "true";
+    if name != member {
+        return Err(storage(file, format!("the directory belongs to member {name:?}, not {member:?}; set registry.raft.member, or another data_dir")));
+    }
+    Ok((Identity { cluster: cluster.into_bytes(), member: id }, founded))
+}
+
+fn write(path: &Path, identity: &Identity, name: &str, founded: bool) -> io::Result<()> {
+    let beside = path.join("identity.new");
+    let mut file = owned(beside.clone(), OpenOptions::new().create(true).truncate(true).write(true))?;
+    file.write_all(text(identity, name, founded).as_bytes())?;
+    file.sync_all()?;
+    fs::rename(&beside, path.join(IDENTITY))?;
+    File::open(path)?.sync_all()
+}
+
+/// Opens a file that only its owner may read.
+pub(crate) fn owned(path: PathBuf, options: &mut OpenOptions) -> io::Result<File> {
+    options.mode(0o600).open(path)
+}
+
+pub(crate) fn storage(place: &Path, reason: String) -> Error {
+    Error::Storage { place: place.display().to_string(), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(result: Result<Directory>) -> String {
+        result.expect_err("it was taken").to_string()
+    }
+
+    #[test]
+    fn is_one_members_and_one_processs() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = Directory::open(dir.path(), "a").unwrap();
+        assert!(refusal(Directory::open(dir.path(), "a")).contains("another process"));
+        let identity = open.identity();
+        drop(open);
+        assert_eq!(Directory::open(dir.path(), "a").unwrap().identity(), identity);
+        assert!(refusal(Directory::open(dir.path(), "b")).contains("belongs to member \"a\""));
+    }
+
+    #[test]
+    fn damage_and_newer_formats_are_refused_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Directory::open(dir.path(), "a").unwrap());
+        let file = dir.path().join(IDENTITY);
+        let good = fs::read_to_string(&file).unwrap();
+        let cases = [
+            (good.replace("registry-raft 1", "registry-raft 2"), "format is 2"),
+            (good.replace("member 1", "member 7"), "damaged"),
+            (good[..good.len() / 2].to_owned(), "damaged"),
+            (String::new(), "damaged"),
+        ];
+        for (text, why) in cases {
+            fs::write(&file, &text).unwrap();
+            assert!(refusal(Directory::open(dir.path(), "a")).contains(why), "{text:?}");
+            assert_eq!(fs::read_to_string(&file).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn a_lost_log_is_no_beginning() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = Directory::open(dir.path(), "a").unwrap();
+        open.founded().unwrap();
+        drop(open);
+        assert!(refusal(Directory::open(dir.path(), "a")).contains("the log is gone"));
+        fs::remove_file(dir.path().join(IDENTITY)).unwrap();
+        fs::write(dir.path().join("log/wal"), "x").unwrap();
+        assert!(refusal(Directory::open(dir.path(), "a")).contains("identity is missing"));
+    }
+}

@@ -1,0 +1,58 @@
+//! How a handle reaches a member: in the same process, or over gRPC. The handle is the same for both.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use registry_api::{Error, Namespace, Result, Watch, WatchRequest};
+
+use crate::command::{Command, Reply, not_understood};
+use crate::proto;
+use crate::proto::request::Call;
+use crate::proto::response::Answer;
+
+pub(crate) const BACKEND: &str = "raft";
+
+/// One way to a member.
+#[async_trait]
+pub(crate) trait Link: std::fmt::Debug + Send + Sync + 'static {
+    /// Asks, and waits for the answer no longer than `patience`.
+    ///
+    /// [`Error::Unavailable`] says that nothing was done, [`Error::OutcomeUnknown`] that it may have been.
+    async fn call(&self, call: Call, patience: Duration) -> Result<Answer>;
+
+    /// Begins a watch that goes on by itself until its end is dropped.
+    async fn watch(&self, namespace: &Namespace, request: WatchRequest, patience: Duration) -> Result<Watch>;
+
+    /// Who is asked now.
+    fn endpoint(&self) -> String;
+
+    /// Another way to the same members, for the thread that keeps sessions alive: with connections of its own.
+    fn apart(&self) -> Arc<dyn Link>;
+}
+
+impl dyn Link {
+    /// Carries out a command.
+    pub(crate) async fn command(&self, command: Command, patience: Duration) -> Result<Reply> {
+        match self.call(Call::Command(command), patience).await? {
+            Answer::Reply(reply) => Ok(reply),
+            _ => Err(not_understood()),
+        }
+    }
+}
+
+/// What a member said instead of an answer, in the words of the api.
+pub(crate) fn failure(failure: proto::Failure) -> Error {
+    use proto::failure::Kind;
+    match failure.kind() {
+        Kind::Unavailable => Error::Unavailable { backend: BACKEND, source: failure.text.into() },
+        Kind::OutcomeUnknown => Error::OutcomeUnknown { operation: "a write", source: failure.text.into() },
+        Kind::Invalid => Error::InvalidRequest(failure.text),
+        Kind::SessionExpired => Error::SessionExpired { session: registry_api::SessionId(failure.requested) },
+        Kind::Denied => Error::AccessDenied { backend: BACKEND, source: failure.text.into() },
+        Kind::Compacted => Error::Compacted {
+            requested: registry_api::Revision(failure.requested),
+            oldest: registry_api::Revision(failure.oldest),
+        },
+    }
+}

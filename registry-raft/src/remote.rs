@@ -1,0 +1,408 @@
+//! The link over gRPC, to whichever member answers.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::StreamExt;
+use parking_lot::Mutex;
+use registry_api::watch::{Feed, Picture, feed};
+use registry_api::{Error, Event, Namespace, Result, Revision, Watch, WatchFrom, WatchItem, WatchRequest, WatchScope};
+use tonic::transport::{Channel, Endpoint};
+
+use crate::command::{self, not_understood};
+use crate::link::{BACKEND, Link, failure};
+use crate::proto;
+use crate::proto::registry_client::RegistryClient;
+use crate::proto::request::Call;
+use crate::proto::response::Answer;
+use crate::proto::watch_response::Item;
+
+/// The largest message either side takes: a transaction or a page, and some room.
+pub(crate) const MAX_MESSAGE: usize = 8 << 20;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a connection may be silent before it is asked for a sign of life, and how long for the answer.
+const SILENCE: Duration = Duration::from_secs(2);
+
+/// A link to the members at these addresses, one at a time.
+#[derive(Clone, Debug)]
+pub(crate) struct Remote {
+    addresses: Arc<[String]>,
+    current: Arc<Mutex<Current>>,
+}
+
+/// The member that is asked, and the connection to it if there is one.
+#[derive(Default)]
+struct Current {
+    at: usize,
+    channel: Option<Channel>,
+}
+
+impl fmt::Debug for Current {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Current").field("at", &self.at).field("connected", &self.channel.is_some()).finish()
+    }
+}
+
+impl Remote {
+    pub(crate) fn new(addresses: Vec<String>) -> Self {
+        Self { addresses: addresses.into(), current: Arc::default() }
+    }
+
+    /// A connection to the first member from the current one on that takes one. Nothing is sent yet.
+    async fn connect(&self) -> Result<(usize, Channel)> {
+        let at = {
+            let current = self.current.lock();
+            if let Some(channel) = &current.channel {
+                return Ok((current.at, channel.clone()));
+            }
+            current.at
+        };
+        let mut causes = Vec::new();
+        for at in (0..self.addresses.len()).map(|step| (at + step) % self.addresses.len()) {
+            let address = &self.addresses[at];
+            match dial(address).await {
+                Ok(channel) => {
+                    *self.current.lock() = Current { at, channel: Some(channel.clone()) };
+                    return Ok((at, channel));
+                }
+                Err(error) => causes.push(format!("{address}: {}", root_cause(&error))),
+            }
+        }
+        Err(Error::Unavailable { backend: BACKEND, source: causes.join("; ").into() })
+    }
+
+    /// The connection broke or the member can't answer: the next is asked from now on.
+    fn give_up(&self, at: usize) {
+        let mut current = self.current.lock();
+        if current.at == at {
+            *current = Current { at: (at + 1) % self.addresses.len(), channel: None };
+        }
+    }
+
+    fn client(channel: Channel) -> RegistryClient<Channel> {
+        RegistryClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
+    }
+}
+
+async fn dial(address: &str) -> Result<Channel, tonic::transport::Error> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))?;
+    endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(SILENCE)
+        .keep_alive_timeout(SILENCE)
+        .keep_alive_while_idle(true)
+        .connect()
+        .await
+}
+
+/// The innermost error: the outer ones only say that the transport failed.
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}
+
+#[async_trait]
+impl Link for Remote {
+    async fn call(&self, call: Call, patience: Duration) -> Result<Answer> {
+        let patience_ms = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
+        let unanswered = |source| Error::OutcomeUnknown { operation: "a request", source };
+        let request = proto::Request { patience_ms, call: Some(call) };
+        let asked = async {
+            let (at, channel) = self.connect().await?;
+            match Self::client(channel).call(request).await {
+                Ok(response) => match response.into_inner().answer.ok_or_else(not_understood)? {
+                    Answer::Failure(said) => {
+                        let error = failure(said);
+                        if matches!(error, Error::Unavailable { .. }) && self.addresses.len() > 1 {
+                            self.give_up(at);
+                        }
+                        Err(error)
+                    }
+                    answer => Ok(answer),
+                },
+                Err(status) => {
+                    self.give_up(at);
+                    Err(status_error(status))
+                }
+            }
+        };
+        match tokio::time::timeout(patience, asked).await {
+            Ok(answered) => answered,
+            Err(elapsed) => {
+                let at = self.current.lock().at;
+                self.give_up(at);
+                Err(unanswered(elapsed.into()))
+            }
+        }
+    }
+
+    async fn watch(&self, namespace: &Namespace, request: WatchRequest, patience: Duration) -> Result<Watch> {
+        let mut stream = WatchStream { link: self.clone(), namespace: namespace.clone(), request, picture: Picture::default() };
+        let no_answer = |e: tokio::time::error::Elapsed| Error::Unavailable { backend: BACKEND, source: e.into() };
+        let from = stream.request.from;
+        let items = tokio::time::timeout(patience, stream.open(from)).await.map_err(no_answer)??;
+        let (feed, watch) = feed();
+        tokio::spawn(stream.run(items, feed));
+        Ok(watch)
+    }
+
+    fn endpoint(&self) -> String {
+        self.addresses[self.current.lock().at].clone()
+    }
+
+    fn apart(&self) -> Arc<dyn Link> {
+        Arc::new(Self { addresses: self.addresses.clone(), current: Arc::default() })
+    }
+}
+
+/// A status is the transport's, or the server's refusal of a request it did not look at.
+fn status_error(status: tonic::Status) -> Error {
+    use tonic::Code;
+    match status.code() {
+        Code::Unauthenticated | Code::PermissionDenied => {
+            Error::AccessDenied { backend: BACKEND, source: status.message().to_owned().into() }
+        }
+        Code::InvalidArgument | Code::Unimplemented | Code::OutOfRange => Error::InvalidRequest(status.message().into()),
+        // Everything else may have come after the request was read.
+        _ => Error::OutcomeUnknown { operation: "a request", source: status.into() },
+    }
+}
+
+/// A watch that goes on from member to member.
+struct WatchStream {
+    link: Remote,
+    namespace: Namespace,
+    request: WatchRequest,
+    picture: Picture,
+}
+
+type Items = tonic::Streaming<proto::WatchResponse>;
+
+impl WatchStream {
+    async fn open(&mut self, from: WatchFrom) -> Result<Items> {
+        let (at, channel) = self.link.connect().await?;
+        let request = proto::WatchRequest {
+            prefix: self.namespace.qualify(self.request.prefix.as_str()),
+            scope: match self.request.scope {
+                WatchScope::Key => proto::watch_request::Scope::Key,
+                WatchScope::Children => proto::watch_request::Scope::Children,
+                WatchScope::Subtree => proto::watch_request::Scope::Subtree,
+            }
+            .into(),
+            from: Some(match from {
+                WatchFrom::Now => proto::watch_request::From::Now(proto::Unit {}),
+                WatchFrom::After(revision) => proto::watch_request::From::After(revision.0),
+                WatchFrom::AfterOrReset(revision) => proto::watch_request::From::AfterOrReset(revision.0),
+            }),
+        };
+        let opened = async {
+            let mut items = Remote::client(channel).watch(request).await?.into_inner();
+            let first = items.message().await?;
+            Ok::<_, tonic::Status>((first, items))
+        };
+        // The first item says whether the watch could begin; it is an empty one if so.
+        match opened.await {
+            Ok((Some(proto::WatchResponse { item: None }), items)) => Ok(items),
+            Ok((Some(proto::WatchResponse { item: Some(Item::Failure(said)) }), _)) => {
+                let error = failure(said);
+                if matches!(error, Error::Unavailable { .. }) {
+                    self.link.give_up(at);
+                }
+                Err(error)
+            }
+            Ok(_) => {
+                self.link.give_up(at);
+                Err(Error::Unavailable { backend: BACKEND, source: "the watch did not begin".into() })
+            }
+            Err(status) => {
+                self.link.give_up(at);
+                Err(match status_error(status) {
+                    Error::OutcomeUnknown { source, .. } => Error::Unavailable { backend: BACKEND, source },
+                    error => error,
+                })
+            }
+        }
+    }
+
+    /// Passes the changes on until the reader is gone, over as many streams as it takes.
+    async fn run(mut self, mut items: Items, feed: Feed) {
+        // What is told comes after this revision; none as long as the first current entries are not all told.
+        let mut told = match self.request.from {
+            WatchFrom::Now => None,
+            WatchFrom::After(revision) | WatchFrom::AfterOrReset(revision) => Some(revision),
+        };
+        let mut listing = self.request.from == WatchFrom::Now;
+        loop {
+            let ended = tokio::select! {
+                ended = self.pass_on(&mut items, &feed, &mut told, &mut listing) => ended,
+                () = feed.closed() => return,
+            };
+            if let Err(error) = ended {
+                return feed.fail(error);
+            }
+            let mut backoff = Duration::from_millis(5);
+            items = loop {
+                let from = told.map_or(WatchFrom::Now, WatchFrom::After);
+                let opened = tokio::select! {
+                    opened = self.open(from) => opened,
+                    () = feed.closed() => return,
+                };
+                match opened {
+                    Ok(items) => {
+                        listing = from == WatchFrom::Now;
+                        break items;
+                    }
+                    Err(Error::Compacted { .. }) => told = None,
+                    Err(Error::Unavailable { source, .. }) => {
+                        tracing::debug!(error = %source, "a watch looks for a member");
+                    }
+                    Err(error) => return feed.fail(error),
+                }
+                tokio::time::sleep(backoff).await;
+                backoff = (backoff * 2).min(Duration::from_millis(500));
+            };
+        }
+    }
+
+    /// Passes one stream's items on. `Ok` when it broke.
+    async fn pass_on(
+        &mut self,
+        items: &mut Items,
+        feed: &Feed,
+        told: &mut Option<Revision>,
+        listing: &mut bool,
+    ) -> Result<()> {
+        // The current entries after a gap that the history does not bridge are compared with what was told before.
+        let mut current = Vec::new();
+        let mut events = Vec::new();
+        let again = *listing && self.picture.entries().next().is_some();
+        while let Some(Ok(response)) = items.next().await {
+            match response.item {
+                Some(Item::Reset(_)) => {
+                    self.picture = Picture::default();
+                    *told = None;
+                    *listing = true;
+                    feed.reset();
+                }
+                Some(Item::Changes(changes)) if *listing && again => {
+                    let entries = changes.events.into_iter().filter_map(|event| event.entry);
+                    for entry in entries {
+                        current.push(command::entry(&self.namespace, entry)?);
+                    }
+                }
+                Some(Item::Changes(changes)) => {
+                    for event in changes.events {
+                        events.extend(self.event(event)?);
+                    }
+                    if changes.more {
+                        continue;
+                    }
+                    let events = std::mem::take(&mut events);
+                    if let Some(newest) = events.iter().map(Event::revision).max().filter(|_| !*listing) {
+                        *told = Some(newest);
+                    }
+                    feed.changes(events);
+                }
+                Some(Item::Synced(revision)) => {
+                    if *listing && again {
+                        feed.changes(self.picture.replace(std::mem::take(&mut current), Revision(revision)));
+                    }
+                    *listing = false;
+                    *told = Some(Revision(revision));
+                    feed.synced(Revision(revision));
+                }
+                Some(Item::Failure(said)) => match failure(said) {
+                    Error::Unavailable { .. } => return Ok(()),
+                    error => return Err(error),
+                },
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// What an event of the stream is to the reader, who may know it already.
+    fn event(&mut self, event: proto::Event) -> Result<Vec<Event>> {
+        use proto::event::Kind;
+        let (kind, revision) = (event.kind(), Revision(event.revision));
+        let entry = command::entry(&self.namespace, event.entry.ok_or_else(not_understood)?)?;
+        let cause = match kind {
+            Kind::Created => return Ok(self.picture.put(entry)),
+            Kind::Updated => {
+                let known = self.picture.get(&entry.key).is_some();
+                let events = self.picture.put(entry.clone());
+                // Begun after a revision, the watch never told this key; it was there all the same.
+                return Ok(if known { events } else { vec![Event::Updated(entry)] });
+            }
+            Kind::Deleted => registry_api::DeleteCause::Deleted,
+            Kind::SessionEnded => registry_api::DeleteCause::SessionEnded,
+        };
+        match self.picture.get(&entry.key) {
+            Some(_) => Ok(self.picture.delete(&entry.key, revision, cause).into_iter().collect()),
+            // Begun after a revision, the watch never told this key; the store knows what it last was.
+            None => Ok(vec![Event::Deleted { last: entry, revision, cause }]),
+        }
+    }
+}
+
+/// The items of a watch, as a stream of messages: an empty one first, which says that the watch has begun.
+pub(crate) fn to_messages(
+    namespace: Namespace,
+    watch: Watch,
+) -> impl futures_util::Stream<Item = Result<proto::WatchResponse, tonic::Status>> + Send {
+    let begun = futures_util::stream::iter([proto::WatchResponse { item: None }]);
+    let items = watch.flat_map(move |item| {
+        let items = match item {
+            Ok(WatchItem::Reset) => vec![Item::Reset(proto::Unit {})],
+            Ok(WatchItem::Synced(revision)) => vec![Item::Synced(revision.0)],
+            Ok(WatchItem::Changes(events)) => messages(&namespace, &events),
+            Err(error) => vec![Item::Failure(crate::service::said(&error))],
+        };
+        futures_util::stream::iter(items.into_iter().map(|item| proto::WatchResponse { item: Some(item) }))
+    });
+    begun.chain(items).map(Ok)
+}
+
+/// Changes that belong together, in as many messages as their size takes.
+fn messages(namespace: &Namespace, events: &[Event]) -> Vec<Item> {
+    let mut parts = vec![proto::Changes::default()];
+    let mut bytes = 0;
+    for event in events {
+        let size = event.key().as_str().len() + event.entry().value.len();
+        if bytes + size > MAX_MESSAGE / 4 && bytes > 0 {
+            parts.push(proto::Changes::default());
+            bytes = 0;
+        }
+        bytes += size;
+        parts.last_mut().expect("there is one from the start").events.push(message(namespace, event));
+    }
+    let last = parts.len() - 1;
+    let more = |(at, changes): (usize, proto::Changes)| Item::Changes(proto::Changes { more: at < last, ..changes });
+    parts.into_iter().enumerate().map(more).collect()
+}
+
+fn message(namespace: &Namespace, event: &Event) -> proto::Event {
+    use proto::event::Kind;
+    let entry = event.entry();
+    let kind = match event {
+        Event::Created(_) => Kind::Created,
+        Event::Updated(_) => Kind::Updated,
+        Event::Deleted { cause: registry_api::DeleteCause::SessionEnded, .. } => Kind::SessionEnded,
+        Event::Deleted { .. } => Kind::Deleted,
+    };
+    let entry = proto::Entry {
+        key: namespace.qualify(entry.key.as_str()),
+        value: entry.value.clone(),
+        create_revision: entry.create_revision.0,
+        mod_revision: entry.mod_revision.0,
+        version: 0,
+        session: entry.session.map_or(0, |session| session.0),
+    };
+    proto::Event { kind: kind.into(), entry: Some(entry), revision: event.revision().0 }
+}

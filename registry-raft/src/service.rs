@@ -1,0 +1,202 @@
+//! What a member answers to handles, in its own process or over gRPC.
+
+use std::time::Duration;
+
+use registry_api::{
+    Error, Expect, Key, MAX_OPERATIONS, MAX_TXN, Namespace, Prefix, Revision, WatchFrom, WatchRequest, WatchScope,
+};
+use tonic::{Request, Response, Status};
+
+use crate::command::{Change, Command};
+use crate::member::Core;
+use crate::proto;
+use crate::proto::failure::Kind;
+use crate::proto::registry_server::Registry;
+use crate::proto::request::Call;
+use crate::proto::response::Answer;
+use crate::remote::to_messages;
+
+/// The longest a member works on one request, whatever the caller asks.
+const MAX_PATIENCE: Duration = Duration::from_secs(60);
+/// The longest page that is made.
+const MAX_LIMIT: u64 = 10_000;
+
+/// The gRPC service of a member.
+#[derive(Clone, Debug)]
+pub(crate) struct Service {
+    pub(crate) core: Core,
+}
+
+#[tonic::async_trait]
+impl Registry for Service {
+    async fn call(&self, request: Request<proto::Request>) -> Result<Response<proto::Response>, Status> {
+        let request = request.into_inner();
+        let call = request.call.ok_or_else(|| Status::invalid_argument("a request this version does not know"))?;
+        check(&call).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let patience = Duration::from_millis(request.patience_ms.into()).min(MAX_PATIENCE);
+        let answer = self.core.serve(call, patience).await.unwrap_or_else(|error| Answer::Failure(said(&error)));
+        Ok(Response::new(proto::Response { answer: Some(answer) }))
+    }
+
+    type WatchStream = futures_util::stream::BoxStream<'static, Result<proto::WatchResponse, Status>>;
+
+    async fn watch(&self, request: Request<proto::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        use futures_util::StreamExt;
+        let (namespace, request) =
+            watch_request(request.into_inner()).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let stream = match self.core.watch(&namespace, request, MAX_PATIENCE).await {
+            Ok(watch) => to_messages(namespace, watch).boxed(),
+            Err(error) => {
+                let item = Some(proto::watch_response::Item::Failure(said(&error)));
+                futures_util::stream::iter([Ok(proto::WatchResponse { item })]).boxed()
+            }
+        };
+        Ok(Response::new(stream))
+    }
+}
+
+/// An error as a member says it.
+pub(crate) fn said(error: &Error) -> proto::Failure {
+    let text = with_causes(error);
+    let of = |kind: Kind| proto::Failure { kind: kind.into(), text, requested: 0, oldest: 0 };
+    match error {
+        Error::OutcomeUnknown { .. } => of(Kind::OutcomeUnknown),
+        Error::SessionExpired { session } => proto::Failure { requested: session.0, ..of(Kind::SessionExpired) },
+        Error::AccessDenied { .. } => of(Kind::Denied),
+        Error::Compacted { requested: Revision(requested), oldest: Revision(oldest) } => {
+            proto::Failure { requested: *requested, oldest: *oldest, ..of(Kind::Compacted) }
+        }
+        Error::InvalidRequest(_) | Error::Key(_) | Error::Namespace(_) | Error::TooLarge { .. } => of(Kind::Invalid),
+        _ => of(Kind::Unavailable),
+    }
+}
+
+/// The text of an error and of what is beneath it; what only repeats the kind is left out.
+fn with_causes(error: &Error) -> String {
+    match error {
+        Error::Unavailable { source, .. } | Error::OutcomeUnknown { source, .. } => source.to_string(),
+        error => error.to_string(),
+    }
+}
+
+/// Refuses what no handle of ours sends: a caller on the network may be anybody.
+fn check(call: &Call) -> Result<(), Error> {
+    match call {
+        Call::Get(get) => qualified_key(&get.key),
+        Call::Count(count) => qualified_prefix(&count.prefix).map(|_| ()),
+        Call::Children(children) => qualified_prefix(&children.prefix).map(|_| ()),
+        Call::List(list) => {
+            qualified_prefix(&list.prefix)?;
+            if !list.after.is_empty() {
+                qualified_key(&list.after)?;
+            }
+            match (1..=MAX_LIMIT).contains(&list.limit) {
+                true => Ok(()),
+                false => Err(Error::InvalidRequest(format!("a page of {} entries, 1 to {MAX_LIMIT} are made", list.limit))),
+            }
+        }
+        Call::Command(command) => check_command(command),
+        Call::KeepAlive(_) | Call::Status(_) => Ok(()),
+    }
+}
+
+fn check_command(command: &Command) -> Result<(), Error> {
+    let invalid = |reason: &str| Err(Error::InvalidRequest(reason.into()));
+    match &command.change {
+        None => invalid("a change this version does not know"),
+        Some(Change::Expire(_)) => invalid("only a Raft leader expires sessions"),
+        Some(Change::Open(open)) if !(1_000..=3_600_000).contains(&open.ttl_ms) => invalid("a TTL is 1 s to 1 h"),
+        Some(Change::Open(_) | Change::Close(_)) => Ok(()),
+        Some(Change::DeletePrefix(prefix)) => qualified_prefix(prefix).map(|_| ()),
+        Some(Change::Txn(txn)) => check_txn(txn),
+    }
+}
+
+/// The bounds of `Txn::check`, by rebuilding the transaction in the words of the api.
+fn check_txn(txn: &proto::Txn) -> Result<(), Error> {
+    use proto::operation::Write;
+    if txn.conditions.len() > MAX_OPERATIONS || txn.operations.len() > MAX_OPERATIONS {
+        return Err(Error::InvalidRequest(format!("more than {MAX_OPERATIONS} conditions or operations")));
+    }
+    let size: usize = txn.operations.iter().map(prost::Message::encoded_len).sum();
+    if size > 2 * MAX_TXN {
+        return Err(Error::TooLarge { what: "a transaction", size, limit: MAX_TXN });
+    }
+    let mut checked = registry_api::Txn::new();
+    for condition in &txn.conditions {
+        let (_, key) = split(&condition.key)?;
+        // What is demanded does not matter to the bounds; one that is not understood is refused by the state machine.
+        checked = checked.when(&Key::from_store(key)?, Expect::Present);
+    }
+    for operation in &txn.operations {
+        let (_, key) = split(&operation.key)?;
+        let key = Key::from_store(key)?;
+        checked = match &operation.write {
+            Some(Write::Put(put)) if put.ephemeral => checked.put_ephemeral(&key, put.value.clone()),
+            Some(Write::Put(put)) => checked.put(&key, put.value.clone()),
+            Some(Write::Delete(_)) => checked.delete(&key),
+            None => return Err(Error::InvalidRequest("an operation this version does not know".into())),
+        };
+    }
+    checked.check()
+}
+
+fn watch_request(request: proto::WatchRequest) -> Result<(Namespace, WatchRequest), Error> {
+    use proto::watch_request::{From, Scope};
+    let (namespace, prefix) = qualified_prefix(&request.prefix)?;
+    let scope = match request.scope() {
+        Scope::Key => WatchScope::Key,
+        Scope::Children => WatchScope::Children,
+        Scope::Subtree => WatchScope::Subtree,
+    };
+    let from = match request.from {
+        Some(From::After(revision)) => WatchFrom::After(Revision(revision)),
+        Some(From::AfterOrReset(revision)) => WatchFrom::AfterOrReset(Revision(revision)),
+        Some(From::Now(_)) | None => WatchFrom::Now,
+    };
+    Ok((namespace, WatchRequest { prefix, scope, from }))
+}
+
+fn qualified_key(qualified: &str) -> Result<(), Error> {
+    let (_, key) = split(qualified)?;
+    Key::from_store(key)?;
+    Ok(())
+}
+
+fn qualified_prefix(qualified: &str) -> Result<(Namespace, Prefix), Error> {
+    let (namespace, prefix) = split(qualified)?;
+    Ok((namespace, Prefix::from_store(prefix)?))
+}
+
+/// The namespace, and what is behind it: nothing, a user's key or a recipe's.
+fn split(qualified: &str) -> Result<(Namespace, &str), Error> {
+    let end = qualified.char_indices().skip(1).find(|&(_, c)| c == '/' || c == '~').map_or(qualified.len(), |(at, _)| at);
+    Ok((Namespace::parse(&qualified[..end])?, &qualified[end..]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_qualified_name_is_taken_apart() {
+        for (qualified, namespace, rest) in [("/ns", "/ns", ""), ("/ns/a/b", "/ns", "/a/b"), ("/ns~/lock/1/a", "/ns", "~/lock/1/a")] {
+            let (parsed, behind) = split(qualified).unwrap();
+            assert_eq!((parsed.as_str(), behind), (namespace, rest));
+        }
+    }
+
+    #[test]
+    fn what_no_handle_sends_is_refused() {
+        let get = |key: &str| Call::Get(proto::Get { key: key.into(), stale: false });
+        for bad in ["", "/", "ns/a", "/ns/../a", "/ns/a/", "//a", "/ns~x", "/ns~/a/../b", "/é\0/a"] {
+            assert!(check(&get(bad)).is_err(), "{bad:?} was taken");
+        }
+        let expire = Change::Expire(proto::ExpireSessions { sessions: vec![1], term: 1 });
+        assert!(check(&Call::Command(Command::new(expire))).is_err());
+        assert!(check(&Call::Command(Command::default())).is_err());
+        let put = proto::operation::Write::Put(proto::Put { value: vec![0; 2 * MAX_TXN].into(), ..proto::Put::default() });
+        let operations = vec![proto::Operation { key: "/ns/a".into(), write: Some(put) }];
+        assert!(check_txn(&proto::Txn { conditions: Vec::new(), operations }).is_err());
+    }
+}

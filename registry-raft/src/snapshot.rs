@@ -1,0 +1,355 @@
+//! Snapshots: the whole state in one file, from which a member starts and a lagging one catches up.
+//!
+//! A file is a magic number, then frames, each with its length and CRC, the last of which counts what came before. It is
+//! written beside, synced, renamed, and the directory synced, before the log that it covers may be dropped.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufReader, BufWriter, Cursor, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use prost::Message;
+use registry_api::Result;
+
+use crate::directory::{owned, storage};
+use crate::log::Identity;
+use crate::proto::snapshot::{self as file, frame::Frame};
+use crate::state::{SessionRecord, State};
+use crate::tree::Tree;
+use crate::types::{Snapshot, SnapshotMeta};
+use crate::wire;
+
+const MAGIC: &[u8; 8] = b"REGSNAP\0";
+const FORMAT: u32 = 1;
+/// How much of keys and values goes into one frame.
+const FRAME: usize = 256 << 10;
+/// No frame is larger: one value, and room.
+const MAX_FRAME: usize = 16 << 20;
+
+/// A state that stands still.
+#[derive(Clone, Debug)]
+pub(crate) struct Frozen {
+    pub(crate) meta: SnapshotMeta,
+    pub(crate) tree: Tree,
+    pub(crate) revision: u64,
+    pub(crate) last_session: u64,
+    pub(crate) sessions: BTreeMap<u64, Arc<SessionRecord>>,
+}
+
+impl Frozen {
+    pub(crate) fn of(state: &State, meta: SnapshotMeta) -> Self {
+        Self {
+            meta,
+            tree: state.tree.clone(),
+            revision: state.revision,
+            last_session: state.last_session,
+            sessions: state.sessions.clone(),
+        }
+    }
+
+    pub(crate) fn thaw(self) -> (State, SnapshotMeta) {
+        let sessions = self.sessions.into_iter().map(|(id, session)| (id, Arc::unwrap_or_clone(session))).collect();
+        (State::restore(self.tree, self.revision, self.last_session, sessions), self.meta)
+    }
+}
+
+/// Where a snapshot's bytes are.
+#[derive(Clone, Debug)]
+pub(crate) enum SnapshotData {
+    File(PathBuf),
+    Memory(Bytes),
+}
+
+/// A member's snapshots: the newest, and the means to make the next.
+#[derive(Debug)]
+pub(crate) struct Snapshots {
+    directory: Option<PathBuf>,
+    identity: Identity,
+    newest: Mutex<Option<(SnapshotMeta, SnapshotData, u64)>>,
+    writing: AtomicBool,
+}
+
+impl Snapshots {
+    /// Snapshots in that directory, or in memory. What a crash left half written is removed.
+    pub(crate) fn open(directory: Option<PathBuf>, identity: Identity) -> Result<Self> {
+        if let Some(directory) = &directory {
+            for beside in files(directory, ".new").map_err(|e| storage(directory, e.to_string()))? {
+                fs::remove_file(&beside).map_err(|e| storage(&beside, e.to_string()))?;
+            }
+        }
+        Ok(Self { directory, identity, newest: Mutex::default(), writing: AtomicBool::new(false) })
+    }
+
+    pub(crate) fn is_writing(&self) -> bool {
+        self.writing.load(Ordering::Acquire)
+    }
+
+    /// The size of the newest, in bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.newest.lock().as_ref().map_or(0, |(_, _, bytes)| *bytes)
+    }
+
+    pub(crate) fn current(&self) -> Option<Snapshot> {
+        let newest = self.newest.lock();
+        newest.as_ref().map(|(meta, data, _)| Snapshot { meta: meta.clone(), snapshot: data.clone() })
+    }
+
+    /// Reads the newest file, at start. A damaged one is refused, not skipped: the log it covered may be gone.
+    pub(crate) fn load(&self) -> Result<Option<Frozen>> {
+        let Some(directory) = &self.directory else { return Ok(None) };
+        let newest = files(directory, ".snap").map_err(|e| storage(directory, e.to_string()))?.pop();
+        let Some(path) = newest else { return Ok(None) };
+        let refused = |error: io::Error| storage(&path, format!("{error}; nothing was changed: restore a backup into a new directory"));
+        let frozen = File::open(&path).and_then(|file| self.read(BufReader::with_capacity(1 << 20, file))).map_err(refused)?;
+        let bytes = fs::metadata(&path).map_err(refused)?.len();
+        *self.newest.lock() = Some((frozen.meta.clone(), SnapshotData::File(path), bytes));
+        Ok(Some(frozen))
+    }
+
+    /// Writes a snapshot; when it returns the snapshot is durable, and the one before it removed.
+    pub(crate) fn write(&self, frozen: &Frozen) -> io::Result<Snapshot> {
+        self.writing.store(true, Ordering::Release);
+        let written = self.store(&frozen.meta, |out| write(out, &self.identity, frozen));
+        self.writing.store(false, Ordering::Release);
+        written
+    }
+
+    /// Takes a snapshot that another member sent: checked, made durable, and answered as a state.
+    pub(crate) fn install(&self, meta: &SnapshotMeta, data: SnapshotData) -> io::Result<Frozen> {
+        let mut bytes: Box<dyn Read> = match &data {
+            SnapshotData::File(path) => Box::new(BufReader::with_capacity(1 << 20, File::open(path)?)),
+            SnapshotData::Memory(bytes) => Box::new(Cursor::new(bytes.clone())),
+        };
+        let frozen = self.read(&mut bytes)?;
+        if frozen.meta != *meta {
+            return Err(invalid("it is not the snapshot that was announced"));
+        }
+        self.store(meta, |out| write(out, &self.identity, &frozen))?;
+        Ok(frozen)
+    }
+
+    fn store(&self, meta: &SnapshotMeta, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<Snapshot> {
+        let index = meta.last_log_id.map_or(0, |id| id.index);
+        let (data, size) = match &self.directory {
+            Some(directory) => {
+                let name = format!("{index:020}");
+                let (beside, path) = (directory.join(format!("{name}.new")), directory.join(format!("{name}.snap")));
+                let file = owned(beside.clone(), OpenOptions::new().create(true).truncate(true).write(true))?;
+                let mut out = BufWriter::with_capacity(1 << 20, file);
+                write(&mut out)?;
+                let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
+                file.sync_all()?;
+                fs::rename(&beside, &path)?;
+                File::open(directory)?.sync_all()?;
+                for older in files(directory, ".snap")?.into_iter().filter(|older| *older < path) {
+                    fs::remove_file(older)?;
+                }
+                let size = file.metadata()?.len();
+                (SnapshotData::File(path), size)
+            }
+            None => {
+                let mut out = Vec::new();
+                write(&mut out)?;
+                let size = out.len() as u64;
+                (SnapshotData::Memory(out.into()), size)
+            }
+        };
+        *self.newest.lock() = Some((meta.clone(), data.clone(), size));
+        Ok(Snapshot { meta: meta.clone(), snapshot: data })
+    }
+
+    fn read(&self, mut from: impl Read) -> io::Result<Frozen> {
+        let mut head = [0; 12];
+        from.read_exact(&mut head).map_err(|_| invalid("it is cut short"))?;
+        let format = u32::from_le_bytes([head[8], head[9], head[10], head[11]]);
+        if head[..8] != *MAGIC {
+            return Err(invalid("it is no snapshot of a registry"));
+        }
+        if format != FORMAT {
+            return Err(invalid(&format!("its format is {format}, this version reads {FORMAT}; use the version that wrote it")));
+        }
+        let Frame::Header(header) = next(&mut from)? else { return Err(invalid("it has no header")) };
+        if header.cluster != self.identity.cluster {
+            return Err(invalid("it is another cluster's"));
+        }
+        let meta = SnapshotMeta {
+            last_log_id: header.last_log_id.map(wire::log_id_from),
+            last_membership: wire::stored_membership_from(header.membership_log_id, header.membership)?,
+        };
+        let (mut tree, mut sessions, mut records) = (Tree::default(), BTreeMap::new(), 0);
+        loop {
+            match next(&mut from)? {
+                Frame::Header(_) => return Err(invalid("it has two headers")),
+                Frame::Sessions(frame) => {
+                    for session in frame.sessions {
+                        let replies = session.answered.into_iter().filter_map(|a| Some((a.sequence, a.reply?))).collect();
+                        let record = SessionRecord {
+                            ttl_ms: session.ttl_ms,
+                            answered_below: session.answered_below,
+                            replies,
+                            ..SessionRecord::default()
+                        };
+                        sessions.insert(session.id, Arc::new(record));
+                    }
+                }
+                Frame::Records(frame) => {
+                    for entry in frame.records {
+                        records += 1;
+                        tree.insert(Arc::new(entry.into_record()));
+                    }
+                }
+                Frame::End(end) if (end.records, end.sessions) == (records, sessions.len() as u64) => break,
+                Frame::End(_) => return Err(invalid("it lacks a part")),
+            }
+        }
+        Ok(Frozen { meta, tree, revision: header.revision, last_session: header.last_session, sessions })
+    }
+}
+
+fn write(out: &mut dyn Write, identity: &Identity, frozen: &Frozen) -> io::Result<()> {
+    out.write_all(MAGIC)?;
+    out.write_all(&FORMAT.to_le_bytes())?;
+    put(out, Frame::Header(file::Header {
+        cluster: Bytes::copy_from_slice(&identity.cluster),
+        last_log_id: frozen.meta.last_log_id.as_ref().map(wire::log_id_to),
+        membership: Some(wire::membership_to(frozen.meta.last_membership.membership())),
+        membership_log_id: frozen.meta.last_membership.log_id().as_ref().map(wire::log_id_to),
+        revision: frozen.revision,
+        last_session: frozen.last_session,
+    }))?;
+    for (id, session) in &frozen.sessions {
+        let answered = session.replies.iter();
+        let answered = answered.map(|(sequence, reply)| file::Answered { sequence: *sequence, reply: Some(reply.clone()) });
+        let session = file::Session {
+            id: *id,
+            ttl_ms: session.ttl_ms,
+            answered_below: session.answered_below,
+            answered: answered.collect(),
+        };
+        put(out, Frame::Sessions(file::Sessions { sessions: vec![session] }))?;
+    }
+    let (mut records, mut bytes) = (Vec::new(), 0);
+    for record in frozen.tree.from("") {
+        bytes += record.key.len() + record.value.len();
+        records.push((&**record).into());
+        if bytes > FRAME {
+            put(out, Frame::Records(file::Records { records: std::mem::take(&mut records) }))?;
+            bytes = 0;
+        }
+    }
+    if !records.is_empty() {
+        put(out, Frame::Records(file::Records { records }))?;
+    }
+    put(out, Frame::End(file::End { sessions: frozen.sessions.len() as u64, records: frozen.tree.len() as u64 }))?;
+    out.flush()
+}
+
+fn put(out: &mut dyn Write, frame: Frame) -> io::Result<()> {
+    let frame = file::Frame { frame: Some(frame) }.encode_to_vec();
+    let length = u32::try_from(frame.len()).map_err(io::Error::other)?;
+    out.write_all(&length.to_le_bytes())?;
+    out.write_all(&crc32fast::hash(&frame).to_le_bytes())?;
+    out.write_all(&frame)
+}
+
+fn next(from: &mut impl Read) -> io::Result<Frame> {
+    let cut = |_| invalid("it is cut short");
+    let (mut length, mut crc) = ([0; 4], [0; 4]);
+    from.read_exact(&mut length).map_err(cut)?;
+    from.read_exact(&mut crc).map_err(cut)?;
+    let length = u32::from_le_bytes(length) as usize;
+    if length > MAX_FRAME {
+        return Err(invalid("it is damaged: a frame has an impossible length"));
+    }
+    let mut frame = vec![0; length];
+    from.read_exact(&mut frame).map_err(cut)?;
+    if crc32fast::hash(&frame) != u32::from_le_bytes(crc) {
+        return Err(invalid("it is damaged: a checksum is wrong"));
+    }
+    let frame = file::Frame::decode(Bytes::from(frame)).map_err(|_| invalid("it is damaged: a frame can't be read"))?;
+    frame.frame.ok_or_else(|| invalid("it holds what this version does not know"))
+}
+
+/// The files with that ending, by name.
+fn files(directory: &Path, ending: &str) -> io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for file in fs::read_dir(directory)? {
+        let path = file?.path();
+        if path.to_string_lossy().ends_with(ending) {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn invalid(reason: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, reason.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::{Change, Command};
+    use crate::proto;
+
+    const IDENTITY: Identity = Identity { cluster: [7; 16], member: 1 };
+
+    fn state() -> State {
+        let mut state = State::default();
+        state.apply(1, Command::new(Change::Open(proto::OpenSession { ttl_ms: 1000 })));
+        for key in 0..2000_u64 {
+            let put = proto::Put { value: vec![1; 300].into(), ephemeral: key % 100 == 0, take_over: false };
+            let write = Some(proto::operation::Write::Put(put));
+            let operations = vec![proto::Operation { key: format!("/ns/{key}"), write }];
+            let change = Some(Change::Txn(proto::Txn { conditions: Vec::new(), operations }));
+            state.apply(1, Command { session: 1, sequence: key + 1, answered_below: key, change });
+        }
+        state
+    }
+
+    fn snapshots(directory: &Path) -> Snapshots {
+        Snapshots::open(Some(directory.into()), IDENTITY).unwrap()
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let (dir, state) = (tempfile::tempdir().unwrap(), state());
+        snapshots(dir.path()).write(&Frozen::of(&state, SnapshotMeta::default())).unwrap();
+        fs::write(dir.path().join("half.new"), "x").unwrap();
+        let (back, _) = snapshots(dir.path()).load().unwrap().unwrap().thaw();
+        assert!(back.tree.from("").eq(state.tree.from("")));
+        assert_eq!((back.revision, back.last_session), (state.revision, state.last_session));
+        assert_eq!(back.sessions, state.sessions);
+        assert!(!dir.path().join("half.new").exists());
+    }
+
+    #[test]
+    fn every_damage_is_refused_by_name_and_nothing_deleted() {
+        let (dir, state) = (tempfile::tempdir().unwrap(), state());
+        snapshots(dir.path()).write(&Frozen::of(&state, SnapshotMeta::default())).unwrap();
+        let path = files(dir.path(), ".snap").unwrap().pop().unwrap();
+        let good = fs::read(&path).unwrap();
+        let refusal = |bytes: &[u8]| {
+            fs::write(&path, bytes).unwrap();
+            let error = snapshots(dir.path()).load().expect_err("it was taken").to_string();
+            assert!(error.contains(".snap") && error.contains("restore a backup"), "{error}");
+            assert_eq!(fs::read(&path).unwrap(), bytes);
+            error
+        };
+        for at in (0..good.len()).step_by(good.len() / 211) {
+            let mut bad = good.clone();
+            bad[at] ^= 0x10;
+            refusal(&bad);
+            refusal(&good[..at]);
+        }
+        assert!(refusal(&[&good[..8], &9_u32.to_le_bytes(), &good[12..]].concat()).contains("format is 9"));
+        fs::write(&path, &good).unwrap();
+        let other = Snapshots::open(Some(dir.path().into()), Identity { cluster: [8; 16], member: 1 }).unwrap();
+        assert!(other.load().unwrap_err().to_string().contains("another cluster's"));
+    }
+}

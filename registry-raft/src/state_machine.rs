@@ -1,0 +1,132 @@
+//! The state machine as openraft drives it: entries in, answers out, snapshots between.
+
+use std::io;
+use std::sync::Arc;
+
+use futures_util::{Stream, StreamExt};
+use openraft::storage::{EntryResponder, RaftStateMachine};
+use openraft::{EntryPayload, RaftSnapshotBuilder};
+
+use crate::command::{Command, Outcome, Reply};
+use crate::proto;
+use crate::snapshot::{Frozen, SnapshotData, Snapshots};
+use crate::store::Store;
+use crate::types::{LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
+
+/// The most entries that are applied under one hold of the lock.
+const CHUNK: usize = 256;
+
+/// A member's state machine.
+#[derive(Clone, Debug)]
+pub(crate) struct StateMachine {
+    store: Store,
+    snapshots: Arc<Snapshots>,
+}
+
+impl StateMachine {
+    /// The state of the newest snapshot, to go on from.
+    pub(crate) fn open(store: Store, snapshots: Arc<Snapshots>) -> registry_api::Result<Self> {
+        if let Some(frozen) = snapshots.load()? {
+            store.replace(frozen);
+        }
+        Ok(Self { store, snapshots })
+    }
+}
+
+/// An entry with what its payload is to the state, decoded before the lock is taken.
+enum Step {
+    Command(Command),
+    Membership(StoredMembership),
+    Blank,
+}
+
+impl RaftStateMachine<TypeConfig> for StateMachine {
+    type SnapshotData = SnapshotData;
+    type SnapshotBuilder = Builder;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        Ok(self.store.read(|inner| (inner.applied, inner.membership.clone())))
+    }
+
+    async fn apply<Strm>(&mut self, entries: Strm) -> Result<(), io::Error>
+    where
+        Strm: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + Send,
+    {
+        let mut chunks = entries.ready_chunks(CHUNK);
+        while let Some(chunk) = chunks.next().await {
+            let mut steps = Vec::with_capacity(chunk.len());
+            for entry in chunk {
+                let (entry, responder) = entry?;
+                let step = match entry.payload {
+                    EntryPayload::Blank => Step::Blank,
+                    EntryPayload::Membership(membership) => {
+                        Step::Membership(StoredMembership::new(Some(entry.log_id), membership))
+                    }
+                    EntryPayload::Normal(proposal) => Step::Command(proposal.decode().map_err(io::Error::other)?),
+                };
+                steps.push((entry.log_id, step, responder));
+            }
+            let mut answers = Vec::with_capacity(steps.len());
+            self.store.apply(|applier| {
+                for (log_id, step, responder) in steps {
+                    let reply = match step {
+                        Step::Command(command) => applier.command(log_id, command),
+                        Step::Membership(membership) => {
+                            applier.membership(membership, log_id);
+                            done()
+                        }
+                        Step::Blank => {
+                            applier.blank(log_id);
+                            done()
+                        }
+                    };
+                    answers.extend(responder.map(|responder| (responder, reply)));
+                }
+            });
+            for (responder, reply) in answers {
+                responder.send(reply);
+            }
+        }
+        Ok(())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Builder {
+        let frozen = self.store.read(|inner| {
+            let meta = SnapshotMeta { last_log_id: inner.applied, last_membership: inner.membership.clone() };
+            Frozen::of(&inner.state, meta)
+        });
+        Builder { frozen, snapshots: self.snapshots.clone() }
+    }
+
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, data: SnapshotData) -> Result<(), io::Error> {
+        let (snapshots, meta) = (self.snapshots.clone(), meta.clone());
+        // Durable first, then taken up in one step; the old one serves until then.
+        let frozen = tokio::task::spawn_blocking(move || snapshots.install(&meta, data)).await??;
+        self.store.replace(frozen);
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
+        Ok(self.snapshots.current())
+    }
+}
+
+fn done() -> Reply {
+    Outcome::Done(proto::Unit {}).into()
+}
+
+/// Writes a frozen state to a file while the state goes on.
+#[derive(Debug)]
+pub(crate) struct Builder {
+    frozen: Frozen,
+    snapshots: Arc<Snapshots>,
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for Builder {
+    type SnapshotData = SnapshotData;
+
+    async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
+        let (snapshots, frozen) = (self.snapshots.clone(), self.frozen.clone());
+        tokio::task::spawn_blocking(move || snapshots.write(&frozen)).await?
+    }
+}

@@ -1,0 +1,298 @@
+//! A member's copy of the state, as reads and watches see it.
+
+use std::collections::BTreeSet;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use futures_util::{Stream, StreamExt, stream};
+use parking_lot::{Mutex, RwLock};
+use registry_api::watch::feed;
+use registry_api::{DeleteCause, Error, Event, Result, Revision, Watch, WatchFrom, WatchItem, WatchScope};
+
+use crate::command::Reply;
+use crate::history::{Batch, History};
+use crate::proto;
+use crate::snapshot::Frozen;
+use crate::state::{State, below};
+use crate::tree::Tree;
+use crate::types::{LogId, StoredMembership};
+use crate::watchers::{Target, Watchers};
+
+/// The most bytes of keys and values on one page, so that a page fits a message.
+const PAGE_BYTES: usize = 2 << 20;
+/// How many records a watch takes from the tree at a time while it tells the current entries.
+const CHUNK: usize = 256;
+
+/// The state with its history and watches. Cloning shares it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Store {
+    inner: Arc<RwLock<Inner>>,
+    watchers: Arc<Mutex<Watchers>>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Inner {
+    pub(crate) state: State,
+    pub(crate) history: History,
+    pub(crate) applied: Option<LogId>,
+    pub(crate) membership: StoredMembership,
+}
+
+impl Store {
+    pub(crate) fn read<T>(&self, look: impl FnOnce(&Inner) -> T) -> T {
+        look(&self.inner.read())
+    }
+
+    /// Applies commands of the log, in order, and tells the watches. The answers come in the same order.
+    pub(crate) fn apply(&self, apply: impl FnOnce(&mut Applier<'_>)) {
+        let mut inner = self.inner.write();
+        // Taken inside the lock on the state, and by nobody the other way round.
+        let watchers = self.watchers.lock();
+        apply(&mut Applier { inner: &mut inner, watchers: &watchers });
+    }
+
+    /// Takes up another state, from a snapshot. Watches are told the difference.
+    pub(crate) fn replace(&self, frozen: Frozen) {
+        let (state, meta) = frozen.thaw();
+        let mut inner = self.inner.write();
+        let watchers = self.watchers.lock();
+        let before = std::mem::replace(&mut inner.state, state);
+        inner.history = History::since(inner.state.revision);
+        inner.applied = meta.last_log_id;
+        inner.membership = meta.last_membership;
+        watchers.each(|target, feed| {
+            feed.changes(difference(target, &before.tree, &inner.state.tree, inner.state.revision));
+            feed.synced(Revision(inner.state.revision));
+        });
+    }
+
+    /// Ends every watch.
+    pub(crate) fn end_watches(&self) {
+        self.watchers.lock().clear();
+    }
+
+    pub(crate) fn watches(&self) -> usize {
+        self.watchers.lock().len()
+    }
+
+    pub(crate) fn get(&self, key: &str) -> proto::GetAnswer {
+        self.read(|inner| proto::GetAnswer {
+            entry: inner.state.tree.get(key).map(|record| proto::Entry::from(&**record)),
+            revision: inner.state.revision,
+        })
+    }
+
+    pub(crate) fn count(&self, prefix: &str) -> u64 {
+        let (from, to) = below(prefix);
+        self.read(|inner| {
+            let tree = &inner.state.tree;
+            (usize::from(tree.get(prefix).is_some()) + tree.count(&from, &to)) as u64
+        })
+    }
+
+    pub(crate) fn list(&self, list: &proto::List) -> proto::Page {
+        let (tree, revision) = self.read(|inner| (inner.state.tree.clone(), inner.state.revision));
+        let (from, to) = below(&list.prefix);
+        let mut page = proto::Page { entries: Vec::new(), more: false, revision };
+        let mut bytes = 0;
+        let mut start = match list.after.is_empty() {
+            true => list.prefix.clone(),
+            // The least key that is larger.
+            false => format!("{}\0", list.after),
+        };
+        // The key itself sorts first, apart from what is below it.
+        if !list.children_only && start == list.prefix {
+            page.entries.extend(tree.get(&list.prefix).map(|record| proto::Entry::from(&**record)));
+        }
+        if start < from {
+            start.clone_from(&from);
+        }
+        'seek: loop {
+            for record in tree.range(&start, &to) {
+                if list.children_only
+                    && let Some(deeper) = record.key[from.len()..].find('/')
+                {
+                    // Past all that is below this child: `0` is the byte after `/`.
+                    start = format!("{}0", &record.key[..from.len() + deeper]);
+                    continue 'seek;
+                }
+                if page.entries.len() as u64 >= list.limit.max(1) || bytes > PAGE_BYTES {
+                    page.more = true;
+                    return page;
+                }
+                bytes += record.key.len() + record.value.len();
+                page.entries.push(proto::Entry::from(&**record));
+            }
+            return page;
+        }
+    }
+
+    pub(crate) fn children(&self, prefix: &str) -> proto::ChildrenAnswer {
+        let (tree, revision) = self.read(|inner| (inner.state.tree.clone(), inner.state.revision));
+        let (from, to) = below(prefix);
+        let mut names = BTreeSet::new();
+        let mut start = from.clone();
+        'seek: loop {
+            for record in tree.range(&start, &to) {
+                let rest = &record.key[from.len()..];
+                match rest.find('/') {
+                    Some(end) => {
+                        names.insert(rest[..end].to_owned());
+                        start = format!("{from}{}0", &rest[..end]);
+                        continue 'seek;
+                    }
+                    None => names.insert(rest.to_owned()),
+                };
+            }
+            return proto::ChildrenAnswer { names: names.into_iter().collect(), revision };
+        }
+    }
+
+    /// Begins a watch on this copy of the state.
+    pub(crate) fn watch(&self, mut target: Target) -> Result<Watch> {
+        let (feed, live) = feed();
+        // The state stands still while the watch is entered, so nothing falls between.
+        let inner = self.inner.read();
+        let mut watchers = self.watchers.lock();
+        let resumed = match target.request.from {
+            WatchFrom::Now => None,
+            WatchFrom::After(after) | WatchFrom::AfterOrReset(after) => {
+                target.after = after.0;
+                inner.history.after(after.0).map(|batches| batches.cloned().collect::<Vec<_>>())
+            }
+        };
+        let revision = inner.state.revision;
+        let begin = match (resumed, target.request.from) {
+            (Some(batches), _) => {
+                for batch in &batches {
+                    feed.changes(target.events(batch));
+                }
+                feed.synced(Revision(revision.max(target.after)));
+                None
+            }
+            (None, WatchFrom::After(requested)) => {
+                return Err(Error::Compacted { requested, oldest: Revision(inner.history.compacted()) });
+            }
+            (None, from) => {
+                target.after = revision;
+                Some((from != WatchFrom::Now, inner.state.tree.clone()))
+            }
+        };
+        let prefix = target.qualified();
+        let id = watchers.add(target.clone(), feed);
+        let guard = Guard { watchers: self.watchers.clone(), prefix, id };
+        let items = match begin {
+            None => stream::empty().boxed(),
+            Some((reset, tree)) => {
+                let reset = stream::iter(reset.then_some(Ok(WatchItem::Reset)));
+                reset.chain(current(tree, target)).chain(synced(revision)).boxed()
+            }
+        };
+        Ok(Watch::new(Guarded { items: items.chain(live).boxed(), _guard: guard }))
+    }
+}
+
+fn synced(revision: u64) -> impl Stream<Item = Result<WatchItem>> {
+    stream::iter([Ok(WatchItem::Synced(Revision(revision)))])
+}
+
+/// The current entries, a chunk at a time, from a frozen tree that is let go at the end.
+fn current(tree: Tree, target: Target) -> impl Stream<Item = Result<WatchItem>> {
+    let prefix = target.qualified();
+    let (from, to) = below(&prefix);
+    let first = match target.request.scope {
+        WatchScope::Children => None,
+        WatchScope::Key | WatchScope::Subtree => tree.get(&prefix).and_then(|record| target.current(record)),
+    };
+    let mut next = (target.request.scope != WatchScope::Key).then_some(from);
+    let below = std::iter::from_fn(move || {
+        let from = next.take()?;
+        let mut events = Vec::new();
+        for record in tree.range(&from, &to).take(CHUNK) {
+            events.extend(target.current(record));
+            next = Some(format!("{}\0", record.key));
+        }
+        Some(events)
+    });
+    let below = stream::iter(below.filter(|events| !events.is_empty()).map(|events| Ok(WatchItem::Changes(events))));
+    let first = stream::iter(first.map(|event| Ok(WatchItem::Changes(vec![event]))));
+    first.chain(below)
+}
+
+/// The events that lead from one tree to another, for one watch.
+fn difference(target: &Target, before: &Tree, after: &Tree, revision: u64) -> Vec<Event> {
+    let prefix = target.qualified();
+    let (from, to) = below(&prefix);
+    let keys = |tree: &Tree| {
+        tree.get(&prefix).cloned().into_iter().chain(tree.range(&from, &to).cloned()).collect::<Vec<_>>()
+    };
+    let mut picture = registry_api::watch::Picture::default();
+    let entries = |tree: &Tree| keys(tree).iter().filter_map(|record| target.current(record)).collect::<Vec<_>>();
+    for event in entries(before) {
+        picture.put(event.entry().clone());
+    }
+    let now = entries(after).into_iter().map(|event| event.entry().clone()).collect();
+    let mut events = picture.replace(now, Revision(revision));
+    for event in &mut events {
+        if let Event::Deleted { cause, .. } = event {
+            *cause = DeleteCause::Unknown;
+        }
+    }
+    events
+}
+
+/// The state while commands are applied to it.
+pub(crate) struct Applier<'a> {
+    inner: &'a mut Inner,
+    watchers: &'a Watchers,
+}
+
+impl Applier<'_> {
+    /// Applies one command.
+    pub(crate) fn command(&mut self, log_id: LogId, command: crate::command::Command) -> Reply {
+        let applied = self.inner.state.apply(log_id.committed_leader_id().term, command);
+        self.inner.applied = Some(log_id);
+        if !applied.changes.is_empty() {
+            let batch = Batch { revision: self.inner.state.revision, changes: applied.changes.into() };
+            self.watchers.tell(&batch);
+            self.inner.history.push(batch);
+        }
+        applied.reply
+    }
+
+    pub(crate) fn blank(&mut self, log_id: LogId) {
+        self.inner.applied = Some(log_id);
+    }
+
+    pub(crate) fn membership(&mut self, membership: StoredMembership, log_id: LogId) {
+        self.inner.applied = Some(log_id);
+        self.inner.membership = membership;
+    }
+}
+
+/// Takes a watch off the list when its reader is gone.
+struct Guard {
+    watchers: Arc<Mutex<Watchers>>,
+    prefix: String,
+    id: u64,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.watchers.lock().remove(&self.prefix, self.id);
+    }
+}
+
+struct Guarded {
+    items: stream::BoxStream<'static, Result<WatchItem>>,
+    _guard: Guard,
+}
+
+impl Stream for Guarded {
+    type Item = Result<WatchItem>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.items.poll_next_unpin(cx)
+    }
+}

@@ -1,0 +1,348 @@
+//! The ordered store: a copy-on-write B+ tree that counts.
+//!
+//! A clone is one reference, and a frozen picture of the whole store: snapshots and watches read one while writes go on,
+//! which then copy the nodes they change, a handful each. Every inner node knows how many records are below it, so
+//! counting a prefix and paging cost the depth of the tree, not its size.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+/// The most slots of a node. A node that falls below a quarter is merged with a neighbour where both fit in one.
+const MAX: usize = 64;
+
+/// A key with its value, as one revision left it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Record {
+    /// The name with its namespace.
+    pub(crate) key: Arc<str>,
+    pub(crate) value: Bytes,
+    pub(crate) create_revision: u64,
+    pub(crate) mod_revision: u64,
+    /// How often the key was put since it was created.
+    pub(crate) version: u64,
+    /// The session it ends with, or zero.
+    pub(crate) session: u64,
+}
+
+/// Records by key.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Tree {
+    root: Arc<Node>,
+}
+
+#[derive(Clone, Debug)]
+enum Node {
+    Leaf(Vec<Arc<Record>>),
+    Inner(Vec<Child>),
+}
+
+#[derive(Clone, Debug)]
+struct Child {
+    /// No key below is smaller, and none before is as large.
+    first: Arc<str>,
+    len: usize,
+    node: Arc<Node>,
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Self::Leaf(Vec::new())
+    }
+}
+
+impl Tree {
+    pub(crate) fn len(&self) -> usize {
+        self.root.len()
+    }
+
+    pub(crate) fn get(&self, key: &str) -> Option<&Arc<Record>> {
+        let mut node = &*self.root;
+        loop {
+            match node {
+                Node::Inner(children) => node = &children[child_for(children, key)].node,
+                Node::Leaf(records) => return search(records, key).ok().map(|at| &records[at]),
+            }
+        }
+    }
+
+    /// Puts a record and answers the one it replaced.
+    pub(crate) fn insert(&mut self, record: Arc<Record>) -> Option<Arc<Record>> {
+        let (old, split) = insert(&mut self.root, record);
+        if let Some(right) = split {
+            let left = Child::of(std::mem::take(&mut self.root));
+            self.root = Arc::new(Node::Inner(vec![left, right]));
+        }
+        old
+    }
+
+    /// Takes a record out.
+    pub(crate) fn remove(&mut self, key: &str) -> Option<Arc<Record>> {
+        // Looked for first, so that a miss copies no node.
+        self.get(key)?;
+        let removed = remove(&mut self.root, key);
+        if let Node::Inner(children) = &*self.root
+            && let [only] = &children[..]
+        {
+            self.root = only.node.clone();
+        }
+        removed
+    }
+
+    /// How many records come before `key`.
+    pub(crate) fn rank(&self, key: &str) -> usize {
+        let (mut node, mut before) = (&*self.root, 0);
+        loop {
+            match node {
+                Node::Inner(children) => {
+                    let at = child_for(children, key);
+                    before += children[..at].iter().map(|child| child.len).sum::<usize>();
+                    node = &children[at].node;
+                }
+                Node::Leaf(records) => return before + search(records, key).unwrap_or_else(|at| at),
+            }
+        }
+    }
+
+    /// How many records are in `from..to`.
+    pub(crate) fn count(&self, from: &str, to: &str) -> usize {
+        self.rank(to).saturating_sub(self.rank(from))
+    }
+
+    /// The records from `key` on, in order.
+    pub(crate) fn from(&self, key: &str) -> Iter<'_> {
+        let mut path = Vec::new();
+        let mut node = &*self.root;
+        loop {
+            match node {
+                Node::Inner(children) => {
+                    let at = child_for(children, key);
+                    path.push((&children[..], at + 1));
+                    node = &children[at].node;
+                }
+                Node::Leaf(records) => {
+                    let at = search(records, key).unwrap_or_else(|at| at);
+                    return Iter { path, leaf: records[at..].iter() };
+                }
+            }
+        }
+    }
+
+    /// The records of `from..to`, in order.
+    pub(crate) fn range<'t>(&'t self, from: &str, to: &'t str) -> impl Iterator<Item = &'t Arc<Record>> {
+        self.from(from).take_while(move |record| &*record.key < to)
+    }
+}
+
+impl Node {
+    fn len(&self) -> usize {
+        match self {
+            Self::Leaf(records) => records.len(),
+            Self::Inner(children) => children.iter().map(|child| child.len).sum(),
+        }
+    }
+
+    fn slots(&self) -> usize {
+        match self {
+            Self::Leaf(records) => records.len(),
+            Self::Inner(children) => children.len(),
+        }
+    }
+}
+
+impl Child {
+    fn of(node: Arc<Node>) -> Self {
+        let first = match &*node {
+            Node::Leaf(records) => records.first().map_or_else(|| "".into(), |record| record.key.clone()),
+            Node::Inner(children) => children[0].first.clone(),
+        };
+        Self { first, len: node.len(), node }
+    }
+}
+
+/// The child that holds the key if any does: the last whose first key is not larger.
+fn child_for(children: &[Child], key: &str) -> usize {
+    children.partition_point(|child| &*child.first <= key).saturating_sub(1)
+}
+
+fn search(records: &[Arc<Record>], key: &str) -> Result<usize, usize> {
+    records.binary_search_by(|record| (*record.key).cmp(key))
+}
+
+/// Answers the record that was replaced, and a new right neighbour if the node was split.
+fn insert(node: &mut Arc<Node>, record: Arc<Record>) -> (Option<Arc<Record>>, Option<Child>) {
+    let node = Arc::make_mut(node);
+    let mut old = None;
+    // Where the last slot was written: a split there leaves the left node full, as keys that come in order need it.
+    let at_end = match node {
+        Node::Leaf(records) => match search(records, &record.key) {
+            Ok(at) => {
+                old = Some(std::mem::replace(&mut records[at], record));
+                false
+            }
+            Err(at) => {
+                records.insert(at, record);
+                at + 1 == records.len()
+            }
+        },
+        Node::Inner(children) => {
+            let at = child_for(children, &record.key);
+            let child = &mut children[at];
+            if record.key < child.first {
+                child.first = record.key.clone();
+            }
+            let (replaced, split) = insert(&mut child.node, record);
+            child.len += usize::from(replaced.is_none());
+            old = replaced;
+            match split {
+                Some(right) => {
+                    child.len -= right.len;
+                    children.insert(at + 1, right);
+                    at + 2 == children.len()
+                }
+                None => false,
+            }
+        }
+    };
+    let split = (node.slots() > MAX).then(|| {
+        let keep = if at_end { MAX } else { node.slots() / 2 };
+        let right = match node {
+            Node::Leaf(records) => Node::Leaf(records.split_off(keep)),
+            Node::Inner(children) => Node::Inner(children.split_off(keep)),
+        };
+        Child::of(Arc::new(right))
+    });
+    (old, split)
+}
+
+fn remove(node: &mut Arc<Node>, key: &str) -> Option<Arc<Record>> {
+    match Arc::make_mut(node) {
+        Node::Leaf(records) => search(records, key).ok().map(|at| records.remove(at)),
+        Node::Inner(children) => {
+            let at = child_for(children, key);
+            let removed = remove(&mut children[at].node, key)?;
+            children[at].len -= 1;
+            if children[at].node.slots() < MAX / 4 {
+                merge(children, at);
+            }
+            Some(removed)
+        }
+    }
+}
+
+/// Merges a small child with a neighbour, if both fit in one node.
+fn merge(children: &mut Vec<Child>, at: usize) {
+    let left = at.saturating_sub(1);
+    if left + 1 >= children.len() || children[left].node.slots() + children[left + 1].node.slots() > MAX {
+        return;
+    }
+    let right = children.remove(left + 1);
+    let left = &mut children[left];
+    match (Arc::make_mut(&mut left.node), &*right.node) {
+        (Node::Leaf(records), Node::Leaf(more)) => records.extend_from_slice(more),
+        (Node::Inner(children), Node::Inner(more)) => children.extend_from_slice(more),
+        _ => unreachable!("neighbours are of one height"),
+    }
+    left.len += right.len;
+}
+
+/// Records in order.
+pub(crate) struct Iter<'t> {
+    /// The inner nodes above the leaf, each with the next child to go to.
+    path: Vec<(&'t [Child], usize)>,
+    leaf: std::slice::Iter<'t, Arc<Record>>,
+}
+
+impl<'t> Iterator for Iter<'t> {
+    type Item = &'t Arc<Record>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some(record) = self.leaf.next() {
+                return Some(record);
+            }
+            let (children, next) = self.path.last_mut()?;
+            let Some(child) = children.get(*next) else {
+                self.path.pop();
+                continue;
+            };
+            *next += 1;
+            let mut node = &*child.node;
+            loop {
+                match node {
+                    Node::Inner(children) => {
+                        self.path.push((children, 1));
+                        node = &children[0].node;
+                    }
+                    Node::Leaf(records) => {
+                        self.leaf = records.iter();
+                        break;
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn record(key: u16, revision: u64) -> Arc<Record> {
+        let key = format!("/{key:03x}").into();
+        let value = Bytes::new();
+        Arc::new(Record { key, value, create_revision: revision, mod_revision: revision, version: 1, session: 0 })
+    }
+
+    fn same(tree: &Tree, model: &BTreeMap<Arc<str>, Arc<Record>>) {
+        assert_eq!(tree.len(), model.len());
+        assert!(tree.from("").eq(model.values()));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// The tree holds, counts and orders what a `BTreeMap` does, and a clone stays as it was.
+        #[test]
+        fn is_an_ordered_map(changes in proptest::collection::vec((0u16..3000, 0u8..8), 1..4000)) {
+            let (mut tree, mut model) = (Tree::default(), BTreeMap::new());
+            let mut frozen = None;
+            let removing = changes.len() / 2;
+            for (revision, (key, what)) in changes.iter().enumerate() {
+                let record = record(*key, revision as u64);
+                // Mostly puts first, then mostly deletes, so that nodes split and merge.
+                let put = if revision < removing { *what > 0 } else { *what == 0 };
+                if put {
+                    prop_assert_eq!(tree.insert(record.clone()), model.insert(record.key.clone(), record));
+                } else {
+                    prop_assert_eq!(tree.remove(&record.key), model.remove(&record.key));
+                }
+                if revision == removing {
+                    frozen = Some((tree.clone(), model.clone()));
+                }
+            }
+            same(&tree, &model);
+            let (tree, model) = frozen.unwrap();
+            same(&tree, &model);
+            for key in (0..3000).step_by(37) {
+                let key = format!("/{key:03x}");
+                prop_assert_eq!(tree.rank(&key), model.range::<str, _>(..key.as_str()).count());
+                prop_assert_eq!(tree.get(&key), model.get(key.as_str()));
+                prop_assert!(tree.from(&key).take(5).eq(model.range::<str, _>(key.as_str()..).map(|(_, r)| r).take(5)));
+            }
+        }
+    }
+
+    #[test]
+    fn keys_in_order_fill_the_nodes() {
+        let mut tree = Tree::default();
+        for key in 0..4096 {
+            tree.insert(record(key, 1));
+        }
+        let Node::Inner(children) = &*tree.root else { panic!("4096 records fit no leaf") };
+        assert_eq!(children.len(), 4096 / MAX);
+    }
+}
