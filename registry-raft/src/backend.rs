@@ -13,6 +13,7 @@ use registry_api::{
 
 use crate::command::{self, Change, Command, Outcome, not_understood};
 use crate::link::{BACKEND, Link};
+use crate::member::Member;
 use crate::proto;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
@@ -41,13 +42,21 @@ pub(crate) struct RaftRegistry {
     options: Options,
     session: Session,
     sequences: Mutex<Sequences>,
+    /// The member that was started for this handle, and stops with it.
+    member: Mutex<Option<Member>>,
 }
 
 impl RaftRegistry {
     pub(crate) async fn open(link: Arc<dyn Link>, options: &Options) -> Result<Self> {
         let sessions = Arc::new(Sessions::new(link.apart(), options));
         let session = Session::open(BACKEND, sessions, options.connect_timeout).await?;
-        Ok(Self { link, options: options.clone(), session, sequences: Mutex::default() })
+        Ok(Self { link, options: options.clone(), session, sequences: Mutex::default(), member: Mutex::default() })
+    }
+
+    /// Makes the handle the owner of its member.
+    pub(crate) fn owning(self, member: Member) -> Self {
+        *self.member.lock() = Some(member);
+        self
     }
 
     fn namespace(&self) -> &Namespace {
@@ -238,7 +247,12 @@ impl Registry for RaftRegistry {
     }
 
     async fn close(&self) -> Result<()> {
-        self.session.close(self.options.request_timeout).await
+        let closed = self.session.close(self.options.request_timeout).await;
+        let member = self.member.lock().take();
+        match member {
+            Some(member) => closed.and(member.stop().await),
+            None => closed,
+        }
     }
 }
 

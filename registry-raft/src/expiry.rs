@@ -52,14 +52,14 @@ impl Expiry {
         if deadlines.expiring.contains(&session.0) {
             return not_now("the session is being expired");
         }
-        match deadlines.sessions.get_mut(&session.0) {
-            Some(deadline) => {
-                deadline.at = deadline.at.max(now + deadline.ttl);
-                Ok(())
-            }
-            None if deadlines.term.is_some() => Ok(()),
-            None => not_now("the member leads no longer"),
+        if deadlines.term.is_none() {
+            return not_now("the member leads no longer");
         }
+        // One that is not there yet was opened just now, and gets its full TTL with the next look.
+        if let Some(deadline) = deadlines.sessions.get_mut(&session.0) {
+            deadline.at = deadline.at.max(now + deadline.ttl);
+        }
+        Ok(())
     }
 
     /// This member does not lead: it counts nothing.

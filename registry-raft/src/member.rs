@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{ClientWriteError, LinearizableReadError, RaftError};
 use openraft::{Raft, ReadPolicy, SnapshotPolicy};
-use parking_lot::Mutex;
 use registry_api::{BoxError, Error, Namespace, Options, Registry, Result, SessionId, Watch, WatchRequest};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Semaphore, oneshot, watch};
@@ -101,6 +100,12 @@ impl Member {
     /// As [`crate::connect`].
     pub async fn connect(&self, options: &Options) -> Result<Arc<dyn Registry>> {
         Ok(Arc::new(RaftRegistry::open(Arc::new(self.core.clone()), options).await?))
+    }
+
+    /// A handle that owns this member, which stops when the handle is closed or dropped.
+    pub(crate) async fn into_handle(self, options: &Options) -> Result<Arc<dyn Registry>> {
+        let handle = RaftRegistry::open(Arc::new(self.core.clone()), options).await?;
+        Ok(Arc::new(handle.owning(self)))
     }
 
     /// How it stands.
@@ -351,7 +356,13 @@ impl Core {
         match self.raft.client_write(proposal).await {
             Ok(written) => Ok(written.data),
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => Err(unavailable("there is no Raft leader")),
-            Err(RaftError::APIError(error @ ClientWriteError::ChangeMembershipError(_))) => Err(unavailable(error)),
+            Err(RaftError::APIError(error @ (ClientWriteError::ChangeMembershipError(_) | ClientWriteError::PreconditionFailed(_)))) => {
+                Err(unavailable(error))
+            }
+            // It was appended, and another leader's log went over it, or a snapshot that may hold it.
+            Err(RaftError::APIError(error @ ClientWriteError::LogEntryDiscarded(_))) => {
+                Err(Error::OutcomeUnknown { operation: "a write", source: error.into() })
+            }
             Err(RaftError::Fatal(fatal)) => {
                 Err(Error::OutcomeUnknown { operation: "a write", source: fatal.into() })
             }

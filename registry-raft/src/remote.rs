@@ -17,6 +17,7 @@ use crate::proto;
 use crate::proto::registry_client::RegistryClient;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
+use crate::status::Status;
 use crate::proto::watch_response::Item;
 
 /// The largest message either side takes: a transaction or a page, and some room.
@@ -78,6 +79,17 @@ impl Remote {
         let mut current = self.current.lock();
         if current.at == at {
             *current = Current { at: (at + 1) % self.addresses.len(), channel: None };
+        }
+    }
+
+    /// How the group stands.
+    pub(crate) async fn status(&self, patience: Duration) -> Result<Status> {
+        match self.call(Call::Status(proto::StatusRequest {}), patience).await {
+            Ok(Answer::Status(status)) => Ok(status.into()),
+            Ok(_) => Err(not_understood()),
+            // Asking changes nothing, whatever became of the question.
+            Err(Error::OutcomeUnknown { source, .. }) => Err(Error::Unavailable { backend: BACKEND, source }),
+            Err(error) => Err(error),
         }
     }
 

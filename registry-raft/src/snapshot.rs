@@ -17,7 +17,7 @@ use registry_api::Result;
 
 use crate::directory::{owned, storage};
 use crate::log::Identity;
-use crate::proto::snapshot::{self as file, frame::Frame};
+use crate::proto::registry::snapshot::v1::{self as file, frame::Frame};
 use crate::state::{SessionRecord, State};
 use crate::tree::Tree;
 use crate::types::{Snapshot, SnapshotMeta};
@@ -173,7 +173,7 @@ impl Snapshots {
             return Err(invalid(&format!("its format is {format}, this version reads {FORMAT}; use the version that wrote it")));
         }
         let Frame::Header(header) = next(&mut from)? else { return Err(invalid("it has no header")) };
-        if header.cluster != self.identity.cluster {
+        if *header.cluster != self.identity.cluster {
             return Err(invalid("it is another cluster's"));
         }
         let meta = SnapshotMeta {

@@ -108,14 +108,14 @@ impl Store {
         if start < from {
             start.clone_from(&from);
         }
-        'seek: loop {
+        loop {
+            let mut seek = None;
             for record in tree.range(&start, &to) {
                 if list.children_only
                     && let Some(deeper) = record.key[from.len()..].find('/')
                 {
-                    // Past all that is below this child: `0` is the byte after `/`.
-                    start = format!("{}0", &record.key[..from.len() + deeper]);
-                    continue 'seek;
+                    seek = Some(past(&record.key[..from.len() + deeper]));
+                    break;
                 }
                 if page.entries.len() as u64 >= list.limit.max(1) || bytes > PAGE_BYTES {
                     page.more = true;
@@ -124,7 +124,10 @@ impl Store {
                 bytes += record.key.len() + record.value.len();
                 page.entries.push(proto::Entry::from(&**record));
             }
-            return page;
+            match seek {
+                Some(next) => start = next,
+                None => return page,
+            }
         }
     }
 
@@ -133,19 +136,21 @@ impl Store {
         let (from, to) = below(prefix);
         let mut names = BTreeSet::new();
         let mut start = from.clone();
-        'seek: loop {
+        loop {
+            let mut seek = None;
             for record in tree.range(&start, &to) {
                 let rest = &record.key[from.len()..];
-                match rest.find('/') {
-                    Some(end) => {
-                        names.insert(rest[..end].to_owned());
-                        start = format!("{from}{}0", &rest[..end]);
-                        continue 'seek;
-                    }
-                    None => names.insert(rest.to_owned()),
-                };
+                let (name, deeper) = rest.split_once('/').map_or((rest, false), |(name, _)| (name, true));
+                names.insert(name.to_owned());
+                if deeper {
+                    seek = Some(past(&record.key[..from.len() + name.len()]));
+                    break;
+                }
             }
-            return proto::ChildrenAnswer { names: names.into_iter().collect(), revision };
+            match seek {
+                Some(next) => start = next,
+                None => return proto::ChildrenAnswer { names: names.into_iter().collect(), revision },
+            }
         }
     }
 
@@ -191,6 +196,11 @@ impl Store {
         };
         Ok(Watch::new(Guarded { items: items.chain(live).boxed(), _guard: guard }))
     }
+}
+
+/// The least name past all that is below this one: `0` is the byte after `/`.
+fn past(parent: &str) -> String {
+    format!("{parent}0")
 }
 
 fn synced(revision: u64) -> impl Stream<Item = Result<WatchItem>> {
