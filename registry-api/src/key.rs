@@ -59,10 +59,9 @@ impl Key {
     /// # Errors
     /// [`KeyError`] for what neither a user nor a recipe can have written.
     pub fn from_store(stored: &str) -> Result<Self, KeyError> {
-        match stored.strip_prefix(RECIPE_TREE) {
+        match stored.strip_prefix(RECIPE_TREE).and_then(|path| path.strip_prefix('/')) {
             Some(path)
-                if path.len() <= MAX_KEY + RECIPE_EXTRA
-                    && path.split('/').skip(1).all(|s| check_segment(s).is_ok()) =>
+                if stored.len() <= MAX_KEY + RECIPE_EXTRA && path.split('/').all(|s| check_segment(s).is_ok()) =>
             {
                 Ok(Self(stored.into()))
             }
