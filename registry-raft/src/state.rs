@@ -259,3 +259,132 @@ fn ancestors(key: &str) -> impl Iterator<Item = &str> {
     let path = if recipe { "" } else { key };
     path.rmatch_indices('/').map(|(at, _)| &path[..at]).filter(|above| !above.is_empty())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::proto::operation::Write;
+
+    const UNIT: proto::Unit = proto::Unit {};
+
+    fn put(key: &str, ephemeral: bool) -> proto::Operation {
+        let put = proto::Put { value: "v".into(), ephemeral, take_over: false };
+        proto::Operation { key: key.into(), write: Some(Write::Put(put)) }
+    }
+
+    fn txn(operations: Vec<proto::Operation>) -> Change {
+        Change::Txn(proto::Txn { conditions: Vec::new(), operations })
+    }
+
+    fn command(session: u64, sequence: u64, change: Change) -> Command {
+        Command { session, sequence, answered_below: 0, change: Some(change) }
+    }
+
+    fn outcome(state: &mut State, command: Command) -> Outcome {
+        state.apply(1, command).reply.result.unwrap()
+    }
+
+    fn with_session() -> State {
+        let mut state = State::default();
+        let opened = outcome(&mut state, Command::new(Change::Open(proto::OpenSession { ttl_ms: 1000 })));
+        assert_eq!(opened, Outcome::SessionOpened(1));
+        state
+    }
+
+    fn committed(revision: u64) -> Outcome {
+        Outcome::Committed(proto::Committed { revision, changed: vec![true] })
+    }
+
+    #[test]
+    fn a_command_that_comes_twice_happens_once() {
+        let mut state = with_session();
+        let first = command(1, 1, txn(vec![put("/ns/a", false)]));
+        assert_eq!(outcome(&mut state, first.clone()), committed(1));
+        assert_eq!(outcome(&mut state, command(1, 2, txn(vec![put("/ns/a", false)]))), committed(2));
+        assert_eq!(outcome(&mut state, first.clone()), committed(1));
+        assert_eq!(state.revision, 2);
+        // Once the handle has the answer, it is forgotten, and a straggler changes nothing.
+        let third = Command { answered_below: 3, ..command(1, 3, txn(vec![put("/ns/a", false)])) };
+        assert_eq!(outcome(&mut state, third), committed(3));
+        assert_eq!(state.sessions[&1].replies.len(), 1);
+        assert_eq!(outcome(&mut state, first), Outcome::Done(UNIT));
+        assert_eq!(state.revision, 3);
+    }
+
+    #[test]
+    fn an_expiry_counted_in_another_term_changes_nothing() {
+        let mut state = with_session();
+        outcome(&mut state, command(1, 1, txn(vec![put("/ns/a", true), put("/ns/b", true)])));
+        let expire = |term| Command::new(Change::Expire(proto::ExpireSessions { sessions: vec![1], term }));
+        assert!(state.apply(2, expire(1)).changes.is_empty());
+        assert!(state.sessions.contains_key(&1));
+        let changes = state.apply(1, expire(1)).changes;
+        assert!(changes.len() == 2 && changes.iter().all(|change| change.kind == ChangeKind::SessionEnded));
+        assert_eq!((state.tree.len(), state.revision, state.sessions.len(), state.ephemeral.len()), (0, 2, 0, 0));
+        assert_eq!(outcome(&mut state, command(1, 2, txn(vec![put("/ns/a", true)]))), Outcome::SessionExpired(1));
+    }
+
+    #[test]
+    fn an_old_sessions_end_leaves_what_a_newer_one_took_over() {
+        let mut state = with_session();
+        outcome(&mut state, Command::new(Change::Open(proto::OpenSession { ttl_ms: 1000 })));
+        outcome(&mut state, command(1, 1, txn(vec![put("/ns/a", true)])));
+        let take_over = proto::Put { value: "new".into(), ephemeral: true, take_over: true };
+        let take_over = proto::Operation { key: "/ns/a".into(), write: Some(Write::Put(take_over)) };
+        let applied = state.apply(1, command(2, 1, txn(vec![take_over])));
+        let kinds: Vec<_> = applied.changes.iter().map(|change| change.kind).collect();
+        assert_eq!(kinds, [ChangeKind::Deleted, ChangeKind::Created]);
+        let closed = state.apply(1, Command::new(Change::Close(proto::CloseSession { session: 1 })));
+        assert!(closed.changes.is_empty());
+        let record = state.tree.get("/ns/a").unwrap();
+        assert_eq!((record.session, record.create_revision, record.version), (2, 2, 1));
+    }
+
+    #[test]
+    fn a_transaction_that_changes_nothing_takes_no_revision() {
+        let mut state = with_session();
+        let delete = proto::Operation { key: "/ns/a".into(), write: Some(Write::Delete(UNIT)) };
+        let nothing = Outcome::Committed(proto::Committed { revision: 0, changed: vec![false] });
+        assert_eq!(outcome(&mut state, command(1, 1, txn(vec![delete]))), nothing);
+    }
+
+    #[test]
+    fn recipes_are_spared_the_question_what_is_above() {
+        assert_eq!(ancestors("/ns/a/b/c").collect::<Vec<_>>(), ["/ns/a/b", "/ns/a", "/ns"]);
+        assert_eq!(ancestors("/ns~/lock/1/a").count(), 0);
+    }
+
+    proptest! {
+        /// What is derived from the records is the same however it came to be: by changes, or from a snapshot.
+        #[test]
+        fn a_restored_state_is_the_state(
+            changes in proptest::collection::vec((1u64..4, 0u8..4, any::<bool>(), 0u8..5), 1..200),
+        ) {
+            let mut state = State::default();
+            for _ in 1..4 {
+                state.apply(1, Command::new(Change::Open(proto::OpenSession { ttl_ms: 1000 })));
+            }
+            for (sequence, (session, key, ephemeral, what)) in (1..).zip(changes) {
+                let key = format!("/ns/{key}");
+                let change = match what {
+                    0 => txn(vec![proto::Operation { key, write: Some(Write::Delete(UNIT)) }]),
+                    1 => txn(vec![put(&format!("{key}/below"), ephemeral)]),
+                    2 => Change::DeletePrefix(key),
+                    _ => txn(vec![put(&key, ephemeral)]),
+                };
+                state.apply(1, command(session, sequence, change));
+            }
+            let sessions = state.sessions.iter().map(|(id, session)| {
+                (*id, SessionRecord { keys: BTreeSet::new(), ..(**session).clone() })
+            });
+            let restored = State::restore(state.tree.clone(), state.revision, state.last_session, sessions.collect());
+            prop_assert_eq!(&restored.sessions, &state.sessions);
+            prop_assert_eq!(&restored.ephemeral, &state.ephemeral);
+            for key in &state.ephemeral {
+                prop_assert!(!state.has_children(key), "{} is no leaf", key);
+            }
+        }
+    }
+}
