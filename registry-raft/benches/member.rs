@@ -1,0 +1,190 @@
+//! What one member does on this disk: puts and reads at 1 to 256 tasks, beside the disk's own `fdatasync` of a
+//! pre-written file, measured in the same run.
+//!
+//! `cargo bench -p registry-raft --bench member [-- DIRECTORY]`, or with `-- DIRECTORY keys N` what N keys cost: the load,
+//! the restart, a listing of ten, and the longest wait of a write while a snapshot is taken.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use registry_api::{Key, List, Options, Read, Registry, Result};
+use registry_raft::{Member, RaftConfig};
+
+const ROUNDS: usize = 5;
+const ROUND: Duration = Duration::from_secs(2);
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
+    let base = args.next().map_or_else(std::env::temp_dir, PathBuf::from);
+    let dir = base.join(format!("registry-bench-{}", std::process::id()));
+    let done = match (args.next().as_deref(), args.next().and_then(|n| n.parse().ok())) {
+        (Some("keys"), Some(keys)) => many_keys(&dir, keys).await,
+        _ => throughput(&dir).await,
+    };
+    // The measurements are printed; what can't be removed is for the user to see.
+    let _ = std::fs::remove_dir_all(&dir);
+    done
+}
+
+fn config(dir: &Path) -> RaftConfig {
+    let mut config = RaftConfig::default();
+    config.data_dir = Some(dir.join("data"));
+    config.listen = Some("127.0.0.1:0".into());
+    config
+}
+
+fn key(n: usize) -> Key {
+    Key::parse(&format!("/bench/keys/of/sixty/five/bytes/as/in/the/comparison/tables/{n:07}")).expect("it is a key")
+}
+
+async fn throughput(dir: &Path) -> Result<()> {
+    let member = Member::start(&config(dir)).await?;
+    let registry = member.connect(&Options::default()).await?;
+    println!("{ROUNDS} rounds of {ROUND:?}, medians; values of 256 bytes, fsync on");
+    let (mut disk, mut one) = (Vec::new(), Vec::new());
+    for tasks in [1, 16, 64, 256] {
+        let (mut puts, mut gets) = (Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            if tasks == 1 {
+                disk.push(fdatasync(dir));
+            }
+            puts.push(run(&registry, tasks, Work::Put).await?);
+            gets.push(run(&registry, tasks, Work::Get).await?);
+        }
+        if tasks == 1 {
+            one.extend(puts.iter().map(|run| run.p50));
+        }
+        for (what, runs) in [("put", puts), ("get, linearizable", gets)] {
+            let of = |pick: fn(&Run) -> f64| median(runs.iter().map(pick).collect());
+            let (rate, p50, p99) = (of(|r| r.rate), of(|r| r.p50), of(|r| r.p99));
+            println!("{what:18} {tasks:4} tasks {rate:10.0} /s   p50 {p50:8.0} us   p99 {p99:8.0} us");
+        }
+    }
+    let ratios = one.iter().zip(&disk).map(|(put, disk)| put / disk).collect();
+    println!("fdatasync of a pre-written 4 KiB: p50 {:.0} us; one writer's put costs {:.2} times that", median(disk), median(ratios));
+    registry.close().await?;
+    member.stop().await
+}
+
+/// The median of overwriting and syncing 4 KiB of a file that has its blocks, in microseconds.
+fn fdatasync(dir: &Path) -> f64 {
+    let path = dir.join("fdatasync");
+    let file = File::options().create(true).truncate(false).write(true).open(&path).expect("the directory takes files");
+    file.write_all_at(&vec![0; 4 << 20], 0).expect("the disk has room");
+    file.sync_all().expect("the disk syncs");
+    let mut took = Vec::new();
+    for n in 0..1000 {
+        let start = Instant::now();
+        file.write_all_at(&[1; 4096], n * 4096).expect("the disk has room");
+        file.sync_data().expect("the disk syncs");
+        took.push(start.elapsed().as_secs_f64() * 1e6);
+    }
+    median(took)
+}
+
+#[derive(Clone, Copy)]
+enum Work {
+    Put,
+    Get,
+}
+
+struct Run {
+    rate: f64,
+    p50: f64,
+    p99: f64,
+}
+
+async fn run(registry: &Arc<dyn Registry>, tasks: usize, work: Work) -> Result<Run> {
+    let start = Instant::now();
+    let workers = (0..tasks).map(|task| {
+        let registry = registry.clone();
+        tokio::spawn(async move {
+            let (mut took, mut n) = (Vec::new(), task * 7919);
+            while start.elapsed() < ROUND {
+                n += 1;
+                let asked = Instant::now();
+                match work {
+                    Work::Put => drop(registry.put(&key(n % 10_000), vec![b'v'; 256]).await?),
+                    Work::Get => drop(registry.get(&key(n % 10_000), Read::Linearizable).await?),
+                }
+                took.push(asked.elapsed().as_secs_f64() * 1e6);
+            }
+            Ok::<_, registry_api::Error>(took)
+        })
+    });
+    let mut took = Vec::new();
+    for worker in workers.collect::<Vec<_>>() {
+        took.extend(worker.await.expect("a worker does not panic")?);
+    }
+    let rate = took.len() as f64 / start.elapsed().as_secs_f64();
+    took.sort_by(f64::total_cmp);
+    Ok(Run { rate, p50: took[took.len() / 2], p99: took[took.len() * 99 / 100] })
+}
+
+async fn many_keys(dir: &Path, keys: usize) -> Result<()> {
+    let member = Member::start(&config(dir)).await?;
+    let registry = member.connect(&Options::default()).await?;
+    let start = Instant::now();
+    let loaders = (0..64).map(|task| {
+        let registry = registry.clone();
+        tokio::spawn(async move {
+            for n in (task..keys).step_by(64) {
+                registry.put(&key(n), vec![b'v'; 256]).await?;
+            }
+            Ok::<_, registry_api::Error>(())
+        })
+    });
+    for loader in loaders.collect::<Vec<_>>() {
+        loader.await.expect("a loader does not panic")?;
+    }
+    println!("load of {keys} keys: {:.1} s", start.elapsed().as_secs_f64());
+
+    let mut took = Vec::new();
+    for n in 0..101 {
+        let asked = Instant::now();
+        let prefix = Key::parse("/bench/keys/of/sixty/five/bytes/as/in/the/comparison/tables")?;
+        let page = registry.list(List { limit: 10, after: Some(key(n * keys / 102)), ..List::new(&prefix) }).await?;
+        assert_eq!(page.entries.len(), 10);
+        took.push(asked.elapsed().as_secs_f64() * 1e3);
+    }
+    println!("a page of ten: {:.2} ms", median(took));
+
+    println!("longest put of one writer in two seconds: {:.1} ms", longest_put(&registry, Duration::from_secs(2)).await?);
+    let before = member.status().snapshot_bytes;
+    member.snapshot().await?;
+    let mut longest = 0.0_f64;
+    let start = Instant::now();
+    while member.status().snapshot_bytes == before && start.elapsed() < Duration::from_secs(60) {
+        longest = longest.max(longest_put(&registry, Duration::from_millis(50)).await?);
+    }
+    println!("longest put while a snapshot is written: {longest:.1} ms (it took {:.1} s)", start.elapsed().as_secs_f64());
+    let status = member.status();
+    println!("snapshot {} MiB, log {} MiB", status.snapshot_bytes >> 20, status.log_bytes >> 20);
+    registry.close().await?;
+    member.stop().await?;
+
+    let start = Instant::now();
+    let member = Member::start(&config(dir)).await?;
+    println!("restart: {:.1} s, {} keys", start.elapsed().as_secs_f64(), member.status().keys);
+    assert_eq!(member.status().keys as usize, keys);
+    member.stop().await
+}
+
+async fn longest_put(registry: &Arc<dyn Registry>, how_long: Duration) -> Result<f64> {
+    let (start, mut longest) = (Instant::now(), 0.0_f64);
+    while start.elapsed() < how_long {
+        let asked = Instant::now();
+        registry.put(&key(1), vec![b'v'; 256]).await?;
+        longest = longest.max(asked.elapsed().as_secs_f64() * 1e3);
+    }
+    Ok(longest)
+}
+
+fn median(mut of: Vec<f64>) -> f64 {
+    of.sort_by(f64::total_cmp);
+    of[of.len() / 2]
+}
