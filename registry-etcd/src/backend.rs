@@ -1,0 +1,237 @@
+//! The trait over etcd.
+
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Instant;
+
+use async_trait::async_trait;
+use etcd_client::proto::PbTxnOpResponse;
+use etcd_client::{ConnectOptions, DeleteOptions, GetOptions, Txn as Request, TxnOp};
+use registry_api::{
+    Capabilities, Committed, Entry, Error, Health, Key, List, Options, Page, Prefix, Read, Registry, Result, Revision,
+    Session, Txn, Watch, WatchRequest,
+};
+
+use crate::commit::commit;
+use crate::config::EtcdConfig;
+use crate::error::BACKEND;
+use crate::link::{Leader, Member};
+use crate::names::revision;
+use crate::session::Leases;
+use crate::store::{self, Store};
+use crate::{version, watch};
+
+const CAPABILITIES: Capabilities = Capabilities {
+    backend: BACKEND,
+    every_change: true,
+    watch_from_revision: true,
+    consistent_pages: true,
+    tells_expiry: false,
+    atomic_expiry: true,
+    atomic_delete_prefix: true,
+    fresh_create_revision: true,
+    stale_without_quorum: true,
+    max_children: None,
+};
+
+/// A handle on etcd.
+pub(crate) struct Etcd {
+    store: Arc<Store>,
+    session: Session,
+}
+
+impl Etcd {
+    pub(crate) async fn open(config: &EtcdConfig, options: &Options) -> Result<Self> {
+        let deadline = tokio::time::Instant::now() + options.connect_timeout;
+        config.check()?;
+        let dial = store::dialling(config).await?;
+        let store = Store::new(config, dial.clone(), options);
+        let member = store.requests.member(deadline).await?;
+        for fault in version::faults(&member.version) {
+            tracing::warn!(
+                endpoint = member.endpoint,
+                version = member.version,
+                "this version of etcd has a known fault: {fault}"
+            );
+        }
+        let session = Self::open_session(config, dial, options, deadline).await?;
+        Ok(Self {
+            store: Arc::new(store),
+            session,
+        })
+    }
+
+    async fn open_session(
+        config: &EtcdConfig,
+        dial: ConnectOptions,
+        options: &Options,
+        deadline: tokio::time::Instant,
+    ) -> Result<Session> {
+        let link = store::link(config, dial, Leader::Required, options);
+        let left = deadline - tokio::time::Instant::now();
+        Session::open(BACKEND, Arc::new(Leases::new(link, options.clone())), left).await
+    }
+
+    /// A read that shows nothing older than what this handle has seen. A replica that is behind that is passed over in
+    /// favour of the quorum (R4).
+    async fn read<T, F>(&self, read: Read, ask: impl Fn(Read) -> F) -> Result<T>
+    where
+        F: Future<Output = Result<(T, Revision)>>,
+    {
+        self.session.check_open()?;
+        let (mut answer, mut at) = ask(read).await?;
+        if read == Read::Stale && at < self.store.seen() {
+            (answer, at) = ask(Read::Linearizable).await?;
+        }
+        self.store.saw(at);
+        Ok(answer)
+    }
+}
+
+#[async_trait]
+impl Registry for Etcd {
+    fn capabilities(&self) -> &Capabilities {
+        &CAPABILITIES
+    }
+
+    fn session(&self) -> &Session {
+        &self.session
+    }
+
+    async fn get(&self, key: &Key, read: Read) -> Result<Option<Entry>> {
+        let deadline = self.store.deadline();
+        let names = &self.store.names;
+        let get = |read| async move {
+            let ask = |member: Arc<Member>| {
+                let options = match read {
+                    Read::Linearizable => None,
+                    Read::Stale => Some(GetOptions::new().with_serializable()),
+                };
+                let name = names.key(key);
+                async move { member.kv().get(name, options).await }
+            };
+            let mut answer = self.store.requests.read(deadline, ask).await?.0;
+            let at = revision(answer.header.map_or(0, |header| header.revision));
+            Ok((answer.kvs.pop().and_then(|stored| names.entry(stored)), at))
+        };
+        self.read(read, get).await
+    }
+
+    async fn list(&self, list: List) -> Result<Page> {
+        if list.limit == 0 {
+            return Err(Error::InvalidRequest("a page holds at least one entry".into()));
+        }
+        let deadline = self.store.deadline();
+        let list = &list;
+        self.read(list.read, |read| async move {
+            let list = List { read, ..list.clone() };
+            let page = self.store.reader(deadline).page(&list).await?;
+            let at = page.revision;
+            Ok((page, at))
+        })
+        .await
+    }
+
+    async fn children(&self, prefix: &Prefix, read: Read) -> Result<Vec<String>> {
+        let deadline = self.store.deadline();
+        self.read(read, |read| async move {
+            self.store.reader(deadline).children(prefix, read).await
+        })
+        .await
+    }
+
+    async fn count(&self, prefix: &Prefix, read: Read) -> Result<u64> {
+        let deadline = self.store.deadline();
+        self.read(read, |read| async move {
+            self.store.reader(deadline).count(prefix, read).await
+        })
+        .await
+    }
+
+    async fn commit(&self, txn: Txn) -> Result<Committed> {
+        self.session.check_open()?;
+        txn.check()?;
+        let session = match txn.needs_session() {
+            true => Some(self.session.live()?),
+            false => None,
+        };
+        let deadline = self.store.deadline();
+        let committed = commit(&self.store.requests, &self.store.names, deadline, &txn, session).await;
+        match &committed {
+            Ok(committed) => self.store.saw(committed.revision),
+            Err(Error::SessionExpired { session }) => self.session.told_expired(*session),
+            Err(_) => {}
+        }
+        committed
+    }
+
+    async fn delete_prefix(&self, prefix: &Prefix) -> Result<u64> {
+        self.session.check_open()?;
+        let below = self.store.names.below(prefix);
+        let itself = self.store.names.prefix(prefix).map(|name| TxnOp::delete(name, None));
+        let range = TxnOp::delete(below.start, Some(DeleteOptions::new().with_range(below.end)));
+        let request = Request::new().and_then(itself.into_iter().chain([range]).collect::<Vec<_>>());
+        let delete = |member: Arc<Member>| {
+            let request = request.clone();
+            async move { member.kv().txn(request).await }
+        };
+        let deadline = self.store.deadline();
+        let response = self
+            .store
+            .requests
+            .write(deadline, "deleting a prefix", None, delete)
+            .await?
+            .0;
+        self.store
+            .saw(revision(response.header.map_or(0, |header| header.revision)));
+        let deleted = |answer: PbTxnOpResponse| match answer {
+            PbTxnOpResponse::ResponseDeleteRange(deleted) => deleted.deleted.unsigned_abs(),
+            _ => 0,
+        };
+        Ok(response
+            .responses
+            .into_iter()
+            .filter_map(|answer| answer.response)
+            .map(deleted)
+            .sum())
+    }
+
+    async fn watch(&self, request: WatchRequest) -> Result<Watch> {
+        self.session.check_open()?;
+        watch::start(&self.store, request, self.session.states()).await
+    }
+
+    async fn health(&self) -> Result<Health> {
+        self.session.check_open()?;
+        let began = Instant::now();
+        let name = self.store.names.0.as_str();
+        let ask = |member: Arc<Member>| async move {
+            let options = GetOptions::new().with_count_only();
+            let answer = member.kv().get(name, Some(options)).await?;
+            Ok((
+                member.endpoint.clone(),
+                answer.0.header.map_or(0, |header| header.revision),
+            ))
+        };
+        let (endpoint, at) = self.store.requests.read(self.store.deadline(), ask).await?;
+        Ok(Health {
+            endpoint,
+            latency: began.elapsed(),
+            revision: revision(at),
+        })
+    }
+
+    async fn close(&self) -> Result<()> {
+        self.session.close(self.store.request_timeout).await
+    }
+}
+
+impl fmt::Debug for Etcd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Etcd")
+            .field("namespace", &self.store.names.0)
+            .field("session", &self.session)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,132 @@
+//! Sends a transaction until it is applied or refused.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use etcd_client::Txn as Request;
+use etcd_client::proto::PbTxnResponse;
+use registry_api::{Committed, Key, Result, SessionId, Txn};
+use tokio::time::Instant;
+
+use crate::error::{self, Trouble};
+use crate::link::{Backoff, Link, Member};
+use crate::names::Names;
+use crate::plan::{Judgement, MAX_OPS, Plan, Probe, State, committed_at};
+
+/// Applies a transaction.
+///
+/// One request, where the hopes of [`Plan`] are met. A key to be taken over is deleted by a request of its own, under
+/// the same conditions, since etcd refuses two writes of one key in one transaction.
+pub(crate) async fn commit(
+    link: &Link,
+    names: &Names,
+    deadline: Instant,
+    txn: &Txn,
+    session: Option<SessionId>,
+) -> Result<Committed> {
+    let mut commit = Commit {
+        link,
+        deadline,
+        session,
+        plan: Plan::new(names, txn, session),
+        state: State::default(),
+    };
+    let committed = commit.run().await;
+    match committed {
+        // The part that deletes what was to be taken over has happened.
+        Err(error) if commit.plan.has_evicted() => Err(error::unknown("taking a key over", error)),
+        committed => committed,
+    }
+}
+
+struct Commit<'t> {
+    link: &'t Link,
+    deadline: Instant,
+    session: Option<SessionId>,
+    plan: Plan<'t>,
+    /// The keys as they were last seen.
+    state: State,
+}
+
+impl Commit<'_> {
+    async fn run(&mut self) -> Result<Committed> {
+        let mut backoff = Backoff::default();
+        let mut rounds = 0;
+        loop {
+            let request = match self.plan.request() {
+                Some(request) => request,
+                None => {
+                    self.look(None).await?;
+                    match self.plan.judge(&self.state)? {
+                        Judgement::Clear => self.plan.guarded(&self.state),
+                        Judgement::Evict(keys) => {
+                            self.evict(keys).await?;
+                            continue;
+                        }
+                    }
+                }
+            };
+            let response = self.send(request).await?;
+            if response.succeeded {
+                return Ok(Committed {
+                    revision: committed_at(&response),
+                    changed: self.plan.changed(&response),
+                });
+            }
+            self.look(Some(&response)).await?;
+            if let Judgement::Evict(keys) = self.plan.judge(&self.state)? {
+                self.evict(keys).await?;
+            }
+            // What was learnt about the keys is mostly enough for the next request; only a race takes more.
+            rounds += 1;
+            if rounds > 1 && !backoff.wait_until(self.deadline).await {
+                return Err(error::unavailable(Trouble::Contended));
+            }
+        }
+    }
+
+    /// Deletes keys that are to be made anew, if they are still as they were seen.
+    async fn evict(&mut self, keys: BTreeMap<Key, i64>) -> Result<()> {
+        let response = self.send(self.plan.eviction(&keys)).await?;
+        if response.succeeded {
+            self.plan.evicted(keys);
+            return Ok(());
+        }
+        self.look(Some(&response)).await?;
+        self.plan.judge(&self.state).map(drop)
+    }
+
+    /// Reads the keys concerned, at one revision. A refusal brings the first of them along.
+    async fn look(&mut self, refusal: Option<&PbTxnResponse>) -> Result<()> {
+        let probes: Vec<Probe> = self.plan.probes().into_iter().collect();
+        self.state = State::default();
+        let mut rest = &probes[..];
+        if let Some(refusal) = refusal {
+            let (first, further) = probes.split_at(probes.len().min(MAX_OPS));
+            self.state.add(first.iter(), refusal);
+            rest = further;
+        }
+        for some in rest.chunks(MAX_OPS) {
+            let at = self.state.revision;
+            let read = |member: Arc<Member>| {
+                let gets: Vec<_> = some.iter().map(|probe| probe.get(at)).collect();
+                async move { member.kv().txn(Request::new().and_then(gets)).await }
+            };
+            let response = self.link.read(self.deadline, read).await?;
+            self.state.add(some.iter(), &response.0);
+        }
+        Ok(())
+    }
+
+    async fn send(&self, request: Request) -> Result<PbTxnResponse> {
+        let send = |member: Arc<Member>| {
+            let request = request.clone();
+            async move { member.kv().txn(request).await }
+        };
+        let response = self
+            .link
+            .write(self.deadline, "the transaction", self.session, send)
+            .await?;
+        Ok(response.0)
+    }
+}

@@ -1,0 +1,426 @@
+//! One transaction of the registry as one of etcd's: what it demands of the keys, and what a refusal means.
+//!
+//! Every condition and every rule on kinds and owners becomes a comparison, so that etcd itself judges and writes in one
+//! step. An absent key compares as zero throughout: its lease, its create revision, its mod revision.
+//!
+//! What can't be said in one comparison is hoped for: an ephemeral put demands that its key is absent; only when that
+//! fails, and the key turns out to be the session's own, is it sent again with that demand. The branch for failure reads
+//! every key concerned, at the revision of the refusal.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+
+use etcd_client::proto::{PbTxnOpResponse, PbTxnResponse};
+use etcd_client::{Compare, CompareOp, DeleteOptions, GetOptions, PutOptions, Txn as Request, TxnOp};
+use registry_api::{
+    Condition, Error, Existing, Expect, Key, Kind, Operation, Prefix, Refusal, Result, Revision, SessionId, Txn,
+};
+
+use crate::names::{Names, after, compared, lease, revision, session};
+
+/// The most comparisons, and the most operations, that etcd takes in one transaction (`--max-txn-ops`).
+pub(crate) const MAX_OPS: usize = 128;
+
+/// A transaction on its way, with what has been learnt about its keys.
+pub(crate) struct Plan<'t> {
+    names: &'t Names,
+    txn: &'t Txn,
+    /// The lease of the handle's session; zero where nothing ephemeral is put.
+    lease: i64,
+    /// Keys that are known to be the session's own already.
+    own: HashSet<Key>,
+    /// Keys of another kind or owner that were deleted to be made anew.
+    evicted: HashSet<Key>,
+}
+
+/// What etcd is to verify.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Demand {
+    Absent(Vec<u8>),
+    Present(Vec<u8>),
+    Modified(Vec<u8>, i64),
+    Created(Vec<u8>, i64),
+    Lease(Vec<u8>, i64),
+    /// Nothing in this range.
+    Empty(Vec<u8>, Vec<u8>),
+    /// Nothing in this range was put after the revision.
+    Untouched(Vec<u8>, Vec<u8>, i64),
+}
+
+/// What is read to tell why a transaction was refused.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Probe {
+    Key(Vec<u8>),
+    Range(Vec<u8>, Vec<u8>),
+}
+
+/// A key as a probe found it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Found {
+    created: i64,
+    modified: i64,
+    lease: i64,
+}
+
+/// What the probes found, at one revision.
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    pub(crate) revision: i64,
+    found: HashMap<Probe, Found>,
+}
+
+/// What to do after a look at the keys.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Judgement {
+    /// Nothing stands against it, as far as is known now.
+    Clear,
+    /// These keys have to go first, at the revision they have: they are to be taken over.
+    Evict(BTreeMap<Key, i64>),
+}
+
+impl<'t> Plan<'t> {
+    pub(crate) fn new(names: &'t Names, txn: &'t Txn, session: Option<SessionId>) -> Self {
+        // A condition that the key exists says that a put of it is one of an own key.
+        let puts = txn.operations.iter().filter(|o| matches!(o, Operation::Put { .. }));
+        let own = puts
+            .map(Operation::key)
+            .filter(|key| {
+                let mut conditions = txn.conditions.iter().filter(|condition| condition.key == **key);
+                conditions.any(|c| {
+                    matches!(
+                        c.expect,
+                        Expect::Present | Expect::ModRevision(_) | Expect::CreateRevision(_)
+                    )
+                })
+            })
+            .cloned()
+            .collect();
+        Self {
+            names,
+            txn,
+            lease: session.map_or(0, lease),
+            own,
+            evicted: HashSet::new(),
+        }
+    }
+
+    /// The request, if it is within etcd's bound on comparisons.
+    pub(crate) fn request(&self) -> Option<Request> {
+        let demands = self.demands(&BTreeMap::new());
+        (demands.len() <= MAX_OPS).then(|| self.build(demands, self.operations()))
+    }
+
+    /// The request with few comparisons, for keys that were seen to allow it: conditions are compared as they are, and
+    /// of everything else it is demanded that nothing was put since. Keys near each other share a comparison.
+    pub(crate) fn guarded(&self, seen: &State) -> Request {
+        let mut exact = BTreeSet::new();
+        self.demand_conditions(&mut exact);
+        let mut ranges: Vec<_> = self
+            .demands(&BTreeMap::new())
+            .into_iter()
+            .filter(|demand| !exact.contains(demand))
+            .map(|demand| match demand {
+                Demand::Empty(start, end) | Demand::Untouched(start, end, _) => (start, end),
+                Demand::Absent(key)
+                | Demand::Present(key)
+                | Demand::Modified(key, _)
+                | Demand::Created(key, _)
+                | Demand::Lease(key, _) => (key.clone(), after(key)),
+            })
+            .collect();
+        ranges.sort();
+        let share = ranges.len().div_ceil(MAX_OPS - exact.len()).max(1);
+        for group in ranges.chunks(share) {
+            let end = group.iter().map(|(_, end)| end).max().cloned().unwrap_or_default();
+            exact.insert(Demand::Untouched(group[0].0.clone(), end, seen.revision + 1));
+        }
+        self.build(exact, self.operations())
+    }
+
+    /// The request that deletes keys which are to be made anew, under every demand of the transaction.
+    pub(crate) fn eviction(&self, keys: &BTreeMap<Key, i64>) -> Request {
+        let mut demands = self.demands(keys);
+        for (key, modified) in keys {
+            demands.insert(Demand::Modified(self.names.key(key), *modified));
+        }
+        // Conditions and these come first in order. The rest, beyond the bound, is left for the transaction itself.
+        let demands = demands.into_iter().take(MAX_OPS).collect();
+        let deletes = keys.keys().map(|key| TxnOp::delete(self.names.key(key), None));
+        self.build(demands, deletes.collect())
+    }
+
+    pub(crate) fn evicted(&mut self, keys: BTreeMap<Key, i64>) {
+        self.evicted.extend(keys.into_keys());
+    }
+
+    /// Whether a part of the transaction, the deletes before a take-over, has happened.
+    pub(crate) fn has_evicted(&self) -> bool {
+        !self.evicted.is_empty()
+    }
+
+    fn build(&self, demands: BTreeSet<Demand>, operations: Vec<TxnOp>) -> Request {
+        let probes: Vec<_> = self.probes().into_iter().take(MAX_OPS).map(|p| p.get(0)).collect();
+        let compares: Vec<_> = demands.into_iter().map(Demand::compare).collect();
+        Request::new().when(compares).and_then(operations).or_else(probes)
+    }
+
+    fn operations(&self) -> Vec<TxnOp> {
+        let operation = |operation: &Operation| match operation {
+            Operation::Delete { key } => TxnOp::delete(self.names.key(key), Some(DeleteOptions::new())),
+            Operation::Put { key, value, kind, .. } => {
+                let lease = match kind {
+                    Kind::Ephemeral => self.lease,
+                    Kind::Persistent => 0,
+                };
+                TxnOp::put(
+                    self.names.key(key),
+                    value.to_vec(),
+                    Some(PutOptions::new().with_lease(lease)),
+                )
+            }
+        };
+        self.txn.operations.iter().map(operation).collect()
+    }
+
+    /// Everything that has to hold, the kind of these keys aside.
+    fn demands(&self, except: &BTreeMap<Key, i64>) -> BTreeSet<Demand> {
+        let mut demands = BTreeSet::new();
+        self.demand_conditions(&mut demands);
+        for operation in &self.txn.operations {
+            let Operation::Put { key, kind, .. } = operation else {
+                continue;
+            };
+            if !except.contains_key(key) {
+                demands.insert(self.demand_kind(key, *kind));
+            }
+            for ancestor in key.ancestors() {
+                demands.insert(Demand::Lease(self.names.key(&ancestor), 0));
+            }
+            if let Some((start, end)) = self.range_below(key, *kind) {
+                demands.insert(Demand::Empty(start, end));
+            }
+        }
+        demands
+    }
+
+    fn demand_conditions(&self, demands: &mut BTreeSet<Demand>) {
+        for Condition { key, expect } in &self.txn.conditions {
+            let name = self.names.key(key);
+            if self.evicted.contains(key) && *expect != Expect::Childless {
+                // Verified when it was deleted.
+                continue;
+            }
+            demands.insert(match expect {
+                Expect::Absent => Demand::Absent(name),
+                Expect::Present => Demand::Present(name),
+                Expect::ModRevision(revision) => Demand::Modified(name, compared(*revision)),
+                Expect::CreateRevision(revision) => Demand::Created(name, compared(*revision)),
+                Expect::Childless => {
+                    let below = self.names.below(&Prefix::from(key));
+                    Demand::Empty(below.start, below.end)
+                }
+                // A demand that is not known can't be met.
+                _ => Demand::Created(name, -1),
+            });
+        }
+    }
+
+    fn demand_kind(&self, key: &Key, kind: Kind) -> Demand {
+        let name = self.names.key(key);
+        match kind {
+            _ if self.evicted.contains(key) => Demand::Absent(name),
+            Kind::Persistent => Demand::Lease(name, 0),
+            Kind::Ephemeral if self.own.contains(key) => Demand::Lease(name, self.lease),
+            Kind::Ephemeral => Demand::Absent(name),
+        }
+    }
+
+    /// Where an ephemeral key must have nothing: below it. Nothing is ever put below a recipe's ephemeral key.
+    fn range_below(&self, key: &Key, kind: Kind) -> Option<(Vec<u8>, Vec<u8>)> {
+        let below = (kind == Kind::Ephemeral && !key.is_recipe()).then(|| self.names.below(&Prefix::from(key)))?;
+        Some((below.start, below.end))
+    }
+
+    /// What has to be read to judge the transaction.
+    pub(crate) fn probes(&self) -> BTreeSet<Probe> {
+        let mut probes = BTreeSet::new();
+        for Condition { key, expect } in &self.txn.conditions {
+            probes.insert(Probe::Key(self.names.key(key)));
+            if *expect == Expect::Childless {
+                let below = self.names.below(&Prefix::from(key));
+                probes.insert(Probe::Range(below.start, below.end));
+            }
+        }
+        for operation in &self.txn.operations {
+            if let Operation::Put { key, kind, .. } = operation {
+                probes.insert(Probe::Key(self.names.key(key)));
+                probes.extend(key.ancestors().map(|ancestor| Probe::Key(self.names.key(&ancestor))));
+                probes.extend(
+                    self.range_below(key, *kind)
+                        .map(|(start, end)| Probe::Range(start, end)),
+                );
+            }
+        }
+        probes
+    }
+
+    /// What a look at the keys means: an error, or what to do next. Conditions come before refusals.
+    pub(crate) fn judge(&mut self, state: &State) -> Result<Judgement> {
+        for condition in &self.txn.conditions {
+            self.judge_condition(condition, state)?;
+        }
+        let mut evict = BTreeMap::new();
+        for operation in &self.txn.operations {
+            let Operation::Put {
+                key, kind, existing, ..
+            } = operation
+            else {
+                continue;
+            };
+            let found = state.key(self.names.key(key));
+            self.own.remove(key);
+            match (self.refusal(found, *kind), existing, found) {
+                (None, _, Some(found)) if self.evicted.contains(key) => {
+                    // Made anew by another after it was deleted here.
+                    evict.insert(key.clone(), found.modified);
+                }
+                (None, _, found) => {
+                    if found.is_some_and(|found| found.lease != 0) {
+                        self.own.insert(key.clone());
+                    }
+                }
+                (Some(_), Existing::TakeOver, Some(found)) => {
+                    evict.insert(key.clone(), found.modified);
+                }
+                (Some(refusal), _, _) => return Err(refused(key, refusal)),
+            }
+            for ancestor in key.ancestors() {
+                if state
+                    .key(self.names.key(&ancestor))
+                    .is_some_and(|found| found.lease != 0)
+                {
+                    return Err(refused(key, Refusal::BelowEphemeral(ancestor)));
+                }
+            }
+            if let Some((start, end)) = self.range_below(key, *kind)
+                && state.found.contains_key(&Probe::Range(start, end))
+            {
+                return Err(refused(key, Refusal::HasChildren));
+            }
+        }
+        match evict.is_empty() {
+            true => Ok(Judgement::Clear),
+            false => Ok(Judgement::Evict(evict)),
+        }
+    }
+
+    /// Why a put over this key is refused, unless it takes over.
+    fn refusal(&self, found: Option<Found>, kind: Kind) -> Option<Refusal> {
+        let owner = session(found?.lease);
+        match (kind, owner) {
+            (Kind::Persistent, None) => None,
+            (Kind::Persistent, Some(_)) => Some(Refusal::Ephemeral),
+            (Kind::Ephemeral, None) => Some(Refusal::Persistent),
+            (Kind::Ephemeral, Some(owner)) => (lease(owner) != self.lease).then_some(Refusal::OwnedBy(owner)),
+        }
+    }
+
+    fn judge_condition(&self, Condition { key, expect }: &Condition, state: &State) -> Result<()> {
+        if self.evicted.contains(key) && *expect != Expect::Childless {
+            return Ok(());
+        }
+        let found = state.key(self.names.key(key));
+        let holds = match expect {
+            Expect::Absent => found.is_none(),
+            Expect::Present => found.is_some(),
+            Expect::ModRevision(revision) => found.is_some_and(|found| found.modified == compared(*revision)),
+            Expect::CreateRevision(revision) => found.is_some_and(|found| found.created == compared(*revision)),
+            Expect::Childless => {
+                let below = self.names.below(&Prefix::from(key));
+                !state.found.contains_key(&Probe::Range(below.start, below.end))
+            }
+            _ => false,
+        };
+        match holds {
+            true => Ok(()),
+            false => Err(Error::Conflict {
+                key: key.clone(),
+                expected: *expect,
+                found: found.map(|found| revision(found.modified)),
+            }),
+        }
+    }
+
+    /// For each operation, whether it changed anything.
+    pub(crate) fn changed(&self, response: &PbTxnResponse) -> Vec<bool> {
+        let change = |(operation, response): (&Operation, &Option<PbTxnOpResponse>)| match (operation, response) {
+            (Operation::Delete { .. }, Some(PbTxnOpResponse::ResponseDeleteRange(deleted))) => deleted.deleted > 0,
+            _ => true,
+        };
+        let responses = response.responses.iter().map(|response| &response.response);
+        self.txn.operations.iter().zip(responses).map(change).collect()
+    }
+}
+
+fn refused(key: &Key, refusal: Refusal) -> Error {
+    Error::Refused {
+        key: key.clone(),
+        refusal,
+    }
+}
+
+impl Demand {
+    fn compare(self) -> Compare {
+        match self {
+            Self::Absent(key) => Compare::create_revision(key, CompareOp::Equal, 0),
+            Self::Present(key) => Compare::create_revision(key, CompareOp::NotEqual, 0),
+            Self::Modified(key, revision) => Compare::mod_revision(key, CompareOp::Equal, revision),
+            Self::Created(key, revision) => Compare::create_revision(key, CompareOp::Equal, revision),
+            Self::Lease(key, lease) => Compare::lease(key, CompareOp::Equal, lease),
+            Self::Empty(start, end) => Compare::create_revision(start, CompareOp::Equal, 0).with_range(end),
+            Self::Untouched(start, end, before) => {
+                Compare::mod_revision(start, CompareOp::Less, before).with_range(end)
+            }
+        }
+    }
+}
+
+impl Probe {
+    /// The read for this probe, at a revision or, for zero, now.
+    pub(crate) fn get(&self, revision: i64) -> TxnOp {
+        let options = GetOptions::new().with_keys_only().with_limit(1).with_revision(revision);
+        match self {
+            Self::Key(key) => TxnOp::get(key.clone(), Some(options)),
+            Self::Range(start, end) => TxnOp::get(start.clone(), Some(options.with_range(end.clone()))),
+        }
+    }
+}
+
+impl State {
+    /// Takes the answers to probes, in their order.
+    pub(crate) fn add<'p>(&mut self, probes: impl Iterator<Item = &'p Probe>, response: &PbTxnResponse) {
+        if self.revision == 0 {
+            self.revision = response.header.as_ref().map_or(0, |header| header.revision);
+        }
+        for (probe, answer) in probes.zip(&response.responses) {
+            if let Some(PbTxnOpResponse::ResponseRange(range)) = &answer.response
+                && let Some(kv) = range.kvs.first()
+            {
+                let found = Found {
+                    created: kv.create_revision,
+                    modified: kv.mod_revision,
+                    lease: kv.lease,
+                };
+                self.found.insert(probe.clone(), found);
+            }
+        }
+    }
+
+    fn key(&self, name: Vec<u8>) -> Option<Found> {
+        self.found.get(&Probe::Key(name)).copied()
+    }
+}
+
+/// What a finished transaction says of its revision.
+pub(crate) fn committed_at(response: &PbTxnResponse) -> Revision {
+    revision(response.header.as_ref().map_or(0, |header| header.revision))
+}

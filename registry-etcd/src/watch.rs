@@ -1,0 +1,410 @@
+//! Watches: what is there, then every change, over whatever happens to the connection.
+//!
+//! A watch lists what it covers at one revision, then follows etcd's own watch from there. When that breaks, it is
+//! resumed from the last revision that was told, so no change is left out; when that revision is compacted meanwhile,
+//! it lists again and tells the difference to its [`Picture`].
+//!
+//! One range holds a key and all below it, so that what changed in one transaction comes in one piece: from `/a` to
+//! `/a0`. What else lies in it, such as `/a.b`, is passed over here.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::proto::{PbEvent, PbWatchResponse};
+use etcd_client::{EventType, WatchOptions, WatchRequestSender, WatchResponseStream};
+use registry_api::watch::{Feed, Picture, feed};
+use registry_api::{
+    DeleteCause, Entry, Error, Event, Key, Result, Revision, SessionState, Watch, WatchFrom, WatchRequest, WatchScope,
+};
+use tokio::sync::watch::Receiver;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::error;
+use crate::link::{Backoff, MAX_ANSWER, Member};
+use crate::list::Values;
+use crate::names::{after, revision};
+use crate::store::Store;
+
+/// How long a stream may be quiet before it is asked for a sign of life.
+const QUIET: Duration = Duration::from_secs(3);
+
+/// Begins a watch.
+pub(crate) async fn start(
+    store: &Arc<Store>,
+    request: WatchRequest,
+    mut states: Receiver<SessionState>,
+) -> Result<Watch> {
+    if let WatchFrom::After(revision) = request.from {
+        check_kept(store, &request, revision).await?;
+    }
+    let (feed, watch) = feed();
+    let mut watcher = Watcher {
+        store: store.clone(),
+        request,
+        picture: Picture::default(),
+        told: Revision(0),
+    };
+    tokio::spawn(async move {
+        let error = tokio::select! {
+            error = watcher.run(&feed) => error,
+            () = feed.closed() => return,
+            // An error says that the handle is gone.
+            _ = states.wait_for(|state| matches!(state, SessionState::Closed(_))) => return,
+        };
+        feed.fail(error);
+    });
+    Ok(watch)
+}
+
+/// Checks that a watch can start after a revision.
+async fn check_kept(store: &Store, request: &WatchRequest, after: Revision) -> Result<()> {
+    let deadline = store.deadline();
+    let key = WatchRequest {
+        scope: WatchScope::Key,
+        ..request.clone()
+    };
+    let (_, now) = store.reader(deadline).covered(&key, 0, Values::Omitted).await?;
+    if after > now {
+        return Err(Error::InvalidRequest(format!(
+            "a watch can't start after revision {after}, which is still to come: it is {now} now"
+        )));
+    }
+    match store.reader(deadline).covered(&key, at(after), Values::Omitted).await {
+        Err(Error::Compacted { requested, .. }) => Err(Error::Compacted {
+            requested,
+            oldest: oldest(store, deadline).await?,
+        }),
+        covered => covered.map(drop),
+    }
+}
+
+/// The oldest revision that is kept. Only a watch that asks for an older one is told.
+async fn oldest(store: &Store, deadline: Instant) -> Result<Revision> {
+    let member = store.streams.member(deadline).await?;
+    let ask = async {
+        let options = WatchOptions::new().with_start_revision(1);
+        let mut stream = member
+            .client
+            .watch_client()
+            .watch("\0", Some(options))
+            .await
+            .map_err(error::read)?;
+        while let Some(response) = stream.message().await.map_err(error::read)? {
+            if response.0.canceled {
+                return Ok(revision(response.0.compact_revision));
+            }
+        }
+        Err(error::unavailable(error::Trouble::StreamEnded))
+    };
+    timeout_at(deadline, ask)
+        .await
+        .unwrap_or_else(|_| Err(error::unavailable(member.silent())))
+}
+
+/// One watch, apart from its reader.
+struct Watcher {
+    store: Arc<Store>,
+    request: WatchRequest,
+    /// What the reader was told.
+    picture: Picture,
+    /// Every change up to this revision was told.
+    told: Revision,
+}
+
+/// Why a stream is followed no longer.
+enum Broken {
+    /// The next may do better.
+    Stream,
+    /// What it was to tell next is compacted.
+    Compacted,
+}
+
+/// What was there after a gap, of what is not told yet: when nothing is left, the gap is bridged.
+struct Missing {
+    at: Revision,
+    puts: HashMap<Key, Revision>,
+    deletes: HashMap<Key, Revision>,
+}
+
+impl Watcher {
+    /// Ends with what no patience mends.
+    async fn run(&mut self, feed: &Feed) -> Error {
+        match self.try_run(feed).await {
+            Err(error) => error,
+            Ok(never) => match never {},
+        }
+    }
+
+    async fn try_run(&mut self, feed: &Feed) -> Result<std::convert::Infallible> {
+        self.begin(feed).await?;
+        let mut missing = None;
+        let mut backoff = Backoff::default();
+        loop {
+            let told = self.told;
+            match self.follow(feed, &mut missing).await? {
+                Broken::Compacted => {
+                    self.list(feed).await?;
+                    missing = None;
+                }
+                Broken::Stream => {
+                    if self.told > told {
+                        backoff = Backoff::default();
+                    }
+                    backoff.wait().await;
+                    let (entries, at) = self.covered(0, Values::Omitted).await?;
+                    missing = Some(Missing::new(&self.picture, entries, at));
+                }
+            }
+        }
+    }
+
+    async fn begin(&mut self, feed: &Feed) -> Result<()> {
+        let (WatchFrom::After(after) | WatchFrom::AfterOrReset(after)) = self.request.from else {
+            return self.list(feed).await;
+        };
+        match self.covered(at(after), Values::Wanted).await {
+            Ok((entries, _)) => {
+                // The reader knows this: it is what deletes are told from.
+                self.picture.replace(entries, after);
+                self.told = after;
+                Ok(())
+            }
+            Err(Error::Compacted { .. }) if self.request.from == WatchFrom::AfterOrReset(after) => {
+                feed.reset();
+                self.list(feed).await
+            }
+            Err(Error::Compacted { requested, .. }) => Err(Error::Compacted {
+                requested,
+                oldest: oldest(&self.store, self.store.deadline()).await?,
+            }),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Tells how what is there now differs from what was told.
+    async fn list(&mut self, feed: &Feed) -> Result<()> {
+        let (entries, at) = loop {
+            match self.covered(0, Values::Wanted).await {
+                // Compacted while it was read, page by page.
+                Err(Error::Compacted { .. }) => {}
+                covered => break covered?,
+            }
+        };
+        feed.changes(self.picture.replace(entries, at));
+        self.synced(feed, at);
+        Ok(())
+    }
+
+    fn synced(&mut self, feed: &Feed, at: Revision) {
+        self.told = self.told.max(at);
+        self.store.saw(self.told);
+        feed.synced(self.told);
+    }
+
+    /// Everything that is covered, read until there is an answer.
+    async fn covered(&self, at: i64, values: Values) -> Result<(Vec<Entry>, Revision)> {
+        let mut backoff = Backoff::default();
+        loop {
+            let reader = self.store.reader(self.store.deadline());
+            match reader.covered(&self.request, at, values).await {
+                Err(error @ Error::Unavailable { .. }) => {
+                    tracing::debug!(%error, prefix = %self.request.prefix, "a watch can't list, trying again");
+                    backoff.wait().await;
+                }
+                covered => return covered,
+            }
+        }
+    }
+
+    /// Follows etcd's watch until it breaks.
+    async fn follow(&mut self, feed: &Feed, missing: &mut Option<Missing>) -> Result<Broken> {
+        self.bridge(feed, missing);
+        let member = match self.store.streams.member(self.store.deadline()).await {
+            Ok(member) => member,
+            Err(Error::Unavailable { .. }) => return Ok(Broken::Stream),
+            Err(error) => return Err(error),
+        };
+        let broken = match self.open(&member).await {
+            Some(mut stream) => loop {
+                match stream.next(self.store.request_timeout).await {
+                    Some(response) if response.canceled && response.compact_revision > 0 => break Broken::Compacted,
+                    Some(response) if !response.canceled => {
+                        for (at, events) in stream.complete(response) {
+                            self.tell(feed, missing, at, events);
+                        }
+                    }
+                    Some(_) | None => break Broken::Stream,
+                }
+            },
+            None => Broken::Stream,
+        };
+        if matches!(broken, Broken::Stream) {
+            // Whatever it was, a lost connection, a lost leader or a token that expired, another member is as good.
+            member.suspect();
+        }
+        Ok(broken)
+    }
+
+    async fn open(&self, member: &Member) -> Option<Stream> {
+        let range = self.range();
+        // From the last revision that was told, not from the one after: some versions of etcd leave out deletes made at
+        // the very revision that is compacted (etcd issues 18089 and 19179).
+        let options = WatchOptions::new()
+            .with_range(range.end)
+            .with_start_revision(at(self.told).max(1))
+            .with_fragment();
+        let mut client = member.client.watch_client().max_decoding_message_size(MAX_ANSWER);
+        let opened = timeout(self.store.request_timeout, client.watch(range.start, Some(options))).await;
+        match opened.ok()? {
+            Ok(stream) => {
+                let (requests, responses) = stream.split();
+                Some(Stream {
+                    requests,
+                    responses,
+                    incomplete: Vec::new(),
+                })
+            }
+            Err(error) => {
+                tracing::debug!(%error, endpoint = member.endpoint, "a watch can't be opened");
+                None
+            }
+        }
+    }
+
+    fn range(&self) -> Range<Vec<u8>> {
+        let (names, prefix) = (&self.store.names, &self.request.prefix);
+        let below = names.below(prefix);
+        match (self.request.scope, names.prefix(prefix)) {
+            (WatchScope::Key, Some(name)) => name.clone()..after(name),
+            (WatchScope::Subtree, Some(name)) => name..below.end,
+            (WatchScope::Children, _) | (_, None) => below,
+        }
+    }
+
+    /// Tells the changes of one revision.
+    fn tell(&mut self, feed: &Feed, missing: &mut Option<Missing>, at: Revision, events: Vec<PbEvent>) {
+        if at <= self.told {
+            return;
+        }
+        if missing.as_ref().is_some_and(|missing| missing.at < at) {
+            // In order, so all that came before is told.
+            let before = missing.take().map_or(self.told, |missing| missing.at);
+            self.synced(feed, before);
+        }
+        feed.changes(events.into_iter().flat_map(|event| self.event(event, at)).collect());
+        self.told = at;
+        self.store.saw(at);
+        self.bridge(feed, missing);
+    }
+
+    fn event(&mut self, event: PbEvent, at: Revision) -> Vec<Event> {
+        let deleted = event.r#type == EventType::Delete as i32;
+        let Some(stored) = event.kv else {
+            return Vec::new();
+        };
+        let Some(key) = self
+            .store
+            .names
+            .parse(&stored.key)
+            .filter(|key| self.request.wants(key))
+        else {
+            return Vec::new();
+        };
+        if deleted {
+            // A lease that ends deletes its keys like anybody else does.
+            let cause = match self.picture.get(&key).map(|entry| entry.session) {
+                Some(None) => DeleteCause::Deleted,
+                _ => DeleteCause::Unknown,
+            };
+            return self.picture.delete(&key, at, cause).into_iter().collect();
+        }
+        self.store
+            .names
+            .entry(stored)
+            .map_or_else(Vec::new, |entry| self.picture.put(entry))
+    }
+
+    /// Says so when a gap is bridged.
+    fn bridge(&mut self, feed: &Feed, missing: &mut Option<Missing>) {
+        let picture = &self.picture;
+        if let Some(missing) = missing {
+            missing
+                .puts
+                .retain(|key, put| picture.get(key).is_none_or(|known| known.mod_revision < *put));
+            missing
+                .deletes
+                .retain(|key, last| picture.get(key).is_some_and(|known| known.mod_revision == *last));
+        }
+        let bridged = missing.take_if(|missing| missing.puts.is_empty() && missing.deletes.is_empty());
+        if let Some(bridged) = bridged {
+            // What came and went in the gap may still follow; it is older than this, and passed over.
+            self.synced(feed, bridged.at);
+        }
+    }
+}
+
+impl Missing {
+    fn new(told: &Picture, entries: Vec<Entry>, at: Revision) -> Self {
+        let puts: HashMap<_, _> = entries
+            .into_iter()
+            .map(|entry| (entry.key, entry.mod_revision))
+            .collect();
+        let gone = told.entries().filter(|entry| !puts.contains_key(&entry.key));
+        let deletes = gone.map(|entry| (entry.key.clone(), entry.mod_revision)).collect();
+        Self { at, puts, deletes }
+    }
+}
+
+/// One stream of etcd's watch.
+struct Stream {
+    requests: WatchRequestSender,
+    responses: WatchResponseStream,
+    /// The events of a revision that is still to be completed.
+    incomplete: Vec<PbEvent>,
+}
+
+impl Stream {
+    /// The next response; `None` when the stream is broken, or gives no sign of life when asked for one.
+    async fn next(&mut self, patience: Duration) -> Option<PbWatchResponse> {
+        let answer = match timeout(QUIET, self.responses.message()).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                self.requests.request_progress().await.ok()?;
+                timeout(patience, self.responses.message()).await.ok()?
+            }
+        };
+        match answer {
+            Ok(response) => response.map(|response| response.0),
+            Err(error) => {
+                tracing::debug!(%error, "a watch broke off");
+                None
+            }
+        }
+    }
+
+    /// The events of each revision that is complete. A large response comes in fragments, cut anywhere.
+    fn complete(&mut self, response: PbWatchResponse) -> Vec<(Revision, Vec<PbEvent>)> {
+        self.incomplete.extend(response.events);
+        let mut complete = Vec::<(Revision, Vec<PbEvent>)>::new();
+        for event in self.incomplete.drain(..) {
+            let at = revision(event.kv.as_ref().map_or(0, |kv| kv.mod_revision));
+            match complete.last_mut() {
+                Some((last, events)) if *last == at => events.push(event),
+                _ => complete.push((at, vec![event])),
+            }
+        }
+        if response.fragment
+            && let Some((_, events)) = complete.pop()
+        {
+            self.incomplete = events;
+        }
+        complete
+    }
+}
+
+/// A revision as etcd takes it.
+fn at(revision: Revision) -> i64 {
+    i64::try_from(revision.0).unwrap_or(i64::MAX)
+}
