@@ -148,8 +148,8 @@ impl Held {
     /// Releases the lock; done when it returns (L6).
     ///
     /// # Errors
-    /// [`Error::HoldLost`] if it was lost before: nothing was changed. [`Error::Unavailable`] or
-    /// [`Error::OutcomeUnknown`] if the session ended before the release got through: it went with the session.
+    /// [`Error::HoldLost`] if it was lost before, or the session ended before the release got through: nothing of
+    /// another's was changed. An outage is waited out as long as the session lives.
     ///
     /// # Cancel safety
     /// Dropping the future releases in the background.

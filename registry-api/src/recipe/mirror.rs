@@ -22,37 +22,36 @@ pub struct Mirror {
 impl Mirror {
     pub(crate) async fn start(registry: Arc<dyn Registry>, prefix: Prefix, scope: WatchScope) -> Result<Self> {
         let mut watch = registry.watch(WatchRequest::new(prefix, scope)).await?;
-        let entries = Arc::new(RwLock::new(BTreeMap::new()));
-        let (newest, mut revision) = watch::channel(Revision(0));
+        let mut entries = BTreeMap::new();
+        let mut synced = false;
+        let mut revision = Revision(0);
+        while !synced {
+            let item = watch.next().await.ok_or(Error::Closed)??;
+            revision = apply(&mut entries, item, &mut synced);
+        }
+        let entries = Arc::new(RwLock::new(entries));
+        let (newest, revision) = watch::channel(revision);
         let copy = entries.clone();
         let task = tokio::spawn(async move {
-            let mut synced = false;
-            // After the first error, or the handle's end, nothing comes; the closed channel tells.
+            // After an error, or the handle's end, nothing comes; the closed channel tells.
             while let Some(Ok(item)) = watch.next().await {
                 let revision = apply(
                     &mut copy.write().unwrap_or_else(PoisonError::into_inner),
                     item,
                     &mut synced,
                 );
-                if synced {
-                    newest.send_if_modified(|newest| {
-                        let changed = revision > *newest;
-                        *newest = revision.max(*newest);
-                        changed
-                    });
-                }
+                newest.send_if_modified(|newest| {
+                    let changed = synced && revision > *newest;
+                    *newest = if changed { revision } else { *newest };
+                    changed
+                });
             }
         });
-        let mirror = Self {
+        Ok(Self {
             entries,
-            revision: revision.clone(),
+            revision,
             _task: Arc::new(AbortOnDrop(task)),
-        };
-        revision
-            .wait_for(|revision| *revision > Revision(0))
-            .await
-            .map_err(|_| Error::Closed)?;
-        Ok(mirror)
+        })
     }
 
     /// The entry of a key.
@@ -119,8 +118,7 @@ fn apply(entries: &mut BTreeMap<Key, Entry>, item: WatchItem, synced: &mut bool)
         }
         WatchItem::Synced(revision) => {
             *synced = true;
-            // An empty store is at revision zero, and known all the same.
-            revision.max(Revision(1))
+            revision
         }
         WatchItem::Changes(events) => {
             let newest = events.iter().map(Event::revision).max().unwrap_or_default();

@@ -19,6 +19,8 @@ use crate::{
 
 const MIN_BACKOFF: Duration = Duration::from_millis(10);
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
+/// A put that was under way when the session ended may have landed under the next.
+const LEAVE_AFTER_END: Duration = Duration::from_secs(60);
 
 /// The kinds of queue, each with a tree of its own beside the user's keys (K9).
 #[derive(Clone, Copy, Debug)]
@@ -318,15 +320,18 @@ impl Drop for Place {
     }
 }
 
-/// Deletes a contender's key, retrying until that is done or its session has ended. The name is never used again, so a
-/// late delete removes nobody else's.
+/// Deletes a contender's key, retrying until that is done, or for a while after its session has ended and taken it
+/// along. The name is never used again, so a late delete removes nobody else's.
 async fn leave(queue: &Queue, key: &Key, session: SessionId) -> Result<()> {
     let mut backoff = Backoff::default();
+    let mut give_up = None;
     loop {
         match queue.registry.delete(key).await {
             Ok(_) => return Ok(()),
             Err(error @ (Error::Unavailable { .. } | Error::OutcomeUnknown { .. })) => {
-                if !queue.registry.session().is_valid(session) {
+                if !queue.registry.session().is_valid(session)
+                    && *give_up.get_or_insert_with(|| Instant::now() + LEAVE_AFTER_END) < Instant::now()
+                {
                     return Err(error);
                 }
                 tracing::debug!(%error, "leaving a queue, trying again");
@@ -439,7 +444,12 @@ impl Hold {
             // Nothing of it is left, or soon will be: its session is over. What another holds is not touched.
             return Err(self.hold_lost());
         }
-        let released = leave(&self.queue, &self.key, self.session).await;
+        let session = self.queue.registry.session();
+        let released = tokio::select! {
+            biased;
+            released = leave(&self.queue, &self.key, self.session) => released,
+            () = session.ended(self.session) => Err(self.hold_lost()),
+        };
         self.released = released.is_ok();
         released
     }
