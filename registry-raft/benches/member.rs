@@ -38,7 +38,10 @@ fn config(dir: &Path) -> RaftConfig {
 }
 
 fn key(n: usize) -> Key {
-    Key::parse(&format!("/bench/keys/of/sixty/five/bytes/as/in/the/comparison/tables/{n:07}")).expect("it is a key")
+    Key::parse(&format!(
+        "/bench/keys/of/sixty/five/bytes/as/in/the/comparison/tables/{n:07}"
+    ))
+    .expect("it is a key")
 }
 
 async fn throughput(dir: &Path) -> Result<()> {
@@ -65,7 +68,11 @@ async fn throughput(dir: &Path) -> Result<()> {
         }
     }
     let ratios = one.iter().zip(&disk).map(|(put, disk)| put / disk).collect();
-    println!("fdatasync of a pre-written 4 KiB: p50 {:.0} us; one writer's put costs {:.2} times that", median(disk), median(ratios));
+    println!(
+        "fdatasync of a pre-written 4 KiB: p50 {:.0} us; one writer's put costs {:.2} times that",
+        median(disk),
+        median(ratios)
+    );
     registry.close().await?;
     member.stop().await
 }
@@ -73,7 +80,12 @@ async fn throughput(dir: &Path) -> Result<()> {
 /// The median of overwriting and syncing 4 KiB of a file that has its blocks, in microseconds.
 fn fdatasync(dir: &Path) -> f64 {
     let path = dir.join("fdatasync");
-    let file = File::options().create(true).truncate(false).write(true).open(&path).expect("the directory takes files");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .expect("the directory takes files");
     file.write_all_at(&vec![0; 4 << 20], 0).expect("the disk has room");
     file.sync_all().expect("the disk syncs");
     let mut took = Vec::new();
@@ -122,7 +134,11 @@ async fn run(registry: &Arc<dyn Registry>, tasks: usize, work: Work) -> Result<R
     }
     let rate = took.len() as f64 / start.elapsed().as_secs_f64();
     took.sort_by(f64::total_cmp);
-    Ok(Run { rate, p50: took[took.len() / 2], p99: took[took.len() * 99 / 100] })
+    Ok(Run {
+        rate,
+        p50: took[took.len() / 2],
+        p99: took[took.len() * 99 / 100],
+    })
 }
 
 async fn many_keys(dir: &Path, keys: usize) -> Result<()> {
@@ -147,13 +163,22 @@ async fn many_keys(dir: &Path, keys: usize) -> Result<()> {
     for n in 0..101 {
         let asked = Instant::now();
         let prefix = Key::parse("/bench/keys/of/sixty/five/bytes/as/in/the/comparison/tables")?;
-        let page = registry.list(List { limit: 10, after: Some(key(n * keys / 102)), ..List::new(&prefix) }).await?;
+        let page = registry
+            .list(List {
+                limit: 10,
+                after: Some(key(n * keys / 102)),
+                ..List::new(&prefix)
+            })
+            .await?;
         assert_eq!(page.entries.len(), 10);
         took.push(asked.elapsed().as_secs_f64() * 1e3);
     }
     println!("a page of ten: {:.2} ms", median(took));
 
-    println!("longest put of one writer in two seconds: {:.1} ms", longest_put(&registry, Duration::from_secs(2)).await?);
+    println!(
+        "longest put of one writer in two seconds: {:.1} ms",
+        longest_put(&registry, Duration::from_secs(2)).await?
+    );
     let before = member.status().snapshot_bytes;
     member.snapshot().await?;
     let mut longest = 0.0_f64;
@@ -161,15 +186,26 @@ async fn many_keys(dir: &Path, keys: usize) -> Result<()> {
     while member.status().snapshot_bytes == before && start.elapsed() < Duration::from_secs(60) {
         longest = longest.max(longest_put(&registry, Duration::from_millis(50)).await?);
     }
-    println!("longest put while a snapshot is written: {longest:.1} ms (it took {:.1} s)", start.elapsed().as_secs_f64());
+    println!(
+        "longest put while a snapshot is written: {longest:.1} ms (it took {:.1} s)",
+        start.elapsed().as_secs_f64()
+    );
     let status = member.status();
-    println!("snapshot {} MiB, log {} MiB", status.snapshot_bytes >> 20, status.log_bytes >> 20);
+    println!(
+        "snapshot {} MiB, log {} MiB",
+        status.snapshot_bytes >> 20,
+        status.log_bytes >> 20
+    );
     registry.close().await?;
     member.stop().await?;
 
     let start = Instant::now();
     let member = Member::start(&config(dir)).await?;
-    println!("restart: {:.1} s, {} keys", start.elapsed().as_secs_f64(), member.status().keys);
+    println!(
+        "restart: {:.1} s, {} keys",
+        start.elapsed().as_secs_f64(),
+        member.status().keys
+    );
     assert_eq!(member.status().keys as usize, keys);
     member.stop().await
 }

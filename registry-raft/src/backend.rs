@@ -50,7 +50,13 @@ impl RaftRegistry {
     pub(crate) async fn open(link: Arc<dyn Link>, options: &Options) -> Result<Self> {
         let sessions = Arc::new(Sessions::new(link.apart(), options));
         let session = Session::open(BACKEND, sessions, options.connect_timeout).await?;
-        Ok(Self { link, options: options.clone(), session, sequences: Mutex::default(), member: Mutex::default() })
+        Ok(Self {
+            link,
+            options: options.clone(),
+            session,
+            sequences: Mutex::default(),
+            member: Mutex::default(),
+        })
     }
 
     /// Makes the handle the owner of its member.
@@ -68,7 +74,9 @@ impl RaftRegistry {
     }
 
     fn deadline(&self) -> Deadline {
-        Deadline { until: Instant::now() + self.options.request_timeout }
+        Deadline {
+            until: Instant::now() + self.options.request_timeout,
+        }
     }
 
     /// Asks a question that changes nothing, again while nobody can answer and there is time.
@@ -82,7 +90,10 @@ impl RaftRegistry {
                     backoff.wait().await;
                 }
                 Err(Error::OutcomeUnknown { source, .. }) => {
-                    return Err(Error::Unavailable { backend: BACKEND, source });
+                    return Err(Error::Unavailable {
+                        backend: BACKEND,
+                        source,
+                    });
                 }
                 answered => return answered,
             }
@@ -103,11 +114,19 @@ impl RaftRegistry {
                         backoff.wait().await;
                         continue;
                     }
-                    false => return Err(Error::Unavailable { backend: BACKEND, source: error.into() }),
+                    false => {
+                        return Err(Error::Unavailable {
+                            backend: BACKEND,
+                            source: error.into(),
+                        });
+                    }
                 },
                 Err(error) => return Err(error),
             };
-            match self.change_under(session, change.clone(), &deadline, &mut backoff).await {
+            match self
+                .change_under(session, change.clone(), &deadline, &mut backoff)
+                .await
+            {
                 // It was refused for its session alone; what needs none is asked again under the next.
                 Err(Error::SessionExpired { .. }) if !needs_session => {}
                 done => return done,
@@ -170,9 +189,15 @@ impl Registry for RaftRegistry {
     }
 
     async fn get(&self, key: &Key, read: Read) -> Result<Option<Entry>> {
-        let get = proto::Get { key: self.qualify(key.as_str()), stale: read == Read::Stale };
+        let get = proto::Get {
+            key: self.qualify(key.as_str()),
+            stale: read == Read::Stale,
+        };
         match self.ask(Call::Get(get)).await? {
-            Answer::Get(answer) => answer.entry.map(|entry| command::entry(self.namespace(), entry)).transpose(),
+            Answer::Get(answer) => answer
+                .entry
+                .map(|entry| command::entry(self.namespace(), entry))
+                .transpose(),
             _ => Err(not_understood()),
         }
     }
@@ -185,18 +210,33 @@ impl Registry for RaftRegistry {
             prefix: self.qualify(list.prefix.as_str()),
             children_only: list.depth == Depth::Children,
             limit: list.limit as u64,
-            after: list.after.as_ref().map_or_else(String::new, |key| self.qualify(key.as_str())),
+            after: list
+                .after
+                .as_ref()
+                .map_or_else(String::new, |key| self.qualify(key.as_str())),
             stale: list.read == Read::Stale,
         };
-        let Answer::Page(page) = self.ask(Call::List(call)).await? else { return Err(not_understood()) };
-        let entries = page.entries.into_iter().map(|entry| command::entry(self.namespace(), entry));
+        let Answer::Page(page) = self.ask(Call::List(call)).await? else {
+            return Err(not_understood());
+        };
+        let entries = page
+            .entries
+            .into_iter()
+            .map(|entry| command::entry(self.namespace(), entry));
         let entries = entries.collect::<Result<Vec<_>>>()?;
         let next = entries.last().filter(|_| page.more).map(|entry| entry.key.clone());
-        Ok(Page { entries, next, revision: Revision(page.revision) })
+        Ok(Page {
+            entries,
+            next,
+            revision: Revision(page.revision),
+        })
     }
 
     async fn children(&self, prefix: &Prefix, read: Read) -> Result<Vec<String>> {
-        let call = proto::Children { prefix: self.qualify(prefix.as_str()), stale: read == Read::Stale };
+        let call = proto::Children {
+            prefix: self.qualify(prefix.as_str()),
+            stale: read == Read::Stale,
+        };
         match self.ask(Call::Children(call)).await? {
             Answer::Children(answer) => Ok(answer.names),
             _ => Err(not_understood()),
@@ -204,7 +244,10 @@ impl Registry for RaftRegistry {
     }
 
     async fn count(&self, prefix: &Prefix, read: Read) -> Result<u64> {
-        let call = proto::Count { prefix: self.qualify(prefix.as_str()), stale: read == Read::Stale };
+        let call = proto::Count {
+            prefix: self.qualify(prefix.as_str()),
+            stale: read == Read::Stale,
+        };
         match self.ask(Call::Count(call)).await? {
             Answer::Count(count) => Ok(count),
             _ => Err(not_understood()),
@@ -228,14 +271,20 @@ impl Registry for RaftRegistry {
 
     async fn watch(&self, request: WatchRequest) -> Result<Watch> {
         self.session.check_open()?;
-        let watch = self.link.watch(self.namespace(), request, self.options.request_timeout).await?;
+        let watch = self
+            .link
+            .watch(self.namespace(), request, self.options.request_timeout)
+            .await?;
         Ok(until_closed(watch, &self.session))
     }
 
     async fn health(&self) -> Result<Health> {
         let asked = Instant::now();
         // A key that can't be: the read is as short as a linearizable one gets.
-        let get = proto::Get { key: self.qualify("~/health"), stale: false };
+        let get = proto::Get {
+            key: self.qualify("~/health"),
+            stale: false,
+        };
         match self.ask(Call::Get(get)).await? {
             Answer::Get(answer) => Ok(Health {
                 endpoint: self.link.endpoint(),
@@ -262,7 +311,9 @@ fn until_closed(watch: Watch, session: &Session) -> Watch {
     let mut states = session.states();
     let closed = async move {
         // An error says that the keeper is gone, and the handle with it.
-        let _ = states.wait_for(|state| matches!(state, registry_api::SessionState::Closed(_))).await;
+        let _ = states
+            .wait_for(|state| matches!(state, registry_api::SessionState::Closed(_)))
+            .await;
     };
     Watch::new(watch.take_until(closed))
 }
@@ -320,7 +371,11 @@ impl<'a> Sequence<'a> {
         let number = locked.last;
         locked.waiting.insert(number);
         let answered_below = locked.waiting.first().copied().unwrap_or(number);
-        Self { sequences, number, answered_below }
+        Self {
+            sequences,
+            number,
+            answered_below,
+        }
     }
 }
 

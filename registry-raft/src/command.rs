@@ -30,7 +30,10 @@ impl From<Outcome> for Reply {
 impl Command {
     /// A command of no session.
     pub(crate) fn new(change: Change) -> Self {
-        Self { change: Some(change), ..Self::default() }
+        Self {
+            change: Some(change),
+            ..Self::default()
+        }
     }
 
     pub(crate) fn encode(&self) -> Proposal {
@@ -65,7 +68,9 @@ pub(crate) fn txn_to_proto(namespace: &Namespace, txn: &Txn) -> proto::Txn {
     let operation = |operation: &Operation| proto::Operation {
         key: namespace.qualify(operation.key().as_str()),
         write: Some(match operation {
-            Operation::Put { value, kind, existing, .. } => Write::Put(proto::Put {
+            Operation::Put {
+                value, kind, existing, ..
+            } => Write::Put(proto::Put {
                 value: value.clone(),
                 ephemeral: *kind == Kind::Ephemeral,
                 take_over: *existing == Existing::TakeOver,
@@ -82,9 +87,10 @@ pub(crate) fn txn_to_proto(namespace: &Namespace, txn: &Txn) -> proto::Txn {
 /// The answer to a transaction, in the words of the api.
 pub(crate) fn txn_result(namespace: &Namespace, txn: &Txn, outcome: Outcome) -> Result<Committed, Error> {
     match outcome {
-        Outcome::Committed(committed) => {
-            Ok(Committed { revision: Revision(committed.revision), changed: committed.changed })
-        }
+        Outcome::Committed(committed) => Ok(Committed {
+            revision: Revision(committed.revision),
+            changed: committed.changed,
+        }),
         Outcome::Conflict(conflict) => match txn.conditions.get(conflict.index as usize) {
             Some(condition) => Err(Error::Conflict {
                 key: condition.key.clone(),
@@ -96,9 +102,14 @@ pub(crate) fn txn_result(namespace: &Namespace, txn: &Txn, outcome: Outcome) -> 
         Outcome::Refused(refused) => {
             let operation = txn.operations.get(refused.index as usize).ok_or_else(not_understood)?;
             let why = refused.why.ok_or_else(not_understood)?;
-            Err(Error::Refused { key: operation.key().clone(), refusal: refusal(namespace, why)? })
+            Err(Error::Refused {
+                key: operation.key().clone(),
+                refusal: refusal(namespace, why)?,
+            })
         }
-        Outcome::SessionExpired(session) => Err(Error::SessionExpired { session: SessionId(session) }),
+        Outcome::SessionExpired(session) => Err(Error::SessionExpired {
+            session: SessionId(session),
+        }),
         Outcome::SessionOpened(_) | Outcome::Deleted(_) | Outcome::Done(_) => Err(not_understood()),
     }
 }
@@ -122,7 +133,10 @@ pub(crate) fn logical(namespace: &Namespace, qualified: &str) -> Result<Key, Err
 
 /// A member answered what this version does not know: the write may have happened.
 pub(crate) fn not_understood() -> Error {
-    Error::OutcomeUnknown { operation: "a request", source: "the member's answer makes no sense to this version".into() }
+    Error::OutcomeUnknown {
+        operation: "a request",
+        source: "the member's answer makes no sense to this version".into(),
+    }
 }
 
 /// An entry with its key made logical.

@@ -37,12 +37,18 @@ pub struct RaftConfig {
 impl RaftConfig {
     /// A member that keeps everything in memory.
     pub fn in_memory() -> Self {
-        Self { data_dir: Some(MEMORY.into()), ..Self::default() }
+        Self {
+            data_dir: Some(MEMORY.into()),
+            ..Self::default()
+        }
     }
 
     /// A remote handle.
     pub fn remote(endpoints: impl IntoIterator<Item = String>) -> Self {
-        Self { endpoints: endpoints.into_iter().collect(), ..Self::default() }
+        Self {
+            endpoints: endpoints.into_iter().collect(),
+            ..Self::default()
+        }
     }
 
     /// Whether this is a remote handle.
@@ -67,7 +73,9 @@ impl RaftConfig {
     /// The address to listen on.
     pub(crate) fn address(&self) -> Result<SocketAddr> {
         let listen = self.listen.as_deref().unwrap_or(DEFAULT_ADDRESS);
-        listen.parse().map_err(|_| refused("listen", format!("{listen:?} is no address such as {DEFAULT_ADDRESS}")))
+        listen
+            .parse()
+            .map_err(|_| refused("listen", format!("{listen:?} is no address such as {DEFAULT_ADDRESS}")))
     }
 
     /// Refuses what contradicts itself.
@@ -80,35 +88,52 @@ impl RaftConfig {
                 ("snapshot_log_bytes", self.snapshot_log_bytes.is_some()),
             ];
             if let Some((field, _)) = of_member.into_iter().find(|&(_, given)| given) {
-                return Err(refused(field, "is a member's, and endpoints make this a remote handle; give one of them".into()));
+                return Err(refused(
+                    field,
+                    "is a member's, and endpoints make this a remote handle; give one of them".into(),
+                ));
             }
             return match self.endpoints.iter().find(|endpoint| !is_host_and_port(endpoint)) {
-                Some(bad) => Err(refused("endpoints", format!("{bad:?} is no host and port such as {DEFAULT_ADDRESS}"))),
+                Some(bad) => Err(refused(
+                    "endpoints",
+                    format!("{bad:?} is no host and port such as {DEFAULT_ADDRESS}"),
+                )),
                 None => Ok(()),
             };
         }
         let name = self.member_name();
         let word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         if name.is_empty() || name.len() > 64 || !name.chars().all(word) {
-            return Err(refused("member", format!("{name:?} is no name: 1 to 64 letters, digits, `-`, `_` and `.`")));
+            return Err(refused(
+                "member",
+                format!("{name:?} is no name: 1 to 64 letters, digits, `-`, `_` and `.`"),
+            ));
         }
         if self.snapshot_log_bytes() < 1 << 20 {
             return Err(refused("snapshot_log_bytes", "at least 1048576 (1 MiB)".into()));
         }
         if self.directory().is_none() && self.listen.is_some() {
-            return Err(refused("listen", "a member in memory listens nowhere; give it a data_dir, or drop listen".into()));
+            return Err(refused(
+                "listen",
+                "a member in memory listens nowhere; give it a data_dir, or drop listen".into(),
+            ));
         }
         self.address().map(|_| ())
     }
 }
 
 fn is_host_and_port(endpoint: &str) -> bool {
-    let port = endpoint.rsplit_once(':').filter(|(host, _)| !host.is_empty() && !host.contains('/'));
+    let port = endpoint
+        .rsplit_once(':')
+        .filter(|(host, _)| !host.is_empty() && !host.contains('/'));
     port.is_some_and(|(_, port)| port.parse::<u16>().is_ok_and(|port| port > 0))
 }
 
 fn refused(field: &str, reason: String) -> Error {
-    Error::Config { field: format!("registry.raft.{field}"), reason }
+    Error::Config {
+        field: format!("registry.raft.{field}"),
+        reason,
+    }
 }
 
 #[cfg(test)]
@@ -120,18 +145,38 @@ mod tests {
         let member = RaftConfig::default();
         member.check().unwrap();
         RaftConfig::in_memory().check().unwrap();
-        RaftConfig::remote(["db-1:7480".into(), "[::1]:7480".into()]).check().unwrap();
+        RaftConfig::remote(["db-1:7480".into(), "[::1]:7480".into()])
+            .check()
+            .unwrap();
         let refused = [
-            RaftConfig { member: Some("a b".into()), ..member.clone() },
-            RaftConfig { listen: Some("localhost".into()), ..member.clone() },
-            RaftConfig { snapshot_log_bytes: Some(5), ..member.clone() },
-            RaftConfig { listen: Some("127.0.0.1:0".into()), ..RaftConfig::in_memory() },
-            RaftConfig { member: Some("a".into()), ..RaftConfig::remote(["h:1".into()]) },
+            RaftConfig {
+                member: Some("a b".into()),
+                ..member.clone()
+            },
+            RaftConfig {
+                listen: Some("localhost".into()),
+                ..member.clone()
+            },
+            RaftConfig {
+                snapshot_log_bytes: Some(5),
+                ..member.clone()
+            },
+            RaftConfig {
+                listen: Some("127.0.0.1:0".into()),
+                ..RaftConfig::in_memory()
+            },
+            RaftConfig {
+                member: Some("a".into()),
+                ..RaftConfig::remote(["h:1".into()])
+            },
             RaftConfig::remote(["h".into()]),
             RaftConfig::remote(["http://h:1".into()]),
         ];
         for config in refused {
-            assert!(matches!(config.check(), Err(Error::Config { .. })), "{config:?} was taken");
+            assert!(
+                matches!(config.check(), Err(Error::Config { .. })),
+                "{config:?} was taken"
+            );
         }
     }
 }

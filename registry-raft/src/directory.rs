@@ -33,12 +33,18 @@ impl Directory {
         };
         fs::create_dir_all(path).map_err(failed("can't be made"))?;
         fs::set_permissions(path, Permissions::from_mode(0o700)).map_err(failed("can't be kept to its owner"))?;
-        let lock = owned(path.join("lock"), OpenOptions::new().create(true).truncate(false).write(true));
+        let lock = owned(
+            path.join("lock"),
+            OpenOptions::new().create(true).truncate(false).write(true),
+        );
         let lock = lock.map_err(failed("can't be locked"))?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(storage(path, "another process has this directory open; stop it, or use its address in `endpoints`".into()));
+                return Err(storage(
+                    path,
+                    "another process has this directory open; stop it, or use its address in `endpoints`".into(),
+                ));
             }
             Err(error) => return Err(failed("can't be locked")(error.into())),
         }
@@ -62,7 +68,13 @@ impl Directory {
                 "the log is gone, and with it what was acknowledged; restore a backup into a new directory".into(),
             ));
         }
-        Ok(Self { path: path.into(), name: member.into(), identity, founded: Mutex::new(founded), _lock: lock })
+        Ok(Self {
+            path: path.into(),
+            name: member.into(),
+            identity,
+            founded: Mutex::new(founded),
+            _lock: lock,
+        })
     }
 
     pub(crate) fn identity(&self) -> Identity {
@@ -94,7 +106,9 @@ fn refuse_orphans(path: &Path) -> Result<()> {
     for part in ["log", "snapshots"] {
         let part = path.join(part);
         if !is_empty(&part).map_err(|error| storage(&part, error.to_string()))? {
-            let reason = format!("there is data, but {IDENTITY} is missing that says whose; put it back, or use an empty directory");
+            let reason = format!(
+                "there is data, but {IDENTITY} is missing that says whose; put it back, or use an empty directory"
+            );
             return Err(storage(&part, reason));
         }
     }
@@ -117,32 +131,58 @@ fn text(identity: &Identity, name: &str, founded: bool) -> String {
 }
 
 fn parse(file: &Path, text: &str, member: &str) -> Result<(Identity, bool)> {
-    let damaged = || storage(file, "it is damaged; put it back from a copy, or restore a backup into a new directory".into());
+    let damaged = || {
+        storage(
+            file,
+            "it is damaged; put it back from a copy, or restore a backup into a new directory".into(),
+        )
+    };
     if let Some(format) = text.strip_prefix("registry-raft ").and_then(|rest| rest.lines().next())
         && format.parse::<u32>().is_ok_and(|format| format > FORMAT)
     {
-        let reason = format!("its format is {format}, this version reads {FORMAT} at most; use the version that wrote it");
+        let reason =
+            format!("its format is {format}, this version reads {FORMAT} at most; use the version that wrote it");
         return Err(storage(file, reason));
     }
     let (body, checksum) = text.trim_end().rsplit_once('\n').ok_or_else(damaged)?;
-    let checksum = checksum.strip_prefix("checksum ").and_then(|hex| u32::from_str_radix(hex, 16).ok());
+    let checksum = checksum
+        .strip_prefix("checksum ")
+        .and_then(|hex| u32::from_str_radix(hex, 16).ok());
     if checksum != Some(crc32fast::hash(format!("{body}\n").as_bytes())) {
         return Err(damaged());
     }
     let field = |name: &str| body.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    let cluster = field("cluster").and_then(|hex| uuid::Uuid::try_parse(hex).ok()).ok_or_else(damaged)?;
-    let (id, name) = field("member").and_then(|line| line.split_once(' ')).ok_or_else(damaged)?;
+    let cluster = field("cluster")
+        .and_then(|hex| uuid::Uuid::try_parse(hex).ok())
+        .ok_or_else(damaged)?;
+    let (id, name) = field("member")
+        .and_then(|line| line.split_once(' '))
+        .ok_or_else(damaged)?;
     let id = id.parse().map_err(|_| damaged())?;
     let founded = field("founded").ok_or_else(damaged)? == "true";
     if name != member {
-        return Err(storage(file, format!("the directory belongs to member {name:?}, not {member:?}; set registry.raft.member, or another data_dir")));
+        return Err(storage(
+            file,
+            format!(
+                "the directory belongs to member {name:?}, not {member:?}; set registry.raft.member, or another data_dir"
+            ),
+        ));
     }
-    Ok((Identity { cluster: cluster.into_bytes(), member: id }, founded))
+    Ok((
+        Identity {
+            cluster: cluster.into_bytes(),
+            member: id,
+        },
+        founded,
+    ))
 }
 
 fn write(path: &Path, identity: &Identity, name: &str, founded: bool) -> io::Result<()> {
     let beside = path.join("identity.new");
-    let mut file = owned(beside.clone(), OpenOptions::new().create(true).truncate(true).write(true))?;
+    let mut file = owned(
+        beside.clone(),
+        OpenOptions::new().create(true).truncate(true).write(true),
+    )?;
     file.write_all(text(identity, name, founded).as_bytes())?;
     file.sync_all()?;
     fs::rename(&beside, path.join(IDENTITY))?;
@@ -155,7 +195,10 @@ pub(crate) fn owned(path: PathBuf, options: &mut OpenOptions) -> io::Result<File
 }
 
 pub(crate) fn storage(place: &Path, reason: String) -> Error {
-    Error::Storage { place: place.display().to_string(), reason }
+    Error::Storage {
+        place: place.display().to_string(),
+        reason,
+    }
 }
 
 #[cfg(test)]

@@ -48,7 +48,12 @@ impl Expiry {
     /// [`Error::Unavailable`] if it is about to be expired, or not known to the leader yet: ask again.
     pub(crate) fn extend(&self, session: SessionId, now: Instant) -> Result<()> {
         let mut deadlines = self.0.lock();
-        let not_now = |reason: &str| Err(Error::Unavailable { backend: BACKEND, source: reason.into() });
+        let not_now = |reason: &str| {
+            Err(Error::Unavailable {
+                backend: BACKEND,
+                source: reason.into(),
+            })
+        };
         if deadlines.expiring.contains(&session.0) {
             return not_now("the session is being expired");
         }
@@ -74,9 +79,15 @@ impl Expiry {
     /// [`Expiry::settled`].
     pub(crate) fn due(&self, term: u64, now: Instant, sessions: impl Iterator<Item = (u64, Duration)>) -> Vec<u64> {
         let mut deadlines = self.0.lock();
-        let stalled = deadlines.looked.is_some_and(|looked| now.saturating_duration_since(looked) > STALL);
+        let stalled = deadlines
+            .looked
+            .is_some_and(|looked| now.saturating_duration_since(looked) > STALL);
         if deadlines.term != Some(term) || stalled {
-            *deadlines = Deadlines { term: Some(term), expiring: std::mem::take(&mut deadlines.expiring), ..Deadlines::default() };
+            *deadlines = Deadlines {
+                term: Some(term),
+                expiring: std::mem::take(&mut deadlines.expiring),
+                ..Deadlines::default()
+            };
         }
         deadlines.looked = Some(now);
         let mut before = std::mem::take(&mut deadlines.sessions);
@@ -84,9 +95,10 @@ impl Expiry {
             let deadline = before.remove(&session).unwrap_or(Deadline { at: now + ttl, ttl });
             deadlines.sessions.insert(session, deadline);
         }
-        let due = deadlines.sessions.iter().filter(|(session, deadline)| {
-            deadline.at <= now && !deadlines.expiring.contains(session)
-        });
+        let due = deadlines
+            .sessions
+            .iter()
+            .filter(|(session, deadline)| deadline.at <= now && !deadlines.expiring.contains(session));
         let due: Vec<_> = due.map(|(session, _)| *session).collect();
         deadlines.expiring.extend(&due);
         due
@@ -111,7 +123,9 @@ mod tests {
     /// Looks every tick from `from` for so many milliseconds; answers when the session was due, if it was.
     fn run(expiry: &Expiry, term: u64, from: Instant, millis: u64) -> Option<u64> {
         (0..=millis).step_by(100).find(|ms| {
-            !expiry.due(term, from + Duration::from_millis(*ms), [(S.0, TTL)].into_iter()).is_empty()
+            !expiry
+                .due(term, from + Duration::from_millis(*ms), [(S.0, TTL)].into_iter())
+                .is_empty()
         })
     }
 

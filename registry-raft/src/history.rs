@@ -28,14 +28,20 @@ pub(crate) struct Batch {
 
 impl Batch {
     fn bytes(&self) -> usize {
-        self.changes.iter().map(|change| change.record.key.len() + change.record.value.len() + 64).sum()
+        self.changes
+            .iter()
+            .map(|change| change.record.key.len() + change.record.value.len() + 64)
+            .sum()
     }
 }
 
 impl History {
     /// A history that knows nothing up to `revision`.
     pub(crate) fn since(revision: u64) -> Self {
-        Self { compacted: revision, ..Self::default() }
+        Self {
+            compacted: revision,
+            ..Self::default()
+        }
     }
 
     pub(crate) fn compacted(&self) -> u64 {
@@ -72,8 +78,22 @@ mod tests {
     fn batch(revision: u64, bytes: usize) -> Batch {
         let value = Bytes::from(vec![0; bytes]);
         let (create_revision, mod_revision) = (revision, revision);
-        let record = Record { key: "/ns/a".into(), value, create_revision, mod_revision, version: 1, session: 0 };
-        Batch { revision, changes: [KeyChange { kind: ChangeKind::Created, record: record.into() }].into() }
+        let record = Record {
+            key: "/ns/a".into(),
+            value,
+            create_revision,
+            mod_revision,
+            version: 1,
+            session: 0,
+        };
+        Batch {
+            revision,
+            changes: [KeyChange {
+                kind: ChangeKind::Created,
+                record: record.into(),
+            }]
+            .into(),
+        }
     }
 
     #[test]
@@ -85,7 +105,11 @@ mod tests {
             history.push(batch(revision, MAX_BYTES / 10));
         }
         assert!(history.compacted() > 10 && history.after(history.compacted() - 1).is_none());
-        let kept: Vec<_> = history.after(history.compacted()).unwrap().map(|batch| batch.revision).collect();
+        let kept: Vec<_> = history
+            .after(history.compacted())
+            .unwrap()
+            .map(|batch| batch.revision)
+            .collect();
         assert_eq!(kept, (history.compacted() + 1..=31).collect::<Vec<_>>());
         assert_eq!(history.after(31).unwrap().count(), 0);
     }

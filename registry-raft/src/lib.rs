@@ -1,4 +1,102 @@
-//! The embedded Raft backend of `registry`.
+//! The embedded Raft backend of `registry`: the store is in your own process, with nothing else to operate.
+//!
+//! [`connect`] opens a handle: on a member in this process, or on members elsewhere by their addresses. Both are one
+//! implementation over two links. [`Member`] is the member itself, for a program that serves others.
+//!
+//! ```
+//! # use registry_api::{Key, Options, Read};
+//! # #[tokio::main]
+//! # async fn main() -> registry_api::Result<()> {
+//! let member = registry_raft::Member::start(&registry_raft::RaftConfig::in_memory()).await?;
+//! let registry = member.connect(&Options::default()).await?;
+//! let key = Key::parse("/greeting")?;
+//! registry.put(&key, "hello").await?;
+//! assert_eq!(registry.get(&key, Read::Linearizable).await?.unwrap().value, "hello");
+//! registry.close().await?;
+//! member.stop().await
+//! # }
+//! ```
+//!
+//! Everything of openraft stays inside this crate: messages are our own, on the wire and on disk.
 
+mod backend;
 mod command;
+mod config;
+mod directory;
+mod expiry;
+mod history;
+mod link;
+mod log;
+mod log_store;
+mod member;
+mod network;
+mod remote;
+mod service;
+mod session;
+mod snapshot;
+mod state;
+mod state_machine;
+mod status;
+mod store;
+mod tree;
 mod types;
+mod watchers;
+mod wire;
+
+use std::sync::Arc;
+
+use registry_api::{Options, Registry, Result};
+
+use crate::backend::RaftRegistry;
+use crate::remote::Remote;
+
+pub use config::{DEFAULT_ADDRESS, RaftConfig};
+pub use member::Member;
+pub use status::{MemberStatus, Status};
+
+/// The messages, as they are compiled from `proto/`.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+pub(crate) mod proto {
+    pub mod registry {
+        pub mod v1 {
+            tonic::include_proto!("registry.v1");
+        }
+        pub mod log {
+            pub mod v1 {
+                tonic::include_proto!("registry.log.v1");
+            }
+        }
+        pub mod snapshot {
+            pub mod v1 {
+                tonic::include_proto!("registry.snapshot.v1");
+            }
+        }
+    }
+    pub use registry::v1::*;
+}
+
+/// Opens a handle: remote if the config has `endpoints`; otherwise this process becomes a member, which stops when the
+/// handle is closed or dropped.
+///
+/// # Errors
+/// [`registry_api::Error::Unavailable`] within `connect_timeout`, naming the addresses and the causes; as
+/// [`Member::start`].
+pub async fn connect(config: &RaftConfig, options: &Options) -> Result<Arc<dyn Registry>> {
+    config.check()?;
+    if config.is_remote() {
+        let link = Arc::new(Remote::new(config.endpoints.clone()));
+        return Ok(Arc::new(RaftRegistry::open(link, options).await?));
+    }
+    Member::start(config).await?.into_handle(options).await
+}
+
+/// How the group stands, asked of the first of the config's `endpoints` that answers.
+///
+/// # Errors
+/// [`registry_api::Error::Unavailable`] within `connect_timeout`, naming the addresses and the causes.
+pub async fn status(config: &RaftConfig, options: &Options) -> Result<Status> {
+    config.check()?;
+    Remote::new(config.endpoints.clone())
+        .status(options.connect_timeout)
+        .await
+}

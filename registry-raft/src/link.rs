@@ -45,11 +45,22 @@ impl dyn Link {
 pub(crate) fn failure(failure: proto::Failure) -> Error {
     use proto::failure::Kind;
     match failure.kind() {
-        Kind::Unavailable => Error::Unavailable { backend: BACKEND, source: failure.text.into() },
-        Kind::OutcomeUnknown => Error::OutcomeUnknown { operation: "a write", source: failure.text.into() },
+        Kind::Unavailable => Error::Unavailable {
+            backend: BACKEND,
+            source: failure.text.into(),
+        },
+        Kind::OutcomeUnknown => Error::OutcomeUnknown {
+            operation: "a write",
+            source: failure.text.into(),
+        },
         Kind::Invalid => Error::InvalidRequest(failure.text),
-        Kind::SessionExpired => Error::SessionExpired { session: registry_api::SessionId(failure.requested) },
-        Kind::Denied => Error::AccessDenied { backend: BACKEND, source: failure.text.into() },
+        Kind::SessionExpired => Error::SessionExpired {
+            session: registry_api::SessionId(failure.requested),
+        },
+        Kind::Denied => Error::AccessDenied {
+            backend: BACKEND,
+            source: failure.text.into(),
+        },
         Kind::Compacted => Error::Compacted {
             requested: registry_api::Revision(failure.requested),
             oldest: registry_api::Revision(failure.oldest),

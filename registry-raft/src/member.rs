@@ -69,7 +69,10 @@ impl Member {
     pub async fn start(config: &RaftConfig) -> Result<Self> {
         config.check()?;
         if config.is_remote() {
-            return Err(Error::Config { field: "registry.raft.endpoints".into(), reason: "a member has none".into() });
+            return Err(Error::Config {
+                field: "registry.raft.endpoints".into(),
+                reason: "a member has none".into(),
+            });
         }
         let mut builder = Builder::new_multi_thread();
         builder.worker_threads(2).thread_name("registry-raft").enable_all();
@@ -79,9 +82,16 @@ impl Member {
         let starting = runtime.spawn(async move { start(&config).await });
         let started = starting.await.map_err(unavailable);
         match started.and_then(|started| started) {
-            Ok((core, address, stop, server, directory)) => {
-                Ok(Self { core, address, running: Some(Running { runtime, stop, server, directory }) })
-            }
+            Ok((core, address, stop, server, directory)) => Ok(Self {
+                core,
+                address,
+                running: Some(Running {
+                    runtime,
+                    stop,
+                    server,
+                    directory,
+                }),
+            }),
             Err(error) => {
                 runtime.shutdown_background();
                 Err(error)
@@ -99,7 +109,9 @@ impl Member {
     /// # Errors
     /// As [`crate::connect`].
     pub async fn connect(&self, options: &Options) -> Result<Arc<dyn Registry>> {
-        Ok(Arc::new(RaftRegistry::open(Arc::new(self.core.clone()), options).await?))
+        Ok(Arc::new(
+            RaftRegistry::open(Arc::new(self.core.clone()), options).await?,
+        ))
     }
 
     /// A handle that owns this member, which stops when the handle is closed or dropped.
@@ -126,7 +138,9 @@ impl Member {
     /// # Errors
     /// [`Error::Storage`] if the log could not be closed; what was acknowledged is durable all the same.
     pub async fn stop(mut self) -> Result<()> {
-        let Some(running) = self.running.take() else { return Ok(()) };
+        let Some(running) = self.running.take() else {
+            return Ok(());
+        };
         let core = self.core.clone();
         let (done, stopped) = oneshot::channel();
         // A runtime can't end on a thread of its own, nor on one that runs another.
@@ -134,7 +148,10 @@ impl Member {
             // Nobody may be waiting any more.
             let _ = done.send(running.stop(&core));
         };
-        std::thread::Builder::new().name("registry-stop".into()).spawn(stop).map_err(unavailable)?;
+        std::thread::Builder::new()
+            .name("registry-stop".into())
+            .spawn(stop)
+            .map_err(unavailable)?;
         stopped.await.map_err(unavailable)?
     }
 }
@@ -173,22 +190,43 @@ impl Running {
     }
 }
 
-type Started =
-    (Core, Option<SocketAddr>, watch::Sender<bool>, Option<tokio::task::JoinHandle<()>>, Option<Directory>);
+type Started = (
+    Core,
+    Option<SocketAddr>,
+    watch::Sender<bool>,
+    Option<tokio::task::JoinHandle<()>>,
+    Option<Directory>,
+);
 
 async fn start(config: &RaftConfig) -> Result<Started> {
-    let directory = config.directory().map(|path| Directory::open(path, config.member_name())).transpose()?;
-    let identity = directory.as_ref().map_or_else(crate::log::Identity::random, |directory| directory.identity());
+    let directory = config
+        .directory()
+        .map(|path| Directory::open(path, config.member_name()))
+        .transpose()?;
+    let identity = directory
+        .as_ref()
+        .map_or_else(crate::log::Identity::random, |directory| directory.identity());
     let listener = match config.directory() {
         Some(_) => Some(listen(config.address()?).await?),
         None => None,
     };
-    let address = listener.as_ref().map(|listener| listener.local_addr().map_err(unavailable)).transpose()?;
+    let address = listener
+        .as_ref()
+        .map(|listener| listener.local_addr().map_err(unavailable))
+        .transpose()?;
     let log = match &directory {
-        Some(directory) => LogStore::open(&directory.log(), identity, crate::log::Options::default(), crate::log::abort())?,
-        None => LogStore::in_memory(identity),
+        Some(directory) => LogStore::open(
+            &directory.log(),
+            identity,
+            crate::log::Options::default(),
+            crate::log::abort(),
+        )?,
+        None => LogStore::in_memory(),
     };
-    let snapshots = Arc::new(Snapshots::open(directory.as_ref().map(|directory| directory.snapshots()), identity)?);
+    let snapshots = Arc::new(Snapshots::open(
+        directory.as_ref().map(|directory| directory.snapshots()),
+        identity,
+    )?);
     let store = Store::default();
     let machine = StateMachine::open(store.clone(), snapshots.clone())?;
     let raft_config = openraft::Config {
@@ -207,8 +245,13 @@ async fn start(config: &RaftConfig) -> Result<Started> {
         broadcast_submitted_on_append: Some(true),
         ..openraft::Config::default()
     };
-    let raft_config = raft_config.validate().map_err(|e| Error::Config { field: "registry.raft".into(), reason: e.to_string() })?;
-    let raft = Raft::new(identity.member, raft_config.into(), Alone, log.clone(), machine).await.map_err(unavailable)?;
+    let raft_config = raft_config.validate().map_err(|e| Error::Config {
+        field: "registry.raft".into(),
+        reason: e.to_string(),
+    })?;
+    let raft = Raft::new(identity.member, raft_config.into(), Alone, log.clone(), machine)
+        .await
+        .map_err(unavailable)?;
     let core = Core {
         id: identity.member,
         raft,
@@ -280,7 +323,10 @@ impl Core {
     async fn found(&self, config: &RaftConfig, address: Option<SocketAddr>) -> Result<()> {
         if !self.raft.is_initialized().await.map_err(unavailable)? {
             let address = address.map_or_else(String::new, |address| address.to_string());
-            let peer = Peer { name: config.member_name().into(), address };
+            let peer = Peer {
+                name: config.member_name().into(),
+                address,
+            };
             let members = BTreeMap::from([(self.id, peer)]);
             self.raft.initialize(members).await.map_err(unavailable)?;
         }
@@ -301,9 +347,10 @@ impl Core {
         let write = matches!(call, Call::Command(_));
         match tokio::time::timeout(patience, self.answer(call)).await {
             Ok(answer) => answer,
-            Err(elapsed) if write => {
-                Err(Error::OutcomeUnknown { operation: "a write", source: elapsed.into() })
-            }
+            Err(elapsed) if write => Err(Error::OutcomeUnknown {
+                operation: "a write",
+                source: elapsed.into(),
+            }),
             Err(elapsed) => Err(unavailable(elapsed)),
         }
     }
@@ -343,7 +390,9 @@ impl Core {
     async fn barrier(&self) -> Result<()> {
         match self.raft.ensure_linearizable(ReadPolicy::ReadIndex).await {
             Ok(_) => Ok(()),
-            Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => Err(unavailable("there is no Raft leader")),
+            Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => {
+                Err(unavailable("there is no Raft leader"))
+            }
             Err(error) => Err(unavailable(error)),
         }
     }
@@ -355,17 +404,21 @@ impl Core {
         let _permit = self.in_flight.acquire_many(size).await.map_err(unavailable)?;
         match self.raft.client_write(proposal).await {
             Ok(written) => Ok(written.data),
-            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => Err(unavailable("there is no Raft leader")),
-            Err(RaftError::APIError(error @ (ClientWriteError::ChangeMembershipError(_) | ClientWriteError::PreconditionFailed(_)))) => {
-                Err(unavailable(error))
+            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => {
+                Err(unavailable("there is no Raft leader"))
             }
+            Err(RaftError::APIError(
+                error @ (ClientWriteError::ChangeMembershipError(_) | ClientWriteError::PreconditionFailed(_)),
+            )) => Err(unavailable(error)),
             // It was appended, and another leader's log went over it, or a snapshot that may hold it.
-            Err(RaftError::APIError(error @ ClientWriteError::LogEntryDiscarded(_))) => {
-                Err(Error::OutcomeUnknown { operation: "a write", source: error.into() })
-            }
-            Err(RaftError::Fatal(fatal)) => {
-                Err(Error::OutcomeUnknown { operation: "a write", source: fatal.into() })
-            }
+            Err(RaftError::APIError(error @ ClientWriteError::LogEntryDiscarded(_))) => Err(Error::OutcomeUnknown {
+                operation: "a write",
+                source: error.into(),
+            }),
+            Err(RaftError::Fatal(fatal)) => Err(Error::OutcomeUnknown {
+                operation: "a write",
+                source: fatal.into(),
+            }),
         }
     }
 
@@ -381,19 +434,32 @@ impl Core {
         known()
     }
 
-    pub(crate) async fn watch(&self, namespace: &Namespace, request: WatchRequest, patience: Duration) -> Result<Watch> {
+    pub(crate) async fn watch(
+        &self,
+        namespace: &Namespace,
+        request: WatchRequest,
+        patience: Duration,
+    ) -> Result<Watch> {
         match tokio::time::timeout(patience, self.barrier()).await {
             Ok(fresh) => fresh?,
             Err(elapsed) => return Err(unavailable(elapsed)),
         }
-        self.store.watch(Target { namespace: namespace.clone(), request, after: 0 })
+        self.store.watch(Target {
+            namespace: namespace.clone(),
+            request,
+            after: 0,
+        })
     }
 
     fn status(&self) -> proto::StatusAnswer {
         let (leader, term, applied) = {
             let metrics = self.raft.metrics();
             let metrics = metrics.borrow_watched();
-            (metrics.current_leader, metrics.current_term, metrics.last_applied.map_or(0, |applied| applied.index))
+            (
+                metrics.current_leader,
+                metrics.current_term,
+                metrics.last_applied.map_or(0, |applied| applied.index),
+            )
         };
         self.store.read(|inner| {
             let member = |(id, peer): (&u64, &Peer)| proto::MemberStatus {
@@ -441,7 +507,11 @@ impl Core {
                 continue;
             };
             let sessions = self.store.read(|inner| {
-                let ttls = inner.state.sessions.iter().map(|(id, session)| (*id, Duration::from_millis(session.ttl_ms)));
+                let ttls = inner
+                    .state
+                    .sessions
+                    .iter()
+                    .map(|(id, session)| (*id, Duration::from_millis(session.ttl_ms)));
                 ttls.collect::<Vec<_>>()
             });
             let due = self.expiry.due(term, Instant::now(), sessions.into_iter());
@@ -453,7 +523,10 @@ impl Core {
 
     async fn expire(self, sessions: Vec<u64>, term: u64) {
         tracing::info!(count = sessions.len(), "sessions have expired");
-        let expire = Change::Expire(proto::ExpireSessions { sessions: sessions.clone(), term });
+        let expire = Change::Expire(proto::ExpireSessions {
+            sessions: sessions.clone(),
+            term,
+        });
         if let Err(error) = self.propose(Command::new(expire)).await {
             tracing::warn!(%error, "sessions could not be expired, trying again");
         }
@@ -502,5 +575,8 @@ impl Link for Core {
 }
 
 fn unavailable(cause: impl Into<BoxError>) -> Error {
-    Error::Unavailable { backend: BACKEND, source: cause.into() }
+    Error::Unavailable {
+        backend: BACKEND,
+        source: cause.into(),
+    }
 }

@@ -17,8 +17,8 @@ use crate::proto;
 use crate::proto::registry_client::RegistryClient;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
-use crate::status::Status;
 use crate::proto::watch_response::Item;
+use crate::status::Status;
 
 /// The largest message either side takes: a transaction or a page, and some room.
 pub(crate) const MAX_MESSAGE: usize = 8 << 20;
@@ -42,13 +42,19 @@ struct Current {
 
 impl fmt::Debug for Current {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Current").field("at", &self.at).field("connected", &self.channel.is_some()).finish()
+        f.debug_struct("Current")
+            .field("at", &self.at)
+            .field("connected", &self.channel.is_some())
+            .finish()
     }
 }
 
 impl Remote {
     pub(crate) fn new(addresses: Vec<String>) -> Self {
-        Self { addresses: addresses.into(), current: Arc::default() }
+        Self {
+            addresses: addresses.into(),
+            current: Arc::default(),
+        }
     }
 
     /// A connection to the first member from the current one on that takes one. Nothing is sent yet.
@@ -65,20 +71,29 @@ impl Remote {
             let address = &self.addresses[at];
             match dial(address).await {
                 Ok(channel) => {
-                    *self.current.lock() = Current { at, channel: Some(channel.clone()) };
+                    *self.current.lock() = Current {
+                        at,
+                        channel: Some(channel.clone()),
+                    };
                     return Ok((at, channel));
                 }
                 Err(error) => causes.push(format!("{address}: {}", root_cause(&error))),
             }
         }
-        Err(Error::Unavailable { backend: BACKEND, source: causes.join("; ").into() })
+        Err(Error::Unavailable {
+            backend: BACKEND,
+            source: causes.join("; ").into(),
+        })
     }
 
     /// The connection broke or the member can't answer: the next is asked from now on.
     fn give_up(&self, at: usize) {
         let mut current = self.current.lock();
         if current.at == at {
-            *current = Current { at: (at + 1) % self.addresses.len(), channel: None };
+            *current = Current {
+                at: (at + 1) % self.addresses.len(),
+                channel: None,
+            };
         }
     }
 
@@ -88,13 +103,18 @@ impl Remote {
             Ok(Answer::Status(status)) => Ok(status.into()),
             Ok(_) => Err(not_understood()),
             // Asking changes nothing, whatever became of the question.
-            Err(Error::OutcomeUnknown { source, .. }) => Err(Error::Unavailable { backend: BACKEND, source }),
+            Err(Error::OutcomeUnknown { source, .. }) => Err(Error::Unavailable {
+                backend: BACKEND,
+                source,
+            }),
             Err(error) => Err(error),
         }
     }
 
     fn client(channel: Channel) -> RegistryClient<Channel> {
-        RegistryClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
+        RegistryClient::new(channel)
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE)
     }
 }
 
@@ -123,8 +143,14 @@ fn root_cause(error: &dyn std::error::Error) -> String {
 impl Link for Remote {
     async fn call(&self, call: Call, patience: Duration) -> Result<Answer> {
         let patience_ms = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
-        let unanswered = |source| Error::OutcomeUnknown { operation: "a request", source };
-        let request = proto::Request { patience_ms, call: Some(call) };
+        let unanswered = |source| Error::OutcomeUnknown {
+            operation: "a request",
+            source,
+        };
+        let request = proto::Request {
+            patience_ms,
+            call: Some(call),
+        };
         let asked = async {
             let (at, channel) = self.connect().await?;
             match Self::client(channel).call(request).await {
@@ -155,10 +181,20 @@ impl Link for Remote {
     }
 
     async fn watch(&self, namespace: &Namespace, request: WatchRequest, patience: Duration) -> Result<Watch> {
-        let mut stream = WatchStream { link: self.clone(), namespace: namespace.clone(), request, picture: Picture::default() };
-        let no_answer = |e: tokio::time::error::Elapsed| Error::Unavailable { backend: BACKEND, source: e.into() };
+        let mut stream = WatchStream {
+            link: self.clone(),
+            namespace: namespace.clone(),
+            request,
+            picture: Picture::default(),
+        };
+        let no_answer = |e: tokio::time::error::Elapsed| Error::Unavailable {
+            backend: BACKEND,
+            source: e.into(),
+        };
         let from = stream.request.from;
-        let items = tokio::time::timeout(patience, stream.open(from)).await.map_err(no_answer)??;
+        let items = tokio::time::timeout(patience, stream.open(from))
+            .await
+            .map_err(no_answer)??;
         let (feed, watch) = feed();
         tokio::spawn(stream.run(items, feed));
         Ok(watch)
@@ -169,7 +205,10 @@ impl Link for Remote {
     }
 
     fn apart(&self) -> Arc<dyn Link> {
-        Arc::new(Self { addresses: self.addresses.clone(), current: Arc::default() })
+        Arc::new(Self {
+            addresses: self.addresses.clone(),
+            current: Arc::default(),
+        })
     }
 }
 
@@ -177,12 +216,18 @@ impl Link for Remote {
 fn status_error(status: tonic::Status) -> Error {
     use tonic::Code;
     match status.code() {
-        Code::Unauthenticated | Code::PermissionDenied => {
-            Error::AccessDenied { backend: BACKEND, source: status.message().to_owned().into() }
+        Code::Unauthenticated | Code::PermissionDenied => Error::AccessDenied {
+            backend: BACKEND,
+            source: status.message().to_owned().into(),
+        },
+        Code::InvalidArgument | Code::Unimplemented | Code::OutOfRange => {
+            Error::InvalidRequest(status.message().into())
         }
-        Code::InvalidArgument | Code::Unimplemented | Code::OutOfRange => Error::InvalidRequest(status.message().into()),
         // Everything else may have come after the request was read.
-        _ => Error::OutcomeUnknown { operation: "a request", source: status.into() },
+        _ => Error::OutcomeUnknown {
+            operation: "a request",
+            source: status.into(),
+        },
     }
 }
 
@@ -221,7 +266,12 @@ impl WatchStream {
         // The first item says whether the watch could begin; it is an empty one if so.
         match opened.await {
             Ok((Some(proto::WatchResponse { item: None }), items)) => Ok(items),
-            Ok((Some(proto::WatchResponse { item: Some(Item::Failure(said)) }), _)) => {
+            Ok((
+                Some(proto::WatchResponse {
+                    item: Some(Item::Failure(said)),
+                }),
+                _,
+            )) => {
                 let error = failure(said);
                 if matches!(error, Error::Unavailable { .. }) {
                     self.link.give_up(at);
@@ -230,12 +280,18 @@ impl WatchStream {
             }
             Ok(_) => {
                 self.link.give_up(at);
-                Err(Error::Unavailable { backend: BACKEND, source: "the watch did not begin".into() })
+                Err(Error::Unavailable {
+                    backend: BACKEND,
+                    source: "the watch did not begin".into(),
+                })
             }
             Err(status) => {
                 self.link.give_up(at);
                 Err(match status_error(status) {
-                    Error::OutcomeUnknown { source, .. } => Error::Unavailable { backend: BACKEND, source },
+                    Error::OutcomeUnknown { source, .. } => Error::Unavailable {
+                        backend: BACKEND,
+                        source,
+                    },
                     error => error,
                 })
             }
@@ -358,7 +414,11 @@ impl WatchStream {
         match self.picture.get(&entry.key) {
             Some(_) => Ok(self.picture.delete(&entry.key, revision, cause).into_iter().collect()),
             // Begun after a revision, the watch never told this key; the store knows what it last was.
-            None => Ok(vec![Event::Deleted { last: entry, revision, cause }]),
+            None => Ok(vec![Event::Deleted {
+                last: entry,
+                revision,
+                cause,
+            }]),
         }
     }
 }
@@ -392,10 +452,19 @@ fn messages(namespace: &Namespace, events: &[Event]) -> Vec<Item> {
             bytes = 0;
         }
         bytes += size;
-        parts.last_mut().expect("there is one from the start").events.push(message(namespace, event));
+        parts
+            .last_mut()
+            .expect("there is one from the start")
+            .events
+            .push(message(namespace, event));
     }
     let last = parts.len() - 1;
-    let more = |(at, changes): (usize, proto::Changes)| Item::Changes(proto::Changes { more: at < last, ..changes });
+    let more = |(at, changes): (usize, proto::Changes)| {
+        Item::Changes(proto::Changes {
+            more: at < last,
+            ..changes
+        })
+    };
     parts.into_iter().enumerate().map(more).collect()
 }
 
@@ -405,7 +474,10 @@ fn message(namespace: &Namespace, event: &Event) -> proto::Event {
     let kind = match event {
         Event::Created(_) => Kind::Created,
         Event::Updated(_) => Kind::Updated,
-        Event::Deleted { cause: registry_api::DeleteCause::SessionEnded, .. } => Kind::SessionEnded,
+        Event::Deleted {
+            cause: registry_api::DeleteCause::SessionEnded,
+            ..
+        } => Kind::SessionEnded,
         Event::Deleted { .. } => Kind::Deleted,
     };
     let entry = proto::Entry {
@@ -416,5 +488,9 @@ fn message(namespace: &Namespace, event: &Event) -> proto::Event {
         version: 0,
         session: entry.session.map_or(0, |session| session.0),
     };
-    proto::Event { kind: kind.into(), entry: Some(entry), revision: event.revision().0 }
+    proto::Event {
+        kind: kind.into(),
+        entry: Some(entry),
+        revision: event.revision().0,
+    }
 }

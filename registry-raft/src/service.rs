@@ -31,10 +31,16 @@ pub(crate) struct Service {
 impl Registry for Service {
     async fn call(&self, request: Request<proto::Request>) -> Result<Response<proto::Response>, Status> {
         let request = request.into_inner();
-        let call = request.call.ok_or_else(|| Status::invalid_argument("a request this version does not know"))?;
+        let call = request
+            .call
+            .ok_or_else(|| Status::invalid_argument("a request this version does not know"))?;
         check(&call).map_err(|error| Status::invalid_argument(error.to_string()))?;
         let patience = Duration::from_millis(request.patience_ms.into()).min(MAX_PATIENCE);
-        let answer = self.core.serve(call, patience).await.unwrap_or_else(|error| Answer::Failure(said(&error)));
+        let answer = self
+            .core
+            .serve(call, patience)
+            .await
+            .unwrap_or_else(|error| Answer::Failure(said(&error)));
         Ok(Response::new(proto::Response { answer: Some(answer) }))
     }
 
@@ -58,14 +64,27 @@ impl Registry for Service {
 /// An error as a member says it.
 pub(crate) fn said(error: &Error) -> proto::Failure {
     let text = with_causes(error);
-    let of = |kind: Kind| proto::Failure { kind: kind.into(), text, requested: 0, oldest: 0 };
+    let of = |kind: Kind| proto::Failure {
+        kind: kind.into(),
+        text,
+        requested: 0,
+        oldest: 0,
+    };
     match error {
         Error::OutcomeUnknown { .. } => of(Kind::OutcomeUnknown),
-        Error::SessionExpired { session } => proto::Failure { requested: session.0, ..of(Kind::SessionExpired) },
+        Error::SessionExpired { session } => proto::Failure {
+            requested: session.0,
+            ..of(Kind::SessionExpired)
+        },
         Error::AccessDenied { .. } => of(Kind::Denied),
-        Error::Compacted { requested: Revision(requested), oldest: Revision(oldest) } => {
-            proto::Failure { requested: *requested, oldest: *oldest, ..of(Kind::Compacted) }
-        }
+        Error::Compacted {
+            requested: Revision(requested),
+            oldest: Revision(oldest),
+        } => proto::Failure {
+            requested: *requested,
+            oldest: *oldest,
+            ..of(Kind::Compacted)
+        },
         Error::InvalidRequest(_) | Error::Key(_) | Error::Namespace(_) | Error::TooLarge { .. } => of(Kind::Invalid),
         _ => of(Kind::Unavailable),
     }
@@ -92,7 +111,10 @@ fn check(call: &Call) -> Result<(), Error> {
             }
             match (1..=MAX_LIMIT).contains(&list.limit) {
                 true => Ok(()),
-                false => Err(Error::InvalidRequest(format!("a page of {} entries, 1 to {MAX_LIMIT} are made", list.limit))),
+                false => Err(Error::InvalidRequest(format!(
+                    "a page of {} entries, 1 to {MAX_LIMIT} are made",
+                    list.limit
+                ))),
             }
         }
         Call::Command(command) => check_command(command),
@@ -116,11 +138,17 @@ fn check_command(command: &Command) -> Result<(), Error> {
 fn check_txn(txn: &proto::Txn) -> Result<(), Error> {
     use proto::operation::Write;
     if txn.conditions.len() > MAX_OPERATIONS || txn.operations.len() > MAX_OPERATIONS {
-        return Err(Error::InvalidRequest(format!("more than {MAX_OPERATIONS} conditions or operations")));
+        return Err(Error::InvalidRequest(format!(
+            "more than {MAX_OPERATIONS} conditions or operations"
+        )));
     }
     let size: usize = txn.operations.iter().map(prost::Message::encoded_len).sum();
     if size > 2 * MAX_TXN {
-        return Err(Error::TooLarge { what: "a transaction", size, limit: MAX_TXN });
+        return Err(Error::TooLarge {
+            what: "a transaction",
+            size,
+            limit: MAX_TXN,
+        });
     }
     let mut checked = registry_api::Txn::new();
     for condition in &txn.conditions {
@@ -170,7 +198,11 @@ fn qualified_prefix(qualified: &str) -> Result<(Namespace, Prefix), Error> {
 
 /// The namespace, and what is behind it: nothing, a user's key or a recipe's.
 fn split(qualified: &str) -> Result<(Namespace, &str), Error> {
-    let end = qualified.char_indices().skip(1).find(|&(_, c)| c == '/' || c == '~').map_or(qualified.len(), |(at, _)| at);
+    let end = qualified
+        .char_indices()
+        .skip(1)
+        .find(|&(_, c)| c == '/' || c == '~')
+        .map_or(qualified.len(), |(at, _)| at);
     Ok((Namespace::parse(&qualified[..end])?, &qualified[end..]))
 }
 
@@ -180,7 +212,11 @@ mod tests {
 
     #[test]
     fn a_qualified_name_is_taken_apart() {
-        for (qualified, namespace, rest) in [("/ns", "/ns", ""), ("/ns/a/b", "/ns", "/a/b"), ("/ns~/lock/1/a", "/ns", "~/lock/1/a")] {
+        for (qualified, namespace, rest) in [
+            ("/ns", "/ns", ""),
+            ("/ns/a/b", "/ns", "/a/b"),
+            ("/ns~/lock/1/a", "/ns", "~/lock/1/a"),
+        ] {
             let (parsed, behind) = split(qualified).unwrap();
             assert_eq!((parsed.as_str(), behind), (namespace, rest));
         }
@@ -188,15 +224,45 @@ mod tests {
 
     #[test]
     fn what_no_handle_sends_is_refused() {
-        let get = |key: &str| Call::Get(proto::Get { key: key.into(), stale: false });
-        for bad in ["", "/", "ns/a", "/ns/../a", "/ns/a/", "//a", "/ns~x", "/ns~/a/../b", "/é\0/a"] {
+        let get = |key: &str| {
+            Call::Get(proto::Get {
+                key: key.into(),
+                stale: false,
+            })
+        };
+        for bad in [
+            "",
+            "/",
+            "ns/a",
+            "/ns/../a",
+            "/ns/a/",
+            "//a",
+            "/ns~x",
+            "/ns~/a/../b",
+            "/é\0/a",
+        ] {
             assert!(check(&get(bad)).is_err(), "{bad:?} was taken");
         }
-        let expire = Change::Expire(proto::ExpireSessions { sessions: vec![1], term: 1 });
+        let expire = Change::Expire(proto::ExpireSessions {
+            sessions: vec![1],
+            term: 1,
+        });
         assert!(check(&Call::Command(Command::new(expire))).is_err());
         assert!(check(&Call::Command(Command::default())).is_err());
-        let put = proto::operation::Write::Put(proto::Put { value: vec![0; 2 * MAX_TXN].into(), ..proto::Put::default() });
-        let operations = vec![proto::Operation { key: "/ns/a".into(), write: Some(put) }];
-        assert!(check_txn(&proto::Txn { conditions: Vec::new(), operations }).is_err());
+        let put = proto::operation::Write::Put(proto::Put {
+            value: vec![0; 2 * MAX_TXN].into(),
+            ..proto::Put::default()
+        });
+        let operations = vec![proto::Operation {
+            key: "/ns/a".into(),
+            write: Some(put),
+        }];
+        assert!(
+            check_txn(&proto::Txn {
+                conditions: Vec::new(),
+                operations
+            })
+            .is_err()
+        );
     }
 }

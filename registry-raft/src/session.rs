@@ -24,7 +24,11 @@ pub(crate) struct Sessions {
 impl Sessions {
     pub(crate) fn new(link: Arc<dyn Link>, options: &Options) -> Self {
         let patience = options.connect_timeout.max(options.request_timeout);
-        Self { link, ttl: options.session_ttl.get(), patience }
+        Self {
+            link,
+            ttl: options.session_ttl.get(),
+            patience,
+        }
     }
 
     /// A change that may be asked for twice: a second session that nobody uses expires, a second close finds nothing.
@@ -50,21 +54,32 @@ impl SessionStore for Sessions {
     async fn open(&self) -> Result<Grant> {
         let ttl_ms = u64::try_from(self.ttl.as_millis()).unwrap_or(u64::MAX);
         match self.change(Change::Open(proto::OpenSession { ttl_ms })).await? {
-            Outcome::SessionOpened(session) => {
-                Ok(Grant { session: SessionId(session), ttl: Duration::from_millis(ttl_ms), margin: Duration::ZERO })
-            }
+            Outcome::SessionOpened(session) => Ok(Grant {
+                session: SessionId(session),
+                ttl: Duration::from_millis(ttl_ms),
+                margin: Duration::ZERO,
+            }),
             _ => Err(not_understood()),
         }
     }
 
     async fn keep_alive(&self, session: SessionId) -> Result<()> {
-        match self.link.call(Call::KeepAlive(proto::KeepAlive { session: session.0 }), self.patience).await? {
+        match self
+            .link
+            .call(Call::KeepAlive(proto::KeepAlive { session: session.0 }), self.patience)
+            .await?
+        {
             Answer::Done(_) => Ok(()),
-            _ => Err(Error::Unavailable { backend: BACKEND, source: "no answer to a keep-alive".into() }),
+            _ => Err(Error::Unavailable {
+                backend: BACKEND,
+                source: "no answer to a keep-alive".into(),
+            }),
         }
     }
 
     async fn close(&self, session: SessionId) -> Result<()> {
-        self.change(Change::Close(proto::CloseSession { session: session.0 })).await.map(|_| ())
+        self.change(Change::Close(proto::CloseSession { session: session.0 }))
+            .await
+            .map(|_| ())
     }
 }

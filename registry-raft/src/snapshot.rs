@@ -52,8 +52,15 @@ impl Frozen {
     }
 
     pub(crate) fn thaw(self) -> (State, SnapshotMeta) {
-        let sessions = self.sessions.into_iter().map(|(id, session)| (id, Arc::unwrap_or_clone(session))).collect();
-        (State::restore(self.tree, self.revision, self.last_session, sessions), self.meta)
+        let sessions = self
+            .sessions
+            .into_iter()
+            .map(|(id, session)| (id, Arc::unwrap_or_clone(session)))
+            .collect();
+        (
+            State::restore(self.tree, self.revision, self.last_session, sessions),
+            self.meta,
+        )
     }
 }
 
@@ -81,7 +88,12 @@ impl Snapshots {
                 fs::remove_file(&beside).map_err(|e| storage(&beside, e.to_string()))?;
             }
         }
-        Ok(Self { directory, identity, newest: Mutex::default(), writing: AtomicBool::new(false) })
+        Ok(Self {
+            directory,
+            identity,
+            newest: Mutex::default(),
+            writing: AtomicBool::new(false),
+        })
     }
 
     pub(crate) fn is_writing(&self) -> bool {
@@ -95,16 +107,30 @@ impl Snapshots {
 
     pub(crate) fn current(&self) -> Option<Snapshot> {
         let newest = self.newest.lock();
-        newest.as_ref().map(|(meta, data, _)| Snapshot { meta: meta.clone(), snapshot: data.clone() })
+        newest.as_ref().map(|(meta, data, _)| Snapshot {
+            meta: meta.clone(),
+            snapshot: data.clone(),
+        })
     }
 
     /// Reads the newest file, at start. A damaged one is refused, not skipped: the log it covered may be gone.
     pub(crate) fn load(&self) -> Result<Option<Frozen>> {
-        let Some(directory) = &self.directory else { return Ok(None) };
-        let newest = files(directory, ".snap").map_err(|e| storage(directory, e.to_string()))?.pop();
+        let Some(directory) = &self.directory else {
+            return Ok(None);
+        };
+        let newest = files(directory, ".snap")
+            .map_err(|e| storage(directory, e.to_string()))?
+            .pop();
         let Some(path) = newest else { return Ok(None) };
-        let refused = |error: io::Error| storage(&path, format!("{error}; nothing was changed: restore a backup into a new directory"));
-        let frozen = File::open(&path).and_then(|file| self.read(BufReader::with_capacity(1 << 20, file))).map_err(refused)?;
+        let refused = |error: io::Error| {
+            storage(
+                &path,
+                format!("{error}; nothing was changed: restore a backup into a new directory"),
+            )
+        };
+        let frozen = File::open(&path)
+            .and_then(|file| self.read(BufReader::with_capacity(1 << 20, file)))
+            .map_err(refused)?;
         let bytes = fs::metadata(&path).map_err(refused)?.len();
         *self.newest.lock() = Some((frozen.meta.clone(), SnapshotData::File(path), bytes));
         Ok(Some(frozen))
@@ -137,8 +163,14 @@ impl Snapshots {
         let (data, size) = match &self.directory {
             Some(directory) => {
                 let name = format!("{index:020}");
-                let (beside, path) = (directory.join(format!("{name}.new")), directory.join(format!("{name}.snap")));
-                let file = owned(beside.clone(), OpenOptions::new().create(true).truncate(true).write(true))?;
+                let (beside, path) = (
+                    directory.join(format!("{name}.new")),
+                    directory.join(format!("{name}.snap")),
+                );
+                let file = owned(
+                    beside.clone(),
+                    OpenOptions::new().create(true).truncate(true).write(true),
+                )?;
                 let mut out = BufWriter::with_capacity(1 << 20, file);
                 write(&mut out)?;
                 let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
@@ -159,7 +191,10 @@ impl Snapshots {
             }
         };
         *self.newest.lock() = Some((meta.clone(), data.clone(), size));
-        Ok(Snapshot { meta: meta.clone(), snapshot: data })
+        Ok(Snapshot {
+            meta: meta.clone(),
+            snapshot: data,
+        })
     }
 
     fn read(&self, mut from: impl Read) -> io::Result<Frozen> {
@@ -170,9 +205,13 @@ impl Snapshots {
             return Err(invalid("it is no snapshot of a registry"));
         }
         if format != FORMAT {
-            return Err(invalid(&format!("its format is {format}, this version reads {FORMAT}; use the version that wrote it")));
+            return Err(invalid(&format!(
+                "its format is {format}, this version reads {FORMAT}; use the version that wrote it"
+            )));
         }
-        let Frame::Header(header) = next(&mut from)? else { return Err(invalid("it has no header")) };
+        let Frame::Header(header) = next(&mut from)? else {
+            return Err(invalid("it has no header"));
+        };
         if *header.cluster != self.identity.cluster {
             return Err(invalid("it is another cluster's"));
         }
@@ -186,7 +225,11 @@ impl Snapshots {
                 Frame::Header(_) => return Err(invalid("it has two headers")),
                 Frame::Sessions(frame) => {
                     for session in frame.sessions {
-                        let replies = session.answered.into_iter().filter_map(|a| Some((a.sequence, a.reply?))).collect();
+                        let replies = session
+                            .answered
+                            .into_iter()
+                            .filter_map(|a| Some((a.sequence, a.reply?)))
+                            .collect();
                         let record = SessionRecord {
                             ttl_ms: session.ttl_ms,
                             answered_below: session.answered_below,
@@ -206,45 +249,73 @@ impl Snapshots {
                 Frame::End(_) => return Err(invalid("it lacks a part")),
             }
         }
-        Ok(Frozen { meta, tree, revision: header.revision, last_session: header.last_session, sessions })
+        Ok(Frozen {
+            meta,
+            tree,
+            revision: header.revision,
+            last_session: header.last_session,
+            sessions,
+        })
     }
 }
 
 fn write(out: &mut dyn Write, identity: &Identity, frozen: &Frozen) -> io::Result<()> {
     out.write_all(MAGIC)?;
     out.write_all(&FORMAT.to_le_bytes())?;
-    put(out, Frame::Header(file::Header {
-        cluster: Bytes::copy_from_slice(&identity.cluster),
-        last_log_id: frozen.meta.last_log_id.as_ref().map(wire::log_id_to),
-        membership: Some(wire::membership_to(frozen.meta.last_membership.membership())),
-        membership_log_id: frozen.meta.last_membership.log_id().as_ref().map(wire::log_id_to),
-        revision: frozen.revision,
-        last_session: frozen.last_session,
-    }))?;
+    put(
+        out,
+        Frame::Header(file::Header {
+            cluster: Bytes::copy_from_slice(&identity.cluster),
+            last_log_id: frozen.meta.last_log_id.as_ref().map(wire::log_id_to),
+            membership: Some(wire::membership_to(frozen.meta.last_membership.membership())),
+            membership_log_id: frozen.meta.last_membership.log_id().as_ref().map(wire::log_id_to),
+            revision: frozen.revision,
+            last_session: frozen.last_session,
+        }),
+    )?;
     for (id, session) in &frozen.sessions {
         let answered = session.replies.iter();
-        let answered = answered.map(|(sequence, reply)| file::Answered { sequence: *sequence, reply: Some(reply.clone()) });
+        let answered = answered.map(|(sequence, reply)| file::Answered {
+            sequence: *sequence,
+            reply: Some(reply.clone()),
+        });
         let session = file::Session {
             id: *id,
             ttl_ms: session.ttl_ms,
             answered_below: session.answered_below,
             answered: answered.collect(),
         };
-        put(out, Frame::Sessions(file::Sessions { sessions: vec![session] }))?;
+        put(
+            out,
+            Frame::Sessions(file::Sessions {
+                sessions: vec![session],
+            }),
+        )?;
     }
     let (mut records, mut bytes) = (Vec::new(), 0);
     for record in frozen.tree.from("") {
         bytes += record.key.len() + record.value.len();
         records.push((&**record).into());
         if bytes > FRAME {
-            put(out, Frame::Records(file::Records { records: std::mem::take(&mut records) }))?;
+            put(
+                out,
+                Frame::Records(file::Records {
+                    records: std::mem::take(&mut records),
+                }),
+            )?;
             bytes = 0;
         }
     }
     if !records.is_empty() {
         put(out, Frame::Records(file::Records { records }))?;
     }
-    put(out, Frame::End(file::End { sessions: frozen.sessions.len() as u64, records: frozen.tree.len() as u64 }))?;
+    put(
+        out,
+        Frame::End(file::End {
+            sessions: frozen.sessions.len() as u64,
+            records: frozen.tree.len() as u64,
+        }),
+    )?;
     out.flush()
 }
 
@@ -271,7 +342,9 @@ fn next(from: &mut impl Read) -> io::Result<Frame> {
         return Err(invalid("it is damaged: a checksum is wrong"));
     }
     let frame = file::Frame::decode(Bytes::from(frame)).map_err(|_| invalid("it is damaged: a frame can't be read"))?;
-    frame.frame.ok_or_else(|| invalid("it holds what this version does not know"))
+    frame
+        .frame
+        .ok_or_else(|| invalid("it holds what this version does not know"))
 }
 
 /// The files with that ending, by name.
@@ -297,17 +370,38 @@ mod tests {
     use crate::command::{Change, Command};
     use crate::proto;
 
-    const IDENTITY: Identity = Identity { cluster: [7; 16], member: 1 };
+    const IDENTITY: Identity = Identity {
+        cluster: [7; 16],
+        member: 1,
+    };
 
     fn state() -> State {
         let mut state = State::default();
         state.apply(1, Command::new(Change::Open(proto::OpenSession { ttl_ms: 1000 })));
         for key in 0..2000_u64 {
-            let put = proto::Put { value: vec![1; 300].into(), ephemeral: key % 100 == 0, take_over: false };
+            let put = proto::Put {
+                value: vec![1; 300].into(),
+                ephemeral: key % 100 == 0,
+                take_over: false,
+            };
             let write = Some(proto::operation::Write::Put(put));
-            let operations = vec![proto::Operation { key: format!("/ns/{key}"), write }];
-            let change = Some(Change::Txn(proto::Txn { conditions: Vec::new(), operations }));
-            state.apply(1, Command { session: 1, sequence: key + 1, answered_below: key, change });
+            let operations = vec![proto::Operation {
+                key: format!("/ns/{key}"),
+                write,
+            }];
+            let change = Some(Change::Txn(proto::Txn {
+                conditions: Vec::new(),
+                operations,
+            }));
+            state.apply(
+                1,
+                Command {
+                    session: 1,
+                    sequence: key + 1,
+                    answered_below: key,
+                    change,
+                },
+            );
         }
         state
     }
@@ -319,7 +413,9 @@ mod tests {
     #[test]
     fn what_is_written_is_read_back() {
         let (dir, state) = (tempfile::tempdir().unwrap(), state());
-        snapshots(dir.path()).write(&Frozen::of(&state, SnapshotMeta::default())).unwrap();
+        snapshots(dir.path())
+            .write(&Frozen::of(&state, SnapshotMeta::default()))
+            .unwrap();
         fs::write(dir.path().join("half.new"), "x").unwrap();
         let (back, _) = snapshots(dir.path()).load().unwrap().unwrap().thaw();
         assert!(back.tree.from("").eq(state.tree.from("")));
@@ -331,7 +427,9 @@ mod tests {
     #[test]
     fn every_damage_is_refused_by_name_and_nothing_deleted() {
         let (dir, state) = (tempfile::tempdir().unwrap(), state());
-        snapshots(dir.path()).write(&Frozen::of(&state, SnapshotMeta::default())).unwrap();
+        snapshots(dir.path())
+            .write(&Frozen::of(&state, SnapshotMeta::default()))
+            .unwrap();
         let path = files(dir.path(), ".snap").unwrap().pop().unwrap();
         let good = fs::read(&path).unwrap();
         let refusal = |bytes: &[u8]| {
@@ -349,7 +447,14 @@ mod tests {
         }
         assert!(refusal(&[&good[..8], &9_u32.to_le_bytes(), &good[12..]].concat()).contains("format is 9"));
         fs::write(&path, &good).unwrap();
-        let other = Snapshots::open(Some(dir.path().into()), Identity { cluster: [8; 16], member: 1 }).unwrap();
+        let other = Snapshots::open(
+            Some(dir.path().into()),
+            Identity {
+                cluster: [8; 16],
+                member: 1,
+            },
+        )
+        .unwrap();
         assert!(other.load().unwrap_err().to_string().contains("another cluster's"));
     }
 }

@@ -59,32 +59,64 @@ pub(crate) struct Applied {
 
 impl State {
     /// Takes up a state that was stored: what can be derived from the records is.
-    pub(crate) fn restore(tree: Tree, revision: u64, last_session: u64, sessions: BTreeMap<u64, SessionRecord>) -> Self {
+    pub(crate) fn restore(
+        tree: Tree,
+        revision: u64,
+        last_session: u64,
+        sessions: BTreeMap<u64, SessionRecord>,
+    ) -> Self {
         let mut sessions = sessions;
         let mut ephemeral = HashSet::new();
         for record in tree.from("").filter(|record| record.session > 0) {
             ephemeral.insert(record.key.clone());
-            sessions.entry(record.session).or_default().keys.insert(record.key.clone());
+            sessions
+                .entry(record.session)
+                .or_default()
+                .keys
+                .insert(record.key.clone());
         }
-        let sessions = sessions.into_iter().map(|(id, session)| (id, Arc::new(session))).collect();
-        Self { tree, revision, sessions, last_session, ephemeral }
+        let sessions = sessions
+            .into_iter()
+            .map(|(id, session)| (id, Arc::new(session)))
+            .collect();
+        Self {
+            tree,
+            revision,
+            sessions,
+            last_session,
+            ephemeral,
+        }
     }
 
     /// Applies a command that the log holds in `term`.
     pub(crate) fn apply(&mut self, term: u64, command: Command) -> Applied {
         let mut changes = Vec::new();
-        let Command { session, sequence, answered_below, change } = command;
+        let Command {
+            session,
+            sequence,
+            answered_below,
+            change,
+        } = command;
         if session > 0 {
             let Some(record) = self.sessions.get_mut(&session) else {
-                return Applied { reply: Outcome::SessionExpired(session).into(), changes };
+                return Applied {
+                    reply: Outcome::SessionExpired(session).into(),
+                    changes,
+                };
             };
             let record = Arc::make_mut(record);
             if let Some(reply) = record.replies.get(&sequence) {
-                return Applied { reply: reply.clone(), changes };
+                return Applied {
+                    reply: reply.clone(),
+                    changes,
+                };
             }
             if sequence < record.answered_below {
                 // Answered, and the answer was received: only a request that lost its way comes now.
-                return Applied { reply: Outcome::Done(proto::Unit {}).into(), changes };
+                return Applied {
+                    reply: Outcome::Done(proto::Unit {}).into(),
+                    changes,
+                };
             }
             if answered_below > record.answered_below {
                 record.answered_below = answered_below;
@@ -108,14 +140,19 @@ impl State {
 
     fn open(&mut self, open: &proto::OpenSession) -> Outcome {
         self.last_session += 1;
-        let record = SessionRecord { ttl_ms: open.ttl_ms, ..SessionRecord::default() };
+        let record = SessionRecord {
+            ttl_ms: open.ttl_ms,
+            ..SessionRecord::default()
+        };
         self.sessions.insert(self.last_session, Arc::new(record));
         Outcome::SessionOpened(self.last_session)
     }
 
     fn end(&mut self, sessions: &[u64], changes: &mut Vec<KeyChange>) -> Outcome {
         for session in sessions {
-            let Some(ended) = self.sessions.remove(session) else { continue };
+            let Some(ended) = self.sessions.remove(session) else {
+                continue;
+            };
             for key in &ended.keys {
                 self.delete(key, ChangeKind::SessionEnded, changes);
             }
@@ -126,7 +163,13 @@ impl State {
 
     fn delete_prefix(&mut self, prefix: &str, changes: &mut Vec<KeyChange>) -> Outcome {
         let (from, to) = below(prefix);
-        let keys: Vec<_> = self.tree.get(prefix).into_iter().chain(self.tree.range(&from, &to)).map(|r| r.key.clone()).collect();
+        let keys: Vec<_> = self
+            .tree
+            .get(prefix)
+            .into_iter()
+            .chain(self.tree.range(&from, &to))
+            .map(|r| r.key.clone())
+            .collect();
         for key in &keys {
             self.delete(key, ChangeKind::Deleted, changes);
         }
@@ -160,7 +203,10 @@ impl State {
             });
         }
         self.revision += u64::from(!changes.is_empty());
-        Outcome::Committed(proto::Committed { revision: self.revision, changed })
+        Outcome::Committed(proto::Committed {
+            revision: self.revision,
+            changed,
+        })
     }
 
     fn holds(&self, condition: &proto::Condition) -> bool {
@@ -184,7 +230,9 @@ impl State {
     /// Why a put must not be (K6, K7).
     fn refuses(&self, session: u64, operation: &proto::Operation) -> Option<proto::refused::Why> {
         use proto::refused::Why;
-        let Some(proto::operation::Write::Put(put)) = &operation.write else { return None };
+        let Some(proto::operation::Write::Put(put)) = &operation.write else {
+            return None;
+        };
         let unit = proto::Unit {};
         let here = self.tree.get(&operation.key);
         if let Some(here) = here.filter(|_| !put.take_over) {
@@ -205,7 +253,9 @@ impl State {
         if here.is_some() || self.ephemeral.is_empty() {
             return None;
         }
-        ancestors(&operation.key).find(|&above| self.ephemeral.contains(above)).map(|above| Why::BelowEphemeral(above.into()))
+        ancestors(&operation.key)
+            .find(|&above| self.ephemeral.contains(above))
+            .map(|above| Why::BelowEphemeral(above.into()))
     }
 
     fn put(&mut self, session: u64, revision: u64, key: String, put: proto::Put, changes: &mut Vec<KeyChange>) {
@@ -230,13 +280,19 @@ impl State {
                 Arc::make_mut(session).keys.insert(record.key.clone());
             }
         }
-        let kind = if kept.is_some() { ChangeKind::Updated } else { ChangeKind::Created };
+        let kind = if kept.is_some() {
+            ChangeKind::Updated
+        } else {
+            ChangeKind::Created
+        };
         self.tree.insert(record.clone());
         changes.push(KeyChange { kind, record });
     }
 
     fn delete(&mut self, key: &str, kind: ChangeKind, changes: &mut Vec<KeyChange>) -> bool {
-        let Some(record) = self.tree.remove(key) else { return false };
+        let Some(record) = self.tree.remove(key) else {
+            return false;
+        };
         if record.session > 0 {
             self.ephemeral.remove(&record.key);
             if let Some(session) = self.sessions.get_mut(&record.session) {
@@ -255,9 +311,15 @@ pub(crate) fn below(prefix: &str) -> (String, String) {
 
 /// The qualified keys above this one, the nearest first; none for a recipe's key.
 fn ancestors(key: &str) -> impl Iterator<Item = &str> {
-    let recipe = key.trim_start_matches('/').split('/').next().is_some_and(|namespace| namespace.ends_with('~'));
+    let recipe = key
+        .trim_start_matches('/')
+        .split('/')
+        .next()
+        .is_some_and(|namespace| namespace.ends_with('~'));
     let path = if recipe { "" } else { key };
-    path.rmatch_indices('/').map(|(at, _)| &path[..at]).filter(|above| !above.is_empty())
+    path.rmatch_indices('/')
+        .map(|(at, _)| &path[..at])
+        .filter(|above| !above.is_empty())
 }
 
 #[cfg(test)]
@@ -270,16 +332,31 @@ mod tests {
     const UNIT: proto::Unit = proto::Unit {};
 
     fn put(key: &str, ephemeral: bool) -> proto::Operation {
-        let put = proto::Put { value: "v".into(), ephemeral, take_over: false };
-        proto::Operation { key: key.into(), write: Some(Write::Put(put)) }
+        let put = proto::Put {
+            value: "v".into(),
+            ephemeral,
+            take_over: false,
+        };
+        proto::Operation {
+            key: key.into(),
+            write: Some(Write::Put(put)),
+        }
     }
 
     fn txn(operations: Vec<proto::Operation>) -> Change {
-        Change::Txn(proto::Txn { conditions: Vec::new(), operations })
+        Change::Txn(proto::Txn {
+            conditions: Vec::new(),
+            operations,
+        })
     }
 
     fn command(session: u64, sequence: u64, change: Change) -> Command {
-        Command { session, sequence, answered_below: 0, change: Some(change) }
+        Command {
+            session,
+            sequence,
+            answered_below: 0,
+            change: Some(change),
+        }
     }
 
     fn outcome(state: &mut State, command: Command) -> Outcome {
@@ -288,13 +365,19 @@ mod tests {
 
     fn with_session() -> State {
         let mut state = State::default();
-        let opened = outcome(&mut state, Command::new(Change::Open(proto::OpenSession { ttl_ms: 1000 })));
+        let opened = outcome(
+            &mut state,
+            Command::new(Change::Open(proto::OpenSession { ttl_ms: 1000 })),
+        );
         assert_eq!(opened, Outcome::SessionOpened(1));
         state
     }
 
     fn committed(revision: u64) -> Outcome {
-        Outcome::Committed(proto::Committed { revision, changed: vec![true] })
+        Outcome::Committed(proto::Committed {
+            revision,
+            changed: vec![true],
+        })
     }
 
     #[test]
@@ -302,11 +385,17 @@ mod tests {
         let mut state = with_session();
         let first = command(1, 1, txn(vec![put("/ns/a", false)]));
         assert_eq!(outcome(&mut state, first.clone()), committed(1));
-        assert_eq!(outcome(&mut state, command(1, 2, txn(vec![put("/ns/a", false)]))), committed(2));
+        assert_eq!(
+            outcome(&mut state, command(1, 2, txn(vec![put("/ns/a", false)]))),
+            committed(2)
+        );
         assert_eq!(outcome(&mut state, first.clone()), committed(1));
         assert_eq!(state.revision, 2);
         // Once the handle has the answer, it is forgotten, and a straggler changes nothing.
-        let third = Command { answered_below: 3, ..command(1, 3, txn(vec![put("/ns/a", false)])) };
+        let third = Command {
+            answered_below: 3,
+            ..command(1, 3, txn(vec![put("/ns/a", false)]))
+        };
         assert_eq!(outcome(&mut state, third), committed(3));
         assert_eq!(state.sessions[&1].replies.len(), 1);
         assert_eq!(outcome(&mut state, first), Outcome::Done(UNIT));
@@ -316,23 +405,52 @@ mod tests {
     #[test]
     fn an_expiry_counted_in_another_term_changes_nothing() {
         let mut state = with_session();
-        outcome(&mut state, command(1, 1, txn(vec![put("/ns/a", true), put("/ns/b", true)])));
-        let expire = |term| Command::new(Change::Expire(proto::ExpireSessions { sessions: vec![1], term }));
+        outcome(
+            &mut state,
+            command(1, 1, txn(vec![put("/ns/a", true), put("/ns/b", true)])),
+        );
+        let expire = |term| {
+            Command::new(Change::Expire(proto::ExpireSessions {
+                sessions: vec![1],
+                term,
+            }))
+        };
         assert!(state.apply(2, expire(1)).changes.is_empty());
         assert!(state.sessions.contains_key(&1));
         let changes = state.apply(1, expire(1)).changes;
         assert!(changes.len() == 2 && changes.iter().all(|change| change.kind == ChangeKind::SessionEnded));
-        assert_eq!((state.tree.len(), state.revision, state.sessions.len(), state.ephemeral.len()), (0, 2, 0, 0));
-        assert_eq!(outcome(&mut state, command(1, 2, txn(vec![put("/ns/a", true)]))), Outcome::SessionExpired(1));
+        assert_eq!(
+            (
+                state.tree.len(),
+                state.revision,
+                state.sessions.len(),
+                state.ephemeral.len()
+            ),
+            (0, 2, 0, 0)
+        );
+        assert_eq!(
+            outcome(&mut state, command(1, 2, txn(vec![put("/ns/a", true)]))),
+            Outcome::SessionExpired(1)
+        );
     }
 
     #[test]
     fn an_old_sessions_end_leaves_what_a_newer_one_took_over() {
         let mut state = with_session();
-        outcome(&mut state, Command::new(Change::Open(proto::OpenSession { ttl_ms: 1000 })));
+        outcome(
+            &mut state,
+            Command::new(Change::Open(proto::OpenSession { ttl_ms: 1000 })),
+        );
         outcome(&mut state, command(1, 1, txn(vec![put("/ns/a", true)])));
-        let take_over = proto::Put { value: "new".into(), ephemeral: true, take_over: true };
-        let take_over = proto::Operation { key: "/ns/a".into(), write: Some(Write::Put(take_over)) };
+        let take_over = proto::Put {
+            value: "new".into(),
+            ephemeral: true,
+            take_over: true,
+        };
+        let take_over = proto::Operation {
+            key: "/ns/a".into(),
+            write: Some(Write::Put(take_over)),
+        };
         let applied = state.apply(1, command(2, 1, txn(vec![take_over])));
         let kinds: Vec<_> = applied.changes.iter().map(|change| change.kind).collect();
         assert_eq!(kinds, [ChangeKind::Deleted, ChangeKind::Created]);
@@ -345,8 +463,14 @@ mod tests {
     #[test]
     fn a_transaction_that_changes_nothing_takes_no_revision() {
         let mut state = with_session();
-        let delete = proto::Operation { key: "/ns/a".into(), write: Some(Write::Delete(UNIT)) };
-        let nothing = Outcome::Committed(proto::Committed { revision: 0, changed: vec![false] });
+        let delete = proto::Operation {
+            key: "/ns/a".into(),
+            write: Some(Write::Delete(UNIT)),
+        };
+        let nothing = Outcome::Committed(proto::Committed {
+            revision: 0,
+            changed: vec![false],
+        });
         assert_eq!(outcome(&mut state, command(1, 1, txn(vec![delete]))), nothing);
     }
 

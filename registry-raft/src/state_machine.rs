@@ -92,10 +92,16 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
 
     async fn get_snapshot_builder(&mut self) -> Builder {
         let frozen = self.store.read(|inner| {
-            let meta = SnapshotMeta { last_log_id: inner.applied, last_membership: inner.membership.clone() };
+            let meta = SnapshotMeta {
+                last_log_id: inner.applied,
+                last_membership: inner.membership.clone(),
+            };
             Frozen::of(&inner.state, meta)
         });
-        Builder { frozen, snapshots: self.snapshots.clone() }
+        Builder {
+            frozen,
+            snapshots: self.snapshots.clone(),
+        }
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, data: SnapshotData) -> Result<(), io::Error> {

@@ -49,7 +49,10 @@ impl Store {
         let mut inner = self.inner.write();
         // Taken inside the lock on the state, and by nobody the other way round.
         let watchers = self.watchers.lock();
-        apply(&mut Applier { inner: &mut inner, watchers: &watchers });
+        apply(&mut Applier {
+            inner: &mut inner,
+            watchers: &watchers,
+        });
     }
 
     /// Takes up another state, from a snapshot. Watches are told the difference.
@@ -62,7 +65,12 @@ impl Store {
         inner.applied = meta.last_log_id;
         inner.membership = meta.last_membership;
         watchers.each(|target, feed| {
-            feed.changes(difference(target, &before.tree, &inner.state.tree, inner.state.revision));
+            feed.changes(difference(
+                target,
+                &before.tree,
+                &inner.state.tree,
+                inner.state.revision,
+            ));
             feed.synced(Revision(inner.state.revision));
         });
     }
@@ -94,7 +102,11 @@ impl Store {
     pub(crate) fn list(&self, list: &proto::List) -> proto::Page {
         let (tree, revision) = self.read(|inner| (inner.state.tree.clone(), inner.state.revision));
         let (from, to) = below(&list.prefix);
-        let mut page = proto::Page { entries: Vec::new(), more: false, revision };
+        let mut page = proto::Page {
+            entries: Vec::new(),
+            more: false,
+            revision,
+        };
         let mut bytes = 0;
         let mut start = match list.after.is_empty() {
             true => list.prefix.clone(),
@@ -103,7 +115,8 @@ impl Store {
         };
         // The key itself sorts first, apart from what is below it.
         if !list.children_only && start == list.prefix {
-            page.entries.extend(tree.get(&list.prefix).map(|record| proto::Entry::from(&**record)));
+            page.entries
+                .extend(tree.get(&list.prefix).map(|record| proto::Entry::from(&**record)));
         }
         if start < from {
             start.clone_from(&from);
@@ -149,7 +162,12 @@ impl Store {
             }
             match seek {
                 Some(next) => start = next,
-                None => return proto::ChildrenAnswer { names: names.into_iter().collect(), revision },
+                None => {
+                    return proto::ChildrenAnswer {
+                        names: names.into_iter().collect(),
+                        revision,
+                    };
+                }
             }
         }
     }
@@ -164,7 +182,10 @@ impl Store {
             WatchFrom::Now => None,
             WatchFrom::After(after) | WatchFrom::AfterOrReset(after) => {
                 target.after = after.0;
-                inner.history.after(after.0).map(|batches| batches.cloned().collect::<Vec<_>>())
+                inner
+                    .history
+                    .after(after.0)
+                    .map(|batches| batches.cloned().collect::<Vec<_>>())
             }
         };
         let revision = inner.state.revision;
@@ -177,7 +198,10 @@ impl Store {
                 None
             }
             (None, WatchFrom::After(requested)) => {
-                return Err(Error::Compacted { requested, oldest: Revision(inner.history.compacted()) });
+                return Err(Error::Compacted {
+                    requested,
+                    oldest: Revision(inner.history.compacted()),
+                });
             }
             (None, from) => {
                 target.after = revision;
@@ -186,7 +210,11 @@ impl Store {
         };
         let prefix = target.qualified();
         let id = watchers.add(target.clone(), feed);
-        let guard = Guard { watchers: self.watchers.clone(), prefix, id };
+        let guard = Guard {
+            watchers: self.watchers.clone(),
+            prefix,
+            id,
+        };
         let items = match begin {
             None => stream::empty().boxed(),
             Some((reset, tree)) => {
@@ -194,7 +222,10 @@ impl Store {
                 reset.chain(current(tree, target)).chain(synced(revision)).boxed()
             }
         };
-        Ok(Watch::new(Guarded { items: items.chain(live).boxed(), _guard: guard }))
+        Ok(Watch::new(Guarded {
+            items: items.chain(live).boxed(),
+            _guard: guard,
+        }))
     }
 }
 
@@ -225,7 +256,11 @@ fn current(tree: Tree, target: Target) -> impl Stream<Item = Result<WatchItem>> 
         }
         Some(events)
     });
-    let below = stream::iter(below.filter(|events| !events.is_empty()).map(|events| Ok(WatchItem::Changes(events))));
+    let below = stream::iter(
+        below
+            .filter(|events| !events.is_empty())
+            .map(|events| Ok(WatchItem::Changes(events))),
+    );
     let first = stream::iter(first.map(|event| Ok(WatchItem::Changes(vec![event]))));
     first.chain(below)
 }
@@ -235,10 +270,19 @@ fn difference(target: &Target, before: &Tree, after: &Tree, revision: u64) -> Ve
     let prefix = target.qualified();
     let (from, to) = below(&prefix);
     let keys = |tree: &Tree| {
-        tree.get(&prefix).cloned().into_iter().chain(tree.range(&from, &to).cloned()).collect::<Vec<_>>()
+        tree.get(&prefix)
+            .cloned()
+            .into_iter()
+            .chain(tree.range(&from, &to).cloned())
+            .collect::<Vec<_>>()
     };
     let mut picture = registry_api::watch::Picture::default();
-    let entries = |tree: &Tree| keys(tree).iter().filter_map(|record| target.current(record)).collect::<Vec<_>>();
+    let entries = |tree: &Tree| {
+        keys(tree)
+            .iter()
+            .filter_map(|record| target.current(record))
+            .collect::<Vec<_>>()
+    };
     for event in entries(before) {
         picture.put(event.entry().clone());
     }
@@ -264,7 +308,10 @@ impl Applier<'_> {
         let applied = self.inner.state.apply(log_id.committed_leader_id().term, command);
         self.inner.applied = Some(log_id);
         if !applied.changes.is_empty() {
-            let batch = Batch { revision: self.inner.state.revision, changes: applied.changes.into() };
+            let batch = Batch {
+                revision: self.inner.state.revision,
+                changes: applied.changes.into(),
+            };
             self.watchers.tell(&batch);
             self.inner.history.push(batch);
         }

@@ -122,7 +122,10 @@ impl Tree {
                 }
                 Node::Leaf(records) => {
                     let at = search(records, key).unwrap_or_else(|at| at);
-                    return Iter { path, leaf: records[at..].iter() };
+                    return Iter {
+                        path,
+                        leaf: records[at..].iter(),
+                    };
                 }
             }
         }
@@ -156,7 +159,11 @@ impl Child {
             Node::Leaf(records) => records.first().map_or_else(|| "".into(), |record| record.key.clone()),
             Node::Inner(children) => children[0].first.clone(),
         };
-        Self { first, len: node.len(), node }
+        Self {
+            first,
+            len: node.len(),
+            node,
+        }
     }
 }
 
@@ -295,7 +302,14 @@ mod tests {
     fn record(key: u16, revision: u64) -> Arc<Record> {
         let key = format!("/{key:03x}").into();
         let value = Bytes::new();
-        Arc::new(Record { key, value, create_revision: revision, mod_revision: revision, version: 1, session: 0 })
+        Arc::new(Record {
+            key,
+            value,
+            create_revision: revision,
+            mod_revision: revision,
+            version: 1,
+            session: 0,
+        })
     }
 
     fn same(tree: &Tree, model: &BTreeMap<Arc<str>, Arc<Record>>) {
@@ -342,7 +356,9 @@ mod tests {
         for key in 0..4096 {
             tree.insert(record(key, 1));
         }
-        let Node::Inner(children) = &*tree.root else { panic!("4096 records fit no leaf") };
+        let Node::Inner(children) = &*tree.root else {
+            panic!("4096 records fit no leaf")
+        };
         assert_eq!(children.len(), 4096 / MAX);
     }
 }

@@ -44,7 +44,9 @@ impl Target {
     /// What a batch holds for this watch.
     pub(crate) fn events(&self, batch: &Batch) -> Vec<Event> {
         let changes = batch.changes.iter().filter(|_| batch.revision > self.after);
-        changes.filter_map(|change| self.event(batch.revision, change)).collect()
+        changes
+            .filter_map(|change| self.event(batch.revision, change))
+            .collect()
     }
 
     fn event(&self, revision: u64, change: &KeyChange) -> Option<Event> {
@@ -68,12 +70,17 @@ impl Watchers {
         self.next += 1;
         self.len += 1;
         let id = self.next;
-        self.by_prefix.entry(target.qualified().into()).or_default().push(Watcher { id, feed, target });
+        self.by_prefix
+            .entry(target.qualified().into())
+            .or_default()
+            .push(Watcher { id, feed, target });
         id
     }
 
     pub(crate) fn remove(&mut self, prefix: &str, id: u64) {
-        let Some(watchers) = self.by_prefix.get_mut(prefix) else { return };
+        let Some(watchers) = self.by_prefix.get_mut(prefix) else {
+            return;
+        };
         let before = watchers.len();
         watchers.retain(|watcher| watcher.id != id);
         self.len -= before - watchers.len();
@@ -89,7 +96,9 @@ impl Watchers {
         }
         if let [change] = &*batch.changes {
             // One change, which is nearly every revision: nothing to gather.
-            self.each_watcher(&change.record.key, |watcher| watcher.feed.changes(watcher.target.events(batch)));
+            self.each_watcher(&change.record.key, |watcher| {
+                watcher.feed.changes(watcher.target.events(batch))
+            });
             return;
         }
         let mut told = std::collections::HashSet::new();
@@ -116,7 +125,10 @@ impl Watchers {
     }
 
     fn each_watcher(&self, key: &str, mut tell: impl FnMut(&Watcher)) {
-        let above = key.rmatch_indices('/').map(|(at, _)| &key[..at]).filter(|above| !above.is_empty());
+        let above = key
+            .rmatch_indices('/')
+            .map(|(at, _)| &key[..at])
+            .filter(|above| !above.is_empty());
         for prefix in std::iter::once(key).chain(above) {
             self.by_prefix.get(prefix).into_iter().flatten().for_each(&mut tell);
         }
@@ -126,7 +138,11 @@ impl Watchers {
 /// The event of a change, in the words of the api. `None` for a key of another namespace, or one the api does not know.
 pub(crate) fn event(namespace: &Namespace, revision: u64, change: &KeyChange) -> Option<Event> {
     let entry = entry(namespace, &change.record)?;
-    let deleted = |last, cause| Event::Deleted { last, revision: Revision(revision), cause };
+    let deleted = |last, cause| Event::Deleted {
+        last,
+        revision: Revision(revision),
+        cause,
+    };
     Some(match change.kind {
         ChangeKind::Created => Event::Created(entry),
         ChangeKind::Updated => Event::Updated(entry),
