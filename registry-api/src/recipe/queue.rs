@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use tokio::runtime::Handle;
-use tokio::task::JoinHandle;
 
 use crate::{
     Condition, Depth, Entry, Error, Event, Expect, Key, List, Registry, Result, Revision, SessionId, Txn, WatchItem,
@@ -115,25 +116,22 @@ impl Queue {
         let id = uuid::Uuid::new_v4().simple();
         let key = Key::of_recipe(&format!("{}/{id}", &self.dir.as_str()[1..]));
         let queue = self.clone();
-        let entering = tokio::spawn({
+        let put = {
             let key = key.clone();
             async move { queue.put(&key, value, session, enter).await }
-        });
-        let mut place = Place {
-            queue: self.clone(),
-            key,
-            session,
-            token: None,
-            entering: Some(entering),
-            kept: false,
         };
-        let entering = place.entering.as_mut().expect("set the line above");
-        let entered = entering.await.map_err(|e| Error::OutcomeUnknown {
-            operation: "entering a queue",
-            source: e.into(),
-        });
-        place.entering = None;
-        match entered? {
+        let mut entering = Entering {
+            put: Some(put.boxed()),
+            place: Some(Place {
+                queue: self.clone(),
+                key,
+                session,
+                token: None,
+                kept: false,
+            }),
+        };
+        let (mut place, entered) = entering.done().await;
+        match entered {
             Ok((token, first)) => {
                 place.token = Some(token);
                 Ok((place, first))
@@ -212,14 +210,43 @@ enum Enter {
     IfEmpty,
 }
 
+/// A contender on its way into the queue. Dropped in the middle, the put goes on apart, so that what there is to clean up
+/// is known when it has ended; undisturbed, it costs no task of its own.
+struct Entering {
+    put: Option<BoxFuture<'static, Result<(Revision, bool)>>>,
+    place: Option<Place>,
+}
+
+impl Entering {
+    async fn done(&mut self) -> (Place, Result<(Revision, bool)>) {
+        let entered = self.put.as_mut().expect("entered once").await;
+        self.put = None;
+        (self.place.take().expect("entered once"), entered)
+    }
+}
+
+impl Drop for Entering {
+    fn drop(&mut self) {
+        let (Some(put), Some(place)) = (self.put.take(), self.place.take()) else {
+            return;
+        };
+        // Without a runtime the process is ending, and the session with it.
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(async move {
+                // Whatever became of it, the place is to be left, which dropping it does.
+                let _ = put.await;
+                drop(place);
+            });
+        }
+    }
+}
+
 /// A contender's place in the queue. Dropped, it leaves the queue in the background.
 struct Place {
     queue: Queue,
     key: Key,
     session: SessionId,
     token: Option<Revision>,
-    /// The put under way. It runs apart, so that giving up in the middle knows what there is to clean up.
-    entering: Option<JoinHandle<Result<(Revision, bool)>>>,
     kept: bool,
 }
 
@@ -304,15 +331,10 @@ impl Drop for Place {
         if self.kept {
             return;
         }
-        let (queue, key, session, entering) =
-            (self.queue.clone(), self.key.clone(), self.session, self.entering.take());
+        let (queue, key, session) = (self.queue.clone(), self.key.clone(), self.session);
         // Without a runtime the process is ending, and the session with it.
         if let Ok(runtime) = Handle::try_current() {
             runtime.spawn(async move {
-                if let Some(entering) = entering {
-                    // Whatever became of it, the key is to go.
-                    let _ = entering.await;
-                }
                 // On failure the session has ended, and the key with it.
                 let _ = leave(&queue, &key, session).await;
             });
