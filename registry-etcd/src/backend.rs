@@ -20,7 +20,7 @@ use crate::link::{Leader, Member};
 use crate::names::revision;
 use crate::session::Leases;
 use crate::store::{self, Store};
-use crate::{version, watch};
+use crate::{gather, version, watch};
 
 const CAPABILITIES: Capabilities = Capabilities {
     backend: BACKEND,
@@ -157,7 +157,10 @@ impl Registry for Etcd {
             false => None,
         };
         let deadline = self.store.deadline();
-        let committed = commit(&self.store.requests, &self.store.names, deadline, &txn, session).await;
+        let committed = match gather::may_be_gathered(&txn) {
+            true => gather::put(&self.store, deadline, txn).await,
+            false => commit(&self.store.requests, &self.store.names, deadline, &txn, session).await,
+        };
         match &committed {
             Ok(committed) => self.store.saw(committed.revision),
             Err(Error::SessionExpired { session }) => self.session.told_expired(*session),

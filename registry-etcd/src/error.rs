@@ -146,6 +146,8 @@ pub(crate) enum Trouble {
     Silent { endpoint: String },
     #[error("the stream has ended")]
     StreamEnded,
+    #[error("the runtime of the handle has stopped")]
+    Stopped,
     #[error("others change the same keys faster than this request can look at them")]
     Contended,
 }

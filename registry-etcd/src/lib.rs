@@ -4,13 +4,15 @@
 //! conditions and the rules on kinds and owners as comparisons; a session is a lease; a watch is etcd's watch, resumed
 //! and re-listed where it must be. What etcd does otherwise than others is on the backend's page in the book.
 //!
-//! Read in this order: [`EtcdConfig`], `backend.rs` (the trait), `plan.rs` and `commit.rs` (writes), `list.rs` (reads),
+//! Read in this order: [`EtcdConfig`], `backend.rs` (the trait), `plan.rs`, `commit.rs` and
+//! `gather.rs` (writes), `list.rs` (reads),
 //! `session.rs`, `watch.rs`, and `link.rs`, the connection beneath them all.
 
 mod backend;
 mod commit;
 mod config;
 mod error;
+mod gather;
 mod link;
 mod list;
 mod names;

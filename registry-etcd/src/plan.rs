@@ -158,9 +158,8 @@ impl<'t> Plan<'t> {
     }
 
     fn build(&self, demands: BTreeSet<Demand>, operations: Vec<TxnOp>) -> Request {
-        let probes: Vec<_> = self.probes().into_iter().take(MAX_OPS).map(|p| p.get(0)).collect();
         let compares: Vec<_> = demands.into_iter().map(Demand::compare).collect();
-        Request::new().when(compares).and_then(operations).or_else(probes)
+        Request::new().when(compares).and_then(operations)
     }
 
     fn operations(&self) -> Vec<TxnOp> {

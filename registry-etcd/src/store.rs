@@ -8,6 +8,7 @@ use registry_api::{Error, Options, Result, Revision};
 use tokio::time::Instant;
 
 use crate::config::{EtcdConfig, Tls, config};
+use crate::gather::Gather;
 use crate::link::{Leader, Link};
 use crate::list::{AnswerSize, Reader};
 use crate::names::Names;
@@ -20,6 +21,7 @@ pub(crate) struct Store {
     /// For watches, on a connection of their own: what they bring delays no request.
     pub(crate) streams: Link,
     pub(crate) request_timeout: Duration,
+    pub(crate) gather: Gather,
     size: AnswerSize,
     /// The newest revision this handle has seen; no stale read is to show an older one.
     seen: AtomicU64,
@@ -33,6 +35,7 @@ impl Store {
             requests: link(config, dial.clone(), Leader::Optional, options),
             streams: link(config, dial, Leader::Required, options),
             request_timeout: options.request_timeout,
+            gather: Gather::default(),
             size: AnswerSize::default(),
             seen: AtomicU64::new(0),
         }

@@ -138,8 +138,7 @@ impl Watcher {
     }
 
     async fn try_run(&mut self, feed: &Feed) -> Result<std::convert::Infallible> {
-        self.begin(feed).await?;
-        let mut missing = None;
+        let mut missing = self.begin(feed).await?;
         let mut backoff = Backoff::default();
         loop {
             let told = self.told;
@@ -153,27 +152,29 @@ impl Watcher {
                         backoff = Backoff::default();
                     }
                     backoff.wait().await;
-                    let (entries, at) = self.covered(0, Values::Omitted).await?;
-                    missing = Some(Missing::new(&self.picture, entries, at));
+                    missing = Some(self.missing().await?);
                 }
             }
         }
     }
 
-    async fn begin(&mut self, feed: &Feed) -> Result<()> {
+    /// Brings the reader up to where the stream is to begin, and says what it is still to be told from there.
+    async fn begin(&mut self, feed: &Feed) -> Result<Option<Missing>> {
         let (WatchFrom::After(after) | WatchFrom::AfterOrReset(after)) = self.request.from else {
-            return self.list(feed).await;
+            self.list(feed).await?;
+            return Ok(None);
         };
         match self.covered(at(after), Values::Wanted).await {
             Ok((entries, _)) => {
                 // The reader knows this: it is what deletes are told from.
                 self.picture.replace(entries, after);
                 self.told = after;
-                Ok(())
+                self.missing().await.map(Some)
             }
             Err(Error::Compacted { .. }) if self.request.from == WatchFrom::AfterOrReset(after) => {
                 feed.reset();
-                self.list(feed).await
+                self.list(feed).await?;
+                Ok(None)
             }
             Err(Error::Compacted { requested, .. }) => Err(Error::Compacted {
                 requested,
@@ -216,6 +217,11 @@ impl Watcher {
                 covered => return covered,
             }
         }
+    }
+
+    async fn missing(&self) -> Result<Missing> {
+        let (entries, at) = self.covered(0, Values::Omitted).await?;
+        Ok(Missing::new(&self.picture, entries, at))
     }
 
     /// Follows etcd's watch until it breaks.
