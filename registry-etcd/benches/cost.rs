@@ -1,0 +1,320 @@
+//! What the abstraction costs: the same work through `etcd-client` and through the registry, in one run.
+//!
+//! `cargo bench -p registry-etcd` starts an etcd of its own on loopback. The two take turns, round by round, so that
+//! what else the machine does falls on both; the figure of each is the median of its rounds.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use etcd_client::{Client, Compare, CompareOp, GetOptions, KvClient, LockOptions, Txn, TxnOp, WatchOptions};
+use registry_api::{
+    BoxError, Key, List, Options, Prefix, Read, Registry, SessionTtl, WatchItem, WatchRequest, WatchScope,
+};
+use registry_etcd::{Endpoints, EtcdConfig};
+
+const VALUE: [u8; 256] = [b'v'; 256];
+const LISTED: usize = 100;
+
+#[tokio::main]
+async fn main() -> Result<(), BoxError> {
+    // `cargo test` builds benches too, and runs them with this.
+    if std::env::args().any(|argument| argument == "--test") {
+        return Ok(());
+    }
+    let server = server().await?;
+    let raw = Client::connect([server.endpoint()], None).await?;
+    let config = EtcdConfig::new(Endpoints::new([server.endpoint()])?);
+    let mut options = Options::default();
+    options.session_ttl = SessionTtl::new(Duration::from_secs(10))?;
+    let ours = registry_etcd::connect(&config, &options).await?;
+    let bench = Bench { raw, ours };
+    bench.fill().await?;
+
+    println!(
+        "{:<28}{:>12}{:>12}{:>8}{:>10}{:>10}",
+        "", "etcd-client", "registry", "ratio", "", ""
+    );
+    println!(
+        "{:<28}{:>12}{:>12}{:>8}{:>10}{:>10}",
+        "work", "median", "median", "", "raw op/s", "our op/s"
+    );
+    for tasks in [1, 8, 64] {
+        bench.row("put", tasks, 400, Bench::raw_put, Bench::our_put).await?;
+        bench
+            .row("put in a transaction", tasks, 400, Bench::raw_txn, Bench::our_put)
+            .await?;
+        bench
+            .row(
+                "put 8 segments deep",
+                tasks,
+                400,
+                Bench::raw_deep_put,
+                Bench::our_deep_put,
+            )
+            .await?;
+        bench.row("get", tasks, 600, Bench::raw_get, Bench::our_get).await?;
+        bench
+            .row("list 100 entries", tasks, 150, Bench::raw_list, Bench::our_list)
+            .await?;
+    }
+    bench
+        .row("put until its watch tells", 1, 300, Bench::raw_watch, Bench::our_watch)
+        .await?;
+    bench
+        .row("lock and unlock", 1, 300, Bench::raw_lock, Bench::our_lock)
+        .await?;
+    bench.ours.close().await?;
+    Ok(())
+}
+
+/// The two sides.
+#[derive(Clone)]
+struct Bench {
+    raw: Client,
+    ours: Arc<dyn Registry>,
+}
+
+type Done = Result<(), BoxError>;
+
+impl Bench {
+    /// Prints the time of one operation on each side, as each of so many tasks sees it.
+    async fn row<R, O>(
+        &self,
+        name: &str,
+        tasks: usize,
+        operations: usize,
+        raw: impl Fn(Self, usize, usize) -> R,
+        ours: impl Fn(Self, usize, usize) -> O,
+    ) -> Done
+    where
+        R: Future<Output = Done> + Send + 'static,
+        O: Future<Output = Done> + Send + 'static,
+    {
+        const ROUNDS: usize = 15;
+        let each = if tasks == 1 { operations } else { operations / 16 };
+        let (mut of_raw, mut of_ours) = (Vec::new(), Vec::new());
+        for round in 0..=ROUNDS {
+            let (first, second) = (round % 2 == 0, round % 2 == 1);
+            for turn in [first, second] {
+                let taken = match turn {
+                    true => timed(tasks, |task| raw(self.clone(), task, each)).await?,
+                    false => timed(tasks, |task| ours(self.clone(), task, each)).await?,
+                };
+                // The first round only warms up.
+                if round > 0 {
+                    if turn { &mut of_raw } else { &mut of_ours }.push(taken.as_secs_f64() / each as f64);
+                }
+            }
+        }
+        let (raw, ours) = (median(of_raw), median(of_ours));
+        let rate = |seconds: f64| tasks as f64 / seconds;
+        println!(
+            "{:<28}{:>9.0} µs{:>9.0} µs{:>8.2}{:>10.0}{:>10.0}",
+            format!("{name}, {tasks} task{}", if tasks == 1 { "" } else { "s" }),
+            raw * 1e6,
+            ours * 1e6,
+            ours / raw,
+            rate(raw),
+            rate(ours),
+        );
+        Ok(())
+    }
+
+    async fn fill(&self) -> Done {
+        for entry in 0..LISTED {
+            self.ours.put(&key(&format!("/listed/{entry}")), VALUE.to_vec()).await?;
+        }
+        Ok(())
+    }
+
+    fn kv(&self) -> KvClient {
+        self.raw.kv_client()
+    }
+
+    async fn raw_put(self, task: usize, count: usize) -> Done {
+        for round in 0..count {
+            self.kv()
+                .put(format!("/raw/{task}-{}", round % 10), VALUE, None)
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// A put with the one comparison that the contract asks of every put.
+    async fn raw_txn(self, task: usize, count: usize) -> Done {
+        for round in 0..count {
+            let name = format!("/raw/{task}-{}", round % 10);
+            let persistent = Compare::lease(name.clone(), CompareOp::Equal, 0);
+            let txn = Txn::new().when([persistent]).and_then([TxnOp::put(name, VALUE, None)]);
+            assert!(self.kv().txn(txn).await?.succeeded());
+        }
+        Ok(())
+    }
+
+    async fn our_put(self, task: usize, count: usize) -> Done {
+        for round in 0..count {
+            self.ours
+                .put(&key(&format!("/{task}-{}", round % 10)), VALUE.to_vec())
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn raw_deep_put(self, task: usize, count: usize) -> Done {
+        for round in 0..count {
+            self.kv()
+                .put(format!("/raw/a/b/c/d/e/f/g/{task}-{}", round % 10), VALUE, None)
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn our_deep_put(self, task: usize, count: usize) -> Done {
+        for round in 0..count {
+            self.ours
+                .put(&key(&format!("/a/b/c/d/e/f/g/{task}-{}", round % 10)), VALUE.to_vec())
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn raw_get(self, task: usize, count: usize) -> Done {
+        for round in 0..count {
+            self.kv().get(format!("/raw/{task}-{}", round % 10), None).await?;
+        }
+        Ok(())
+    }
+
+    async fn our_get(self, task: usize, count: usize) -> Done {
+        for round in 0..count {
+            self.ours
+                .get(&key(&format!("/{task}-{}", round % 10)), Read::Linearizable)
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn raw_list(self, _task: usize, count: usize) -> Done {
+        for _ in 0..count {
+            let options = GetOptions::new().with_prefix();
+            let listed = self.kv().get("/registry/listed/", Some(options)).await?;
+            assert_eq!(listed.kvs().len(), LISTED);
+        }
+        Ok(())
+    }
+
+    async fn our_list(self, _task: usize, count: usize) -> Done {
+        for _ in 0..count {
+            let listed = self.ours.list(List::new(key("/listed"))).await?;
+            assert_eq!(listed.entries.len(), LISTED);
+        }
+        Ok(())
+    }
+
+    async fn raw_watch(self, _task: usize, count: usize) -> Done {
+        let options = WatchOptions::new().with_prefix();
+        let mut watch = self.raw.watch_client().watch("/raw/watched/", Some(options)).await?;
+        for _ in 0..count {
+            self.kv().put("/raw/watched/key", VALUE, None).await?;
+            while watch
+                .message()
+                .await?
+                .is_none_or(|response| response.events().is_empty())
+            {}
+        }
+        Ok(())
+    }
+
+    async fn our_watch(self, _task: usize, count: usize) -> Done {
+        let prefix = Prefix::from(key("/watched"));
+        let mut watch = self.ours.watch(WatchRequest::new(prefix, WatchScope::Children)).await?;
+        while !matches!(watch.next().await.transpose()?, Some(WatchItem::Synced(_))) {}
+        for _ in 0..count {
+            self.ours.put(&key("/watched/key"), VALUE.to_vec()).await?;
+            while !matches!(watch.next().await.transpose()?, Some(WatchItem::Changes(_))) {}
+        }
+        Ok(())
+    }
+
+    async fn raw_lock(mut self, _task: usize, count: usize) -> Done {
+        let lease = self.raw.lease_grant(60, None).await?.id();
+        for _ in 0..count {
+            let options = LockOptions::new().with_lease(lease);
+            let held = self.raw.lock("/raw/lock", Some(options)).await?;
+            self.raw.unlock(held.key()).await?;
+        }
+        self.raw.lease_revoke(lease).await?;
+        Ok(())
+    }
+
+    async fn our_lock(self, _task: usize, count: usize) -> Done {
+        let lock = self.ours.lock(&key("/lock"));
+        for _ in 0..count {
+            lock.acquire().await?.release().await?;
+        }
+        Ok(())
+    }
+}
+
+/// Runs a task so many times at once, and says how long the slowest took.
+async fn timed<F>(tasks: usize, start: impl Fn(usize) -> F) -> Result<Duration, BoxError>
+where
+    F: Future<Output = Done> + Send + 'static,
+{
+    let began = Instant::now();
+    let running: Vec<_> = (0..tasks).map(|task| tokio::spawn(start(task))).collect();
+    for task in running {
+        task.await??;
+    }
+    Ok(began.elapsed())
+}
+
+fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    figures[figures.len() / 2]
+}
+
+fn key(path: &str) -> Key {
+    Key::parse(path).expect("the keys of this file are well-formed")
+}
+
+struct Srv(std::process::Child, #[allow(dead_code)] tempfile::TempDir, u16);
+impl Drop for Srv {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+impl Srv {
+    fn endpoint(&self) -> String {
+        format!("127.0.0.1:{}", self.2)
+    }
+}
+fn port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
+}
+async fn server() -> Result<Srv, BoxError> {
+    let d = tempfile::tempdir().unwrap();
+    let (p, q) = (port(), port());
+    let c = std::process::Command::new("etcd")
+        .args(["--name", "s", "--data-dir"])
+        .arg(d.path())
+        .args([
+            &format!("--listen-client-urls=http://127.0.0.1:{p}"),
+            &format!("--advertise-client-urls=http://127.0.0.1:{p}"),
+            &format!("--listen-peer-urls=http://127.0.0.1:{q}"),
+            &format!("--initial-advertise-peer-urls=http://127.0.0.1:{q}"),
+            &format!("--initial-cluster=s=http://127.0.0.1:{q}"),
+            "--logger=zap",
+            "--log-outputs=stderr",
+        ])
+        .stderr(std::process::Stdio::null())
+        .spawn()?;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    Ok(Srv(c, d, p))
+}
