@@ -3,15 +3,15 @@
 //! `cargo bench -p registry-etcd` starts an etcd of its own on loopback. The two take turns, round by round, so that
 //! what else the machine does falls on both; the figure of each is the median of its rounds.
 
+#[path = "../tests/harness/mod.rs"]
+mod harness;
+
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use etcd_client::{Client, Compare, CompareOp, GetOptions, KvClient, LockOptions, Txn, TxnOp, WatchOptions};
-use registry_api::{
-    BoxError, Key, List, Options, Prefix, Read, Registry, SessionTtl, WatchItem, WatchRequest, WatchScope,
-};
-use registry_etcd::{Endpoints, EtcdConfig};
+use registry_api::{BoxError, Key, List, Prefix, Read, Registry, WatchItem, WatchRequest, WatchScope};
 
 const VALUE: [u8; 256] = [b'v'; 256];
 const LISTED: usize = 100;
@@ -22,12 +22,9 @@ async fn main() -> Result<(), BoxError> {
     if std::env::args().any(|argument| argument == "--test") {
         return Ok(());
     }
-    let server = server().await?;
-    let raw = Client::connect([server.endpoint()], None).await?;
-    let config = EtcdConfig::new(Endpoints::new([server.endpoint()])?);
-    let mut options = Options::default();
-    options.session_ttl = SessionTtl::new(Duration::from_secs(10))?;
-    let ours = registry_etcd::connect(&config, &options).await?;
+    let server = harness::Cluster::start(1).await;
+    let raw = Client::connect(server.endpoints(), None).await?;
+    let ours = harness::connect(&server.endpoints()).await;
     let bench = Bench { raw, ours };
     bench.fill().await?;
 
@@ -110,7 +107,7 @@ impl Bench {
         let (raw, ours) = (median(of_raw), median(of_ours));
         let rate = |seconds: f64| tasks as f64 / seconds;
         println!(
-            "{:<28}{:>9.0} µs{:>9.0} µs{:>8.2}{:>10.0}{:>10.0}",
+            "{:<36}{:>9.0} µs{:>9.0} µs{:>8.2}{:>10.0}{:>10.0}",
             format!("{name}, {tasks} task{}", if tasks == 1 { "" } else { "s" }),
             raw * 1e6,
             ours * 1e6,
@@ -277,44 +274,4 @@ fn median(mut figures: Vec<f64>) -> f64 {
 
 fn key(path: &str) -> Key {
     Key::parse(path).expect("the keys of this file are well-formed")
-}
-
-struct Srv(std::process::Child, #[allow(dead_code)] tempfile::TempDir, u16);
-impl Drop for Srv {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-impl Srv {
-    fn endpoint(&self) -> String {
-        format!("127.0.0.1:{}", self.2)
-    }
-}
-fn port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
-}
-async fn server() -> Result<Srv, BoxError> {
-    let d = tempfile::tempdir().unwrap();
-    let (p, q) = (port(), port());
-    let c = std::process::Command::new("etcd")
-        .args(["--name", "s", "--data-dir"])
-        .arg(d.path())
-        .args([
-            &format!("--listen-client-urls=http://127.0.0.1:{p}"),
-            &format!("--advertise-client-urls=http://127.0.0.1:{p}"),
-            &format!("--listen-peer-urls=http://127.0.0.1:{q}"),
-            &format!("--initial-advertise-peer-urls=http://127.0.0.1:{q}"),
-            &format!("--initial-cluster=s=http://127.0.0.1:{q}"),
-            "--logger=zap",
-            "--log-outputs=stderr",
-        ])
-        .stderr(std::process::Stdio::null())
-        .spawn()?;
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    Ok(Srv(c, d, p))
 }

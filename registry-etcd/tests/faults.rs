@@ -1,0 +1,515 @@
+//! What etcd and the way to it do to a handle, and what the handle makes of it.
+
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+
+use std::collections::BTreeMap;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use etcd_client::CompactionOptions;
+use harness::{Cluster, Proxy, TTL, connect, free_port, key, until};
+use registry_api::{
+    Entry, Error, Event, Expect, Prefix, Read, Registry, SessionId, SessionState, Txn, Watch, WatchItem, WatchRequest,
+    WatchScope,
+};
+use registry_etcd::{Endpoints, EtcdConfig};
+
+async fn within<T>(limit: Duration, what: &str, wait: impl Future<Output = T>) -> T {
+    let waited = tokio::time::timeout(limit, wait).await;
+    waited.unwrap_or_else(|_| panic!("not within {limit:?}: {what}"))
+}
+
+/// Puts until it succeeds, whatever comes between: the way to see that a handle works again.
+async fn put_at_last(registry: &Arc<dyn Registry>, path: &str, value: &str) {
+    until("a put succeeds", async || {
+        registry.put(&key(path), value.to_owned()).await.is_ok()
+    })
+    .await;
+}
+
+fn session_of(registry: &Arc<dyn Registry>) -> SessionId {
+    registry.session().state().id()
+}
+
+async fn watch_all(registry: &Arc<dyn Registry>) -> Watch {
+    registry
+        .watch(WatchRequest::new(Prefix::root(), WatchScope::Subtree))
+        .await
+        .unwrap()
+}
+
+/// What a reader of a watch knows, which it checks as it goes.
+#[derive(Default)]
+struct Known {
+    entries: BTreeMap<String, Entry>,
+    synced: usize,
+}
+
+impl Known {
+    fn take(&mut self, item: WatchItem) {
+        match item {
+            WatchItem::Reset => self.entries.clear(),
+            WatchItem::Synced(_) => self.synced += 1,
+            WatchItem::Changes(events) => events.into_iter().for_each(|event| self.event(event)),
+        }
+    }
+
+    fn event(&mut self, event: Event) {
+        let path = event.key().to_string();
+        match event {
+            Event::Created(entry) => assert!(self.entries.insert(path, entry).is_none(), "created twice"),
+            Event::Updated(entry) => {
+                let before = self.entries.insert(path, entry.clone()).expect("updated, so known");
+                assert!(before.mod_revision < entry.mod_revision, "told twice or out of order");
+            }
+            Event::Deleted { last, .. } => assert_eq!(self.entries.remove(&path), Some(last), "the last state"),
+        }
+    }
+
+    async fn until(&mut self, watch: &mut Watch, what: &str, holds: impl Fn(&Self) -> bool) {
+        let read = async {
+            while !holds(self) {
+                self.take(watch.next().await.expect("a watch goes on").unwrap());
+            }
+        };
+        within(Duration::from_secs(30), what, read).await;
+    }
+
+    fn value(&self, path: &str) -> Option<&[u8]> {
+        self.entries.get(path).map(|entry| &*entry.value)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_server_loses_no_session_and_no_change() {
+    let mut cluster = Cluster::start(1).await;
+    let registry = connect(&cluster.endpoints()).await;
+    let session = session_of(&registry);
+    registry.put_ephemeral(&key("/alive"), "yes").await.unwrap();
+    let (mut watch, mut known) = (watch_all(&registry).await, Known::default());
+    known
+        .until(&mut watch, "the first entries", |known| known.synced == 1)
+        .await;
+
+    cluster.kill(0);
+    cluster.spawn(0);
+    put_at_last(&registry, "/after", "1").await;
+    known
+        .until(&mut watch, "the put after the restart", |known| {
+            known.value("/after").is_some()
+        })
+        .await;
+    known
+        .until(&mut watch, "that the gap is bridged", |known| known.synced >= 2)
+        .await;
+    assert_eq!(known.value("/alive"), Some(&b"yes"[..]));
+    assert_eq!(session_of(&registry), session);
+    registry.wait_connected(TTL).await.unwrap();
+    registry.put_ephemeral(&key("/alive"), "still").await.unwrap();
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_leader_loses_no_session_and_no_change() {
+    let mut cluster = Cluster::start(3).await;
+    let leader = cluster.leader().await;
+    // The one that is killed comes first, so that all three links have to leave it.
+    let mut endpoints = cluster.endpoints();
+    endpoints.rotate_left(leader);
+    let registry = connect(&endpoints).await;
+    let session = session_of(&registry);
+    let (mut watch, mut known) = (watch_all(&registry).await, Known::default());
+    let held = registry.lock(&key("/lock")).acquire().await.unwrap();
+    registry.put(&key("/before"), "1").await.unwrap();
+
+    cluster.kill(leader);
+    put_at_last(&registry, "/after", "1").await;
+    known
+        .until(&mut watch, "both puts", |known| {
+            known.value("/before").is_some() && known.value("/after").is_some()
+        })
+        .await;
+    registry.wait_connected(2 * TTL).await.unwrap();
+    assert_eq!(session_of(&registry), session);
+    assert!(!held.is_lost());
+    held.release().await.unwrap();
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_shorter_than_the_ttl_loses_nothing() {
+    let cluster = Cluster::start(1).await;
+    let proxy = Proxy::to(cluster.endpoint(0)).await;
+    let (registry, other) = (connect(&[proxy.endpoint()]).await, connect(&cluster.endpoints()).await);
+    let session = session_of(&registry);
+    registry.put_ephemeral(&key("/alive"), "").await.unwrap();
+    let (mut watch, mut known) = (watch_all(&registry).await, Known::default());
+    known
+        .until(&mut watch, "the first entries", |known| known.synced == 1)
+        .await;
+
+    proxy.cut();
+    for count in 0..10 {
+        other.put(&key("/count"), count.to_string()).await.unwrap();
+    }
+    other.put(&key("/brief"), "").await.unwrap();
+    other.delete(&key("/brief")).await.unwrap();
+    assert!(matches!(
+        registry.get(&key("/count"), Read::Linearizable).await,
+        Err(Error::Unavailable { .. })
+    ));
+    proxy.restore();
+
+    known
+        .until(&mut watch, "the last count", |known| {
+            known.value("/count") == Some(b"9")
+        })
+        .await;
+    known
+        .until(&mut watch, "that the gap is bridged", |known| known.synced == 2)
+        .await;
+    registry.wait_connected(TTL).await.unwrap();
+    assert_eq!(session_of(&registry), session);
+    assert!(other.get(&key("/alive"), Read::Linearizable).await.unwrap().is_some());
+    other.put(&key("/count"), "10").await.unwrap();
+    known
+        .until(&mut watch, "the changes after", |known| {
+            known.value("/count") == Some(b"10")
+        })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_longer_than_the_ttl_ends_the_session_and_a_new_one_follows() {
+    let cluster = Cluster::start(1).await;
+    let proxy = Proxy::to(cluster.endpoint(0)).await;
+    let (registry, other) = (connect(&[proxy.endpoint()]).await, connect(&cluster.endpoints()).await);
+    let session = session_of(&registry);
+    let held = registry.lock(&key("/lock")).acquire().await.unwrap();
+    let mut states = registry.session().states();
+
+    proxy.silence();
+    let cut = Instant::now();
+    within(TTL, "the holder learns it by its own clock", held.lost()).await;
+    let lost = cut.elapsed();
+    let next = within(3 * TTL, "the lock is free", other.lock(&key("/lock")).acquire())
+        .await
+        .unwrap();
+    assert!(next.token() > held.token());
+    assert!(lost < cut.elapsed(), "the holder knew before the next one held");
+    assert!(matches!(registry.session().live(), Err(Error::SessionExpired { session: s }) if s == session));
+
+    proxy.restore();
+    let renewed = states.wait_for(|state| matches!(state, SessionState::Connected(id) if *id != session));
+    within(Duration::from_secs(30), "a new session", renewed).await.unwrap();
+    assert!(matches!(held.release().await, Err(Error::HoldLost { .. })));
+    assert!(!next.is_lost());
+    registry.put_ephemeral(&key("/alive"), "again").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_first_endpoint_delays_nothing_for_long() {
+    let cluster = Cluster::start(1).await;
+    let silent = Proxy::to(cluster.endpoint(0)).await;
+    silent.silence();
+    for dead in [format!("127.0.0.1:{}", free_port()), silent.endpoint()] {
+        let began = Instant::now();
+        let registry = connect(&[dead, cluster.endpoint(0)]).await;
+        registry.put(&key("/a"), "1").await.unwrap();
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        registry.close().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_endpoint_at_all_is_an_error_that_names_them() {
+    let endpoints = [
+        format!("127.0.0.1:{}", free_port()),
+        format!("127.0.0.1:{}", free_port()),
+    ];
+    let config = EtcdConfig::new(Endpoints::new(&endpoints).unwrap());
+    let refused = registry_etcd::connect(&config, &registry_api::Options::default()).await;
+    let Err(Error::Unavailable { source, .. }) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(
+        endpoints.iter().all(|endpoint| source.to_string().contains(endpoint)),
+        "{source}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_falls_silent_is_left() {
+    let cluster = Cluster::start(3).await;
+    let proxy = Proxy::to(cluster.endpoint(0)).await;
+    let registry = connect(&[proxy.endpoint(), cluster.endpoint(1), cluster.endpoint(2)]).await;
+    let session = session_of(&registry);
+    let (mut watch, mut known) = (watch_all(&registry).await, Known::default());
+    known
+        .until(&mut watch, "the first entries", |known| known.synced == 1)
+        .await;
+
+    proxy.silence();
+    registry
+        .get(&key("/a"), Read::Linearizable)
+        .await
+        .expect("a read finds another member within its deadline");
+    registry.put(&key("/a"), "1").await.unwrap();
+    known
+        .until(&mut watch, "the watch finds one too", |known| {
+            known.value("/a").is_some()
+        })
+        .await;
+    registry.wait_connected(2 * TTL).await.unwrap();
+    assert_eq!(session_of(&registry), session);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compaction_hides_no_final_state_from_a_watch() {
+    let cluster = Cluster::start(1).await;
+    let proxy = Proxy::to(cluster.endpoint(0)).await;
+    let registry = connect(&[proxy.endpoint()]).await;
+    let other = connect(&cluster.endpoints()).await;
+    for number in 0..20 {
+        other.put(&key(&format!("/old/{number}")), "old").await.unwrap();
+    }
+    let (mut watch, mut known) = (watch_all(&registry).await, Known::default());
+    known
+        .until(&mut watch, "the first entries", |known| known.synced == 1)
+        .await;
+
+    proxy.cut();
+    for number in 0..10 {
+        other.delete(&key(&format!("/old/{number}"))).await.unwrap();
+    }
+    other.put(&key("/old/3"), "anew").await.unwrap();
+    let mut last = other.put(&key("/old/15"), "changed").await.unwrap();
+    for number in 0..20 {
+        last = other.put(&key("/new"), number.to_string()).await.unwrap();
+    }
+    let compaction = CompactionOptions::new().with_physical();
+    cluster
+        .raw()
+        .await
+        .kv_client()
+        .compact(last.0.cast_signed(), Some(compaction))
+        .await
+        .unwrap();
+    proxy.restore();
+
+    known
+        .until(&mut watch, "that the gap is bridged", |known| known.synced == 2)
+        .await;
+    let there = other.list_all(registry_api::List::new(Prefix::root())).await.unwrap();
+    assert_eq!(known.entries.into_values().collect::<Vec<_>>(), there);
+    assert_eq!(there.len(), 12);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_revoked_by_another_hand_ends_the_session() {
+    let cluster = Cluster::start(1).await;
+    let registry = connect(&cluster.endpoints()).await;
+    let session = session_of(&registry);
+    let registration = registry.register(&key("/member"), "here").await.unwrap();
+    let held = registry.lock(&key("/lock")).acquire().await.unwrap();
+    let mut states = registry.session().states();
+
+    cluster
+        .raw()
+        .await
+        .lease_client()
+        .revoke(session.0.cast_signed())
+        .await
+        .unwrap();
+    within(TTL, "the guard is lost", held.lost()).await;
+    let renewed = states.wait_for(|state| matches!(state, SessionState::Connected(id) if *id != session));
+    within(2 * TTL, "a new session", renewed).await.unwrap();
+    until("the registration is back under the new session", async || {
+        let there = registry.get(&key("/member"), Read::Linearizable).await.unwrap();
+        there.is_some_and(|entry| entry.session == Some(session_of(&registry)))
+    })
+    .await;
+    registration.unregister().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_put_learns_that_the_lease_is_gone_before_a_keep_alive_does() {
+    let cluster = Cluster::start(1).await;
+    let registry = harness::connect_with_ttl(&cluster.endpoints(), Duration::from_secs(60)).await;
+    let session = session_of(&registry);
+    cluster
+        .raw()
+        .await
+        .lease_client()
+        .revoke(session.0.cast_signed())
+        .await
+        .unwrap();
+    let put = registry.put_ephemeral(&key("/e"), "").await;
+    assert!(
+        matches!(put, Err(Error::SessionExpired { session: s }) if s == session),
+        "{put:?}"
+    );
+    until("there is a new session", async || {
+        registry.session().live().is_ok_and(|id| id != session)
+    })
+    .await;
+    registry.put_ephemeral(&key("/e"), "").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keep_alives_find_a_new_stream_when_theirs_is_dead() {
+    let cluster = Cluster::start(1).await;
+    let proxy = Proxy::to(cluster.endpoint(0)).await;
+    let registry = connect(&[proxy.endpoint()]).await;
+    let session = session_of(&registry);
+    registry.put_ephemeral(&key("/alive"), "").await.unwrap();
+    let mut states = registry.session().states();
+    states.mark_unchanged();
+
+    // Nothing is closed: only what was open carries nothing any more.
+    proxy.stall_present();
+    let began = Instant::now();
+    until("two TTLs have passed", async || began.elapsed() > 2 * TTL).await;
+    assert_eq!(registry.session().state().live(), Some(session));
+    let other = connect(&cluster.endpoints()).await;
+    assert!(other.get(&key("/alive"), Read::Linearizable).await.unwrap().is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_notices_a_dead_stream() {
+    let cluster = Cluster::start(1).await;
+    let proxy = Proxy::to(cluster.endpoint(0)).await;
+    let registry = connect(&[proxy.endpoint()]).await;
+    let other = connect(&cluster.endpoints()).await;
+    let (mut watch, mut known) = (watch_all(&registry).await, Known::default());
+    known
+        .until(&mut watch, "the first entries", |known| known.synced == 1)
+        .await;
+    proxy.stall_present();
+    other.put(&key("/a"), "1").await.unwrap();
+    known
+        .until(&mut watch, "the put", |known| known.value("/a").is_some())
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_quorum_only_stale_reads_answer() {
+    let mut cluster = Cluster::start(3).await;
+    let registry = connect(&cluster.endpoints()).await;
+    registry.put(&key("/a"), "1").await.unwrap();
+    // Whoever stays may not have applied the put yet.
+    let stays = 2;
+    until("it is applied there", async || {
+        let options = etcd_client::GetOptions::new().with_serializable();
+        let client = etcd_client::Client::connect([cluster.endpoint(stays)], None)
+            .await
+            .unwrap();
+        client
+            .kv_client()
+            .get("/registry/a", Some(options))
+            .await
+            .is_ok_and(|answer| !answer.kvs().is_empty())
+    })
+    .await;
+    cluster.kill(0);
+    cluster.kill(1);
+    assert!(matches!(
+        registry.get(&key("/a"), Read::Linearizable).await,
+        Err(Error::Unavailable { .. })
+    ));
+    assert!(matches!(registry.health().await, Err(Error::Unavailable { .. })));
+    let put = registry.put(&key("/a"), "2").await;
+    assert!(
+        matches!(put, Err(Error::OutcomeUnknown { .. } | Error::Unavailable { .. })),
+        "{put:?}"
+    );
+    let stale = registry.get(&key("/a"), Read::Stale).await.unwrap();
+    assert_eq!(stale.unwrap().value, "1");
+
+    cluster.spawn(0);
+    registry.wait_connected(Duration::from_secs(30)).await.unwrap();
+    registry.put(&key("/a"), "3").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn etcdctl_sees_plain_names_and_values() {
+    let cluster = Cluster::start(1).await;
+    let registry = connect(&cluster.endpoints()).await;
+    registry.put(&key("/jobs/compact"), "now").await.unwrap();
+    let held = registry.lock(&key("/jobs")).acquire().await.unwrap();
+    let listed = Command::new("etcdctl")
+        .env("ETCDCTL_API", "3")
+        .args(["--endpoints", &cluster.endpoint(0), "get", "--prefix", "/registry"])
+        .output()
+        .expect("etcdctl is missing: apt-get install etcd-client");
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    let lines: Vec<_> = listed.lines().collect();
+    assert_eq!(lines[..2], ["/registry/jobs/compact", "now"]);
+    assert!(lines[2].starts_with("/registry~/lock/1/jobs/"), "{lines:?}");
+    held.release().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_beyond_etcds_bound_on_comparisons_is_applied_all_the_same() {
+    let cluster = Cluster::start(1).await;
+    let registry = connect(&cluster.endpoints()).await;
+    let deep = |number: usize| key(&format!("/{number}/b/c/d/e/f/g/h"));
+    let txn = || {
+        (0..64).fold(Txn::new(), |txn, number| {
+            txn.put(&deep(number), "1")
+                .when(&key(&format!("/c{number}")), Expect::Absent)
+        })
+    };
+    registry.commit(txn()).await.unwrap();
+    registry.put(&key("/c63"), "").await.unwrap();
+    assert!(matches!(registry.commit(txn()).await, Err(Error::Conflict { key: k, .. }) if k == key("/c63")));
+    registry.delete(&key("/c63")).await.unwrap();
+    registry.delete_prefix(&Prefix::parse("/40").unwrap()).await.unwrap();
+    registry.put_ephemeral(&key("/40"), "").await.unwrap();
+    assert!(matches!(registry.commit(txn()).await, Err(Error::Refused { key: k, .. }) if k == deep(40)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_values_come_in_pages_that_fit() {
+    let cluster = Cluster::start(1).await;
+    let registry = connect(&cluster.endpoints()).await;
+    let large = vec![b'x'; registry_api::MAX_VALUE];
+    for number in 0..90 {
+        registry
+            .put(&key(&format!("/large/{number:02}")), large.clone())
+            .await
+            .unwrap();
+    }
+    let list = registry_api::List::new(key("/large"));
+    let entries = registry.list_all(list.clone()).await.unwrap();
+    assert_eq!(entries.len(), 90);
+    assert!(entries.iter().all(|entry| entry.value == large));
+    let children = registry_api::List {
+        depth: registry_api::Depth::Children,
+        ..list
+    };
+    assert_eq!(registry.list_all(children).await.unwrap().len(), 90);
+    let (mut watch, mut known) = (watch_all(&registry).await, Known::default());
+    known.until(&mut watch, "all of them", |known| known.synced == 1).await;
+    assert_eq!(known.entries.len(), 90);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_ttl_leaves_no_lease() {
+    let cluster = Cluster::start(1).await;
+    let config = EtcdConfig::new(Endpoints::new(cluster.endpoints()).unwrap());
+    let mut options = registry_api::Options::default();
+    for ttl in [Duration::from_secs(1), Duration::from_millis(2500)] {
+        options.session_ttl = registry_api::SessionTtl::new(ttl).unwrap();
+        let refused = registry_etcd::connect(&config, &options).await;
+        assert!(matches!(refused, Err(Error::Config { .. })), "{refused:?}");
+    }
+    let leases = cluster.raw().await.lease_client().leases().await.unwrap();
+    assert!(leases.leases().is_empty());
+    options.session_ttl_bounds = registry_api::TtlBounds::Accept;
+    let registry = registry_etcd::connect(&config, &options).await.unwrap();
+    assert_eq!(registry.session().ttl(), Duration::from_secs(3));
+}

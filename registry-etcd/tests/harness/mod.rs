@@ -1,0 +1,290 @@
+//! Real etcd members on loopback, and a proxy that can be cut and stalled.
+
+#![allow(missing_docs, unreachable_pub, dead_code, clippy::unwrap_used)]
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use etcd_client::Client;
+use registry_api::{Key, Options, Registry, SessionTtl};
+use registry_etcd::{Endpoints, EtcdConfig};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+/// Ends with the test: members are killed, their data is deleted.
+pub struct Cluster {
+    members: Vec<Member>,
+    _data: tempfile::TempDir,
+}
+
+struct Member {
+    name: String,
+    data: PathBuf,
+    client: u16,
+    peer: u16,
+    process: Option<Child>,
+}
+
+impl Cluster {
+    pub async fn start(members: usize) -> Self {
+        let data = tempfile::tempdir().unwrap();
+        let members = (0..members).map(|number| Member {
+            name: format!("m{number}"),
+            data: data.path().join(number.to_string()),
+            client: free_port(),
+            peer: free_port(),
+            process: None,
+        });
+        let mut cluster = Self {
+            members: members.collect(),
+            _data: data,
+        };
+        for member in 0..cluster.members.len() {
+            cluster.spawn(member);
+        }
+        cluster.ready().await;
+        cluster
+    }
+
+    pub fn spawn(&mut self, number: usize) {
+        let all: Vec<_> = self
+            .members
+            .iter()
+            .map(|m| format!("{}=http://127.0.0.1:{}", m.name, m.peer))
+            .collect();
+        let member = &mut self.members[number];
+        let (client, peer) = (
+            format!("http://127.0.0.1:{}", member.client),
+            format!("http://127.0.0.1:{}", member.peer),
+        );
+        let process = Command::new("etcd")
+            .args([
+                "--name",
+                &member.name,
+                "--listen-client-urls",
+                &client,
+                "--advertise-client-urls",
+                &client,
+            ])
+            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args([
+                "--initial-cluster",
+                &all.join(","),
+                "--logger=zap",
+                "--log-outputs=stderr",
+            ])
+            .arg("--data-dir")
+            .arg(&member.data)
+            .stderr(Stdio::null())
+            .spawn();
+        member.process = Some(process.expect("etcd is missing: apt-get install etcd-server"));
+    }
+
+    /// Waits until every member that runs answers and knows a leader.
+    pub async fn ready(&self) {
+        for member in self.members.iter().filter(|member| member.process.is_some()) {
+            let client = client(&format!("127.0.0.1:{}", member.client)).await;
+            until("a member is ready", async || {
+                let mut kv = client.kv_client();
+                let get = kv.get("ready", None);
+                matches!(tokio::time::timeout(Duration::from_secs(1), get).await, Ok(Ok(_)))
+            })
+            .await;
+        }
+    }
+
+    pub fn kill(&mut self, number: usize) {
+        if let Some(mut process) = self.members[number].process.take() {
+            process.kill().unwrap();
+            process.wait().unwrap();
+        }
+    }
+
+    pub fn endpoint(&self, number: usize) -> String {
+        format!("127.0.0.1:{}", self.members[number].client)
+    }
+
+    pub fn endpoints(&self) -> Vec<String> {
+        (0..self.members.len()).map(|number| self.endpoint(number)).collect()
+    }
+
+    pub async fn leader(&self) -> usize {
+        for number in 0..self.members.len() {
+            let status = client(&self.endpoint(number))
+                .await
+                .maintenance_client()
+                .status()
+                .await
+                .unwrap();
+            if status.leader() == status.header().unwrap().member_id() {
+                return number;
+            }
+        }
+        panic!("no leader");
+    }
+
+    /// A client that goes straight to a member.
+    pub async fn raw(&self) -> Client {
+        client(&self.endpoint(0)).await
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for number in 0..self.members.len() {
+            self.kill(number);
+        }
+    }
+}
+
+async fn client(endpoint: &str) -> Client {
+    Client::connect([endpoint], None).await.unwrap()
+}
+
+/// A TCP proxy: all its connections can be cut, or stalled while new ones pass.
+pub struct Proxy {
+    pub address: SocketAddr,
+    state: Arc<watch::Sender<Passing>>,
+    accepting: JoinHandle<()>,
+}
+
+/// What connections do.
+#[derive(Clone, Copy, Default)]
+struct Passing {
+    /// None carries anything, and each new one is closed.
+    cut: bool,
+    /// None carries anything, and none is closed.
+    silent: bool,
+    /// How often those that were there were stalled for good.
+    stalls: u64,
+}
+
+impl Proxy {
+    pub async fn to(target: String) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let state = Arc::new(watch::Sender::new(Passing::default()));
+        let accepting = tokio::spawn({
+            let state = state.clone();
+            async move {
+                let silenced = Mutex::new(Vec::new());
+                while let Ok((from, _)) = listener.accept().await {
+                    let now = *state.borrow();
+                    if now.cut {
+                        continue;
+                    }
+                    if now.silent {
+                        silenced.lock().unwrap().push(from);
+                        continue;
+                    }
+                    tokio::spawn(pass(from, target.clone(), state.subscribe()));
+                }
+            }
+        });
+        Self {
+            address,
+            state,
+            accepting,
+        }
+    }
+
+    pub fn endpoint(&self) -> String {
+        self.address.to_string()
+    }
+
+    /// Closes every connection, and each new one, until [`Proxy::restore`].
+    pub fn cut(&self) {
+        self.state.send_modify(|state| state.cut = true);
+    }
+
+    /// No connection carries anything, and none is closed, until [`Proxy::restore`].
+    pub fn silence(&self) {
+        self.state.send_modify(|state| state.silent = true);
+    }
+
+    /// The connections there are carry nothing any more; new ones pass.
+    pub fn stall_present(&self) {
+        self.state.send_modify(|state| state.stalls += 1);
+    }
+
+    pub fn restore(&self) {
+        self.state
+            .send_modify(|state| (state.cut, state.silent) = (false, false));
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+async fn pass(mut from: TcpStream, target: String, mut state: watch::Receiver<Passing>) {
+    let begun_at = state.borrow().stalls;
+    let Ok(mut to) = TcpStream::connect(&target).await else {
+        return;
+    };
+    let (mut up, mut down) = (vec![0; 65536], vec![0; 65536]);
+    loop {
+        let now = *state.borrow_and_update();
+        if now.cut {
+            return;
+        }
+        if now.silent || now.stalls > begun_at {
+            if state.changed().await.is_err() {
+                return;
+            }
+            continue;
+        }
+        tokio::select! {
+            changed = state.changed() => if changed.is_err() { return },
+            read = from.read(&mut up) => match read {
+                Ok(count) if count > 0 => if to.write_all(&up[..count]).await.is_err() { return },
+                _ => return,
+            },
+            read = to.read(&mut down) => match read {
+                Ok(count) if count > 0 => if from.write_all(&down[..count]).await.is_err() { return },
+                _ => return,
+            },
+        }
+    }
+}
+
+pub fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+pub const TTL: Duration = Duration::from_secs(3);
+
+pub async fn connect(endpoints: &[String]) -> Arc<dyn Registry> {
+    connect_with_ttl(endpoints, TTL).await
+}
+
+pub async fn connect_with_ttl(endpoints: &[String], ttl: Duration) -> Arc<dyn Registry> {
+    let config = EtcdConfig::new(Endpoints::new(endpoints).unwrap());
+    let options = Options {
+        session_ttl: SessionTtl::new(ttl).unwrap(),
+        request_timeout: Duration::from_secs(3),
+        ..Options::default()
+    };
+    registry_etcd::connect(&config, &options).await.unwrap()
+}
+
+pub fn key(path: &str) -> Key {
+    Key::parse(path).unwrap()
+}
+
+/// Waits for what stays true once it is.
+pub async fn until(what: &str, holds: impl AsyncFn() -> bool) {
+    let began = Instant::now();
+    while !holds().await {
+        assert!(began.elapsed() < Duration::from_secs(30), "not in 30 s: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
