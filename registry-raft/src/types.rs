@@ -25,7 +25,7 @@ pub(crate) type Snapshot = openraft::type_config::alias::SnapshotOf<TypeConfig, 
 
 /// An encoded command: encoded once where it is made, and written, sent and decoded as these bytes.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Proposal(pub Bytes);
+pub(crate) struct Proposal(pub(crate) Bytes);
 
 impl fmt::Debug for Proposal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -41,7 +41,7 @@ impl fmt::Display for Proposal {
 
 /// A member as the group's membership knows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Peer {
+pub(crate) struct Peer {
     /// Its name in the config.
     pub name: String,
     /// Where the others reach it.

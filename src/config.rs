@@ -1,0 +1,245 @@
+//! The settings, and the one place that names every backend.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use config::{Environment, File, FileFormat};
+use registry_api::{Error, Namespace, Options, Registry, Result, SessionTtl, TtlBounds};
+use serde::{Deserialize, Deserializer};
+
+/// The backends that are compiled in, by the words that select them.
+pub const BACKENDS: &[&str] = &[
+    #[cfg(feature = "raft")]
+    "raft",
+    #[cfg(feature = "etcd")]
+    "etcd",
+    #[cfg(feature = "zk")]
+    "zk",
+    #[cfg(feature = "mysql")]
+    "mysql",
+];
+
+/// Every backend there is.
+const ALL: [&str; 4] = ["raft", "etcd", "zk", "mysql"];
+
+/// A store, and its settings.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Backend {
+    /// The embedded store.
+    #[cfg(feature = "raft")]
+    Raft(registry_raft::RaftConfig),
+    /// etcd.
+    #[cfg(feature = "etcd")]
+    Etcd(registry_etcd::EtcdConfig),
+    /// ZooKeeper.
+    #[cfg(feature = "zk")]
+    Zk(registry_zk::ZkConfig),
+    /// MySQL or MariaDB.
+    #[cfg(feature = "mysql")]
+    MySql(registry_mysql::MySqlConfig),
+}
+
+/// All settings of a handle: what every backend shares, and the backend.
+///
+/// `Debug` shows no secret.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What does not depend on the store.
+    pub options: Options,
+    /// The store.
+    pub backend: Backend,
+}
+
+/// Settings given on the spot, over the file and the environment: names such as `raft.data_dir` with their values.
+pub type Overrides = Vec<(String, String)>;
+
+impl Config {
+    /// Loads the file (TOML, YAML or JSON by its ending), then the environment (`REGISTRY__TYPE`,
+    /// `REGISTRY__RAFT__DATA_DIR`, lists with commas), then the overrides, each over the one before. Without a file: the
+    /// defaults, which are one member of the embedded store.
+    ///
+    /// # Errors
+    /// [`Error::Config`] names the setting, the file, and what is allowed: for a file that can't be read, a key that is
+    /// unknown, a value that is out of range, a type that is unknown or not compiled in.
+    pub fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Self> {
+        let mut builder = config::Config::builder();
+        if let Some(path) = file {
+            let text = std::fs::read_to_string(path).map_err(|e| refused(path.display(), format!("can't be read: {e}")))?;
+            builder = builder.add_source(File::from_str(&text, format(path)?));
+        }
+        let mut environment = Environment::with_prefix("REGISTRY").separator("__").keep_prefix(true).try_parsing(true);
+        environment = environment.list_separator(",");
+        for list in ["raft.endpoints", "etcd.endpoints"] {
+            environment = environment.with_list_parse_key(&format!("registry.{list}"));
+        }
+        builder = builder.add_source(environment);
+        let place = file.map_or_else(|| "the settings".to_owned(), |path| path.display().to_string());
+        let wrong = |error: config::ConfigError| refused(&place, error.to_string());
+        for (name, value) in overrides {
+            let name = format!("registry.{name}");
+            builder = match name.ends_with(".endpoints") {
+                true => builder.set_override(name, value.split(',').map(str::to_owned).collect::<Vec<_>>()),
+                false => builder.set_override(name, value.as_str()),
+            }
+            .map_err(wrong)?;
+        }
+        let document: Document = builder.build().and_then(config::Config::try_deserialize).map_err(wrong)?;
+        document.registry.into_config(&place, file.and_then(Path::parent))
+    }
+
+    /// One member of the embedded store that keeps everything in memory, without a disk or a port: for unit tests.
+    #[cfg(feature = "raft")]
+    pub fn in_memory() -> Self {
+        Self { options: Options::default(), backend: Backend::Raft(registry_raft::RaftConfig::in_memory()) }
+    }
+}
+
+/// Opens a handle on the store that the config selects.
+///
+/// # Errors
+/// [`Error::Unavailable`] within `connect_timeout`, naming the endpoints and the cause; [`Error::Config`] for settings
+/// that contradict each other or that the store does not grant; [`Error::Storage`] for a store that must not be used.
+pub async fn connect(config: &Config) -> Result<Arc<dyn Registry>> {
+    match &config.backend {
+        #[cfg(feature = "raft")]
+        Backend::Raft(raft) => registry_raft::connect(raft, &config.options).await,
+        #[cfg(feature = "etcd")]
+        Backend::Etcd(etcd) => registry_etcd::connect(etcd, &config.options).await,
+        #[cfg(feature = "zk")]
+        Backend::Zk(zk) => registry_zk::connect(zk, &config.options).await,
+        #[cfg(feature = "mysql")]
+        Backend::MySql(mysql) => registry_mysql::connect(mysql, &config.options).await,
+    }
+}
+
+/// A file as it is written.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Document {
+    registry: Table,
+}
+
+/// The `[registry]` table. Where a backend is not compiled in, its table is passed over: one file serves every build.
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Table {
+    r#type: String,
+    namespace: Namespace,
+    session_ttl: SessionTtl,
+    session_ttl_bounds: TtlBounds,
+    #[serde(deserialize_with = "duration")]
+    request_timeout: Duration,
+    #[serde(deserialize_with = "duration")]
+    connect_timeout: Duration,
+    raft: RaftTable,
+    etcd: EtcdTable,
+    zk: ZkTable,
+    mysql: MySqlTable,
+}
+
+#[cfg(feature = "raft")]
+type RaftTable = registry_raft::RaftConfig;
+#[cfg(not(feature = "raft"))]
+type RaftTable = NotCompiledIn;
+#[cfg(feature = "etcd")]
+type EtcdTable = Option<registry_etcd::EtcdConfig>;
+#[cfg(not(feature = "etcd"))]
+type EtcdTable = NotCompiledIn;
+#[cfg(feature = "zk")]
+type ZkTable = Option<registry_zk::ZkConfig>;
+#[cfg(not(feature = "zk"))]
+type ZkTable = NotCompiledIn;
+#[cfg(feature = "mysql")]
+type MySqlTable = Option<registry_mysql::MySqlConfig>;
+#[cfg(not(feature = "mysql"))]
+type MySqlTable = NotCompiledIn;
+
+/// The table of a backend that this build knows nothing of.
+#[cfg(not(all(feature = "raft", feature = "etcd", feature = "zk", feature = "mysql")))]
+#[derive(Debug, Default)]
+struct NotCompiledIn;
+
+#[cfg(not(all(feature = "raft", feature = "etcd", feature = "zk", feature = "mysql")))]
+impl<'de> Deserialize<'de> for NotCompiledIn {
+    fn deserialize<D: Deserializer<'de>>(table: D) -> Result<Self, D::Error> {
+        serde::de::IgnoredAny::deserialize(table).map(|_| Self)
+    }
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        let options = Options::default();
+        Self {
+            r#type: ALL[0].into(),
+            namespace: options.namespace,
+            session_ttl: options.session_ttl,
+            session_ttl_bounds: options.session_ttl_bounds,
+            request_timeout: options.request_timeout,
+            connect_timeout: options.connect_timeout,
+            raft: RaftTable::default(),
+            etcd: EtcdTable::default(),
+            zk: ZkTable::default(),
+            mysql: MySqlTable::default(),
+        }
+    }
+}
+
+impl Table {
+    fn into_config(self, place: &str, _directory: Option<&Path>) -> Result<Config> {
+        let options = Options {
+            namespace: self.namespace,
+            session_ttl: self.session_ttl,
+            session_ttl_bounds: self.session_ttl_bounds,
+            request_timeout: self.request_timeout,
+            connect_timeout: self.connect_timeout,
+        };
+        #[cfg(any(feature = "etcd", feature = "zk", feature = "mysql"))]
+        let missing = |table: &str| refused(place, format!("registry.type = {table:?} needs the table [registry.{table}]"));
+        let backend = match self.r#type.as_str() {
+            #[cfg(feature = "raft")]
+            "raft" => Backend::Raft(self.raft),
+            #[cfg(feature = "etcd")]
+            "etcd" => Backend::Etcd(self.etcd.ok_or_else(|| missing("etcd"))?),
+            #[cfg(feature = "zk")]
+            "zk" => Backend::Zk(self.zk.ok_or_else(|| missing("zk"))?),
+            #[cfg(feature = "mysql")]
+            "mysql" => Backend::MySql(self.mysql.ok_or_else(|| missing("mysql"))?),
+            known if ALL.contains(&known) => {
+                let reason = format!("registry.type = {known:?} is not compiled into this program, which has: {}", BACKENDS.join(", "));
+                return Err(refused(place, reason));
+            }
+            unknown => {
+                let reason = format!("registry.type = {unknown:?} is unknown; this program has: {}", BACKENDS.join(", "));
+                return Err(refused(place, reason));
+            }
+        };
+        Ok(Config { options, backend })
+    }
+}
+
+fn format(path: &Path) -> Result<FileFormat> {
+    match path.extension().and_then(|ending| ending.to_str()) {
+        Some("toml") => Ok(FileFormat::Toml),
+        Some("yaml" | "yml") => Ok(FileFormat::Yaml),
+        Some("json") => Ok(FileFormat::Json),
+        _ => Err(refused(path.display(), "a config file ends with .toml, .yaml, .yml or .json".into())),
+    }
+}
+
+/// 1 ms to 1 h, as "5s".
+fn duration<'de, D: Deserializer<'de>>(text: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(text)?;
+    let wrong = |why: String| serde::de::Error::custom(format!("{text:?} is no time such as \"5s\": {why}"));
+    let duration = humantime::parse_duration(&text).map_err(|e| wrong(e.to_string()))?;
+    match (Duration::from_millis(1)..=Duration::from_secs(3600)).contains(&duration) {
+        true => Ok(duration),
+        false => Err(wrong("it is not between 1ms and 1h".into())),
+    }
+}
+
+fn refused(place: impl fmt::Display, reason: String) -> Error {
+    Error::Config { field: place.to_string(), reason }
+}
