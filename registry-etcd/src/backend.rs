@@ -16,7 +16,7 @@ use registry_api::{
 use crate::commit::commit;
 use crate::config::EtcdConfig;
 use crate::error::BACKEND;
-use crate::link::{Leader, Member};
+use crate::link::{Leader, Link, Member};
 use crate::names::revision;
 use crate::session::Leases;
 use crate::store::{self, Store};
@@ -55,6 +55,8 @@ impl Etcd {
                 "this version of etcd has a known fault: {fault}"
             );
         }
+        // Whoever may not read here is told now.
+        sign_of_life(&store, deadline).await?;
         let session = Self::open_session(config, dial, options, deadline).await?;
         Ok(Self {
             store: Arc::new(store),
@@ -68,7 +70,7 @@ impl Etcd {
         options: &Options,
         deadline: tokio::time::Instant,
     ) -> Result<Session> {
-        let link = store::link(config, dial, Leader::Required, options);
+        let link = Link::new(config, dial, Leader::Required, options);
         let left = deadline - tokio::time::Instant::now();
         Session::open(BACKEND, Arc::new(Leases::new(link, options.clone())), left).await
     }
@@ -207,27 +209,34 @@ impl Registry for Etcd {
 
     async fn health(&self) -> Result<Health> {
         self.session.check_open()?;
-        let began = Instant::now();
-        let name = self.store.names.0.as_str();
-        let ask = |member: Arc<Member>| async move {
-            let options = GetOptions::new().with_count_only();
-            let answer = member.kv().get(name, Some(options)).await?;
-            Ok((
-                member.endpoint.clone(),
-                answer.0.header.map_or(0, |header| header.revision),
-            ))
-        };
-        let (endpoint, at) = self.store.requests.read(self.store.deadline(), ask).await?;
-        Ok(Health {
-            endpoint,
-            latency: began.elapsed(),
-            revision: revision(at),
-        })
+        sign_of_life(&self.store, self.store.deadline()).await
     }
 
     async fn close(&self) -> Result<()> {
         self.session.close(self.store.request_timeout).await
     }
+}
+
+/// Reads what is no key, and within what a user of the namespace may read.
+async fn sign_of_life(store: &Store, deadline: tokio::time::Instant) -> Result<Health> {
+    let began = Instant::now();
+    let name = store.names.below(&Prefix::root()).start;
+    let ask = |member: Arc<Member>| {
+        let (name, options) = (name.clone(), GetOptions::new().with_count_only());
+        async move {
+            let answer = member.kv().get(name, Some(options)).await?.0;
+            Ok((
+                member.endpoint.clone(),
+                answer.header.map_or(0, |header| header.revision),
+            ))
+        }
+    };
+    let (endpoint, at) = store.requests.read(deadline, ask).await?;
+    Ok(Health {
+        endpoint,
+        latency: began.elapsed(),
+        revision: revision(at),
+    })
 }
 
 impl fmt::Debug for Etcd {

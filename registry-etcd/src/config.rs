@@ -201,3 +201,71 @@ pub(crate) fn config(field: &str, reason: impl Into<String>) -> Error {
         reason: reason.into(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{from_value, json};
+
+    use super::*;
+
+    fn parse(table: serde_json::Value) -> Result<EtcdConfig, String> {
+        from_value(table).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn a_whole_table_is_taken() {
+        let config = parse(json!({
+            "endpoints": ["https://etcd-1:2379", "etcd-2:2379"],
+            "user": "app", "password": "secret",
+            "tls": { "ca": "ca.pem", "cert": "app.pem", "key": "app.key" },
+        }))
+        .expect("every setting is right");
+        assert_eq!(config.endpoints.iter().count(), 2);
+        assert!(config.tls.is_some_and(|tls| tls.client.is_some()));
+    }
+
+    #[test]
+    fn debug_shows_no_password() {
+        let config = parse(json!({ "endpoints": ["e:1"], "user": "app", "password": "secret" })).expect("right");
+        let shown = format!("{config:?}");
+        assert!(shown.contains("app") && !shown.contains("secret"), "{shown}");
+    }
+
+    #[test]
+    fn wrong_settings_are_refused_by_name() {
+        for (table, named) in [
+            (json!({}), "endpoints"),
+            (json!({ "endpoints": [] }), "registry.etcd.endpoints"),
+            (json!({ "endpoints": ["no port"] }), "number 1"),
+            (json!({ "endpoints": ["a:1", "b"] }), "number 2"),
+            (json!({ "endpoints": ["ftp://a:1"] }), "http"),
+            (json!({ "endpoints": ["http://a:1/path"] }), "registry.namespace"),
+            (json!({ "endpoints": ["a:1"], "usr": "x" }), "usr"),
+            (json!({ "endpoints": ["a:1"], "user": "x" }), "registry.etcd.password"),
+            (json!({ "endpoints": ["a:1"], "password": "x" }), "registry.etcd.user"),
+            (json!({ "endpoints": ["a:1"], "tls": {} }), "ca"),
+            (
+                json!({ "endpoints": ["a:1"], "tls": { "ca": "c", "cert": "c" } }),
+                "registry.etcd.tls.key",
+            ),
+            (
+                json!({ "endpoints": ["a:1"], "tls": { "ca": "c", "key": "k" } }),
+                "registry.etcd.tls.cert",
+            ),
+            (json!({ "endpoints": ["http://a:1"], "tls": { "ca": "c" } }), "https"),
+            (json!({ "endpoints": ["https://a:1"] }), "registry.etcd.tls"),
+        ] {
+            let refused = parse(table.clone()).expect_err(&table.to_string());
+            assert!(refused.contains(named), "{table}: {refused}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_repeats_no_password() {
+        let refused = parse(json!({ "endpoints": ["http://app:secret@a:1"] })).expect_err("a user in an address");
+        assert!(
+            !refused.contains("secret") && refused.contains("registry.etcd.user"),
+            "{refused}"
+        );
+    }
+}

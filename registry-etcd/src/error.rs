@@ -24,8 +24,9 @@ pub(crate) enum Verdict {
     OutOfRange,
     /// etcd refused who is asking; nothing happened.
     Denied,
-    /// etcd refused what is asked; nothing happened.
-    Invalid,
+    /// etcd refused what is asked: as a nobody where users are known, by a token older than the last change to them, or
+    /// beyond a bound that was configured there. Nothing happened.
+    Refused,
     /// This etcd does not know the request; nothing happened.
     Unsupported,
 }
@@ -35,7 +36,7 @@ pub(crate) fn verdict(error: &Client) -> Verdict {
     match error {
         Client::GRpcStatus(status) => verdict_of(status),
         // Made before anything is sent.
-        Client::InvalidArgs(_) | Client::InvalidUri(_) | Client::InvalidMetadataValue(_) => Verdict::Invalid,
+        Client::InvalidArgs(_) | Client::InvalidUri(_) | Client::InvalidMetadataValue(_) => Verdict::Refused,
         Client::EndpointError(_) | Client::EndpointsNotManaged => Verdict::NotSent,
         // The two requests whose answers the client reads itself: a keep-alive of a lease that is gone, ...
         Client::LeaseKeepAliveError(_) => Verdict::NoLease,
@@ -58,7 +59,7 @@ fn verdict_of(status: &Status) -> Verdict {
         Code::NotFound => Verdict::NoLease,
         Code::OutOfRange => Verdict::OutOfRange,
         Code::PermissionDenied | Code::Unauthenticated => Verdict::Denied,
-        Code::InvalidArgument => Verdict::Invalid,
+        Code::InvalidArgument => Verdict::Refused,
         Code::Unimplemented => Verdict::Unsupported,
     }
 }
@@ -77,9 +78,8 @@ fn never_connected(status: &Status) -> bool {
 /// What a failed read is to its caller: nothing it did can matter.
 pub(crate) fn read(error: Client) -> Error {
     match verdict(&error) {
-        Verdict::Denied => denied(error),
+        Verdict::Denied | Verdict::Refused => denied(error),
         Verdict::Unsupported => unsupported("this read"),
-        Verdict::Invalid => Error::InvalidRequest(error.to_string()),
         Verdict::NotSent | Verdict::Unknown | Verdict::Full | Verdict::NoLease | Verdict::OutOfRange => {
             unavailable(error)
         }
@@ -90,11 +90,19 @@ pub(crate) fn read(error: Client) -> Error {
 pub(crate) fn write(operation: &'static str, session: Option<SessionId>, error: Client) -> Error {
     match (verdict(&error), session) {
         (Verdict::NoLease, Some(session)) => Error::SessionExpired { session },
-        (Verdict::Denied, _) => denied(error),
+        (Verdict::Denied | Verdict::Refused, _) => denied(error),
         (Verdict::Unsupported, _) => unsupported(operation),
-        (Verdict::Invalid, _) => Error::InvalidRequest(error.to_string()),
         (Verdict::NotSent | Verdict::Full, _) => unavailable(error),
         (Verdict::Unknown | Verdict::NoLease | Verdict::OutOfRange, _) => unknown(operation, error),
+    }
+}
+
+/// What a failed request for a token is.
+pub(crate) fn authenticate(error: Client) -> Error {
+    match &error {
+        // Where authentication is off, nobody gets a token.
+        Client::GRpcStatus(status) if status.code() == Code::FailedPrecondition => denied(error),
+        _ => read(error),
     }
 }
 

@@ -8,9 +8,10 @@ use std::time::Duration;
 use etcd_client::{Client, ConnectOptions, KvClient};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use registry_api::{BoxError, Error, Result, SessionId};
+use registry_api::{BoxError, Error, Options, Result, SessionId};
 use tokio::time::{Instant, sleep, timeout_at};
 
+use crate::config::EtcdConfig;
 use crate::error::{self, Trouble, Verdict};
 
 /// How much later each further endpoint is tried while the ones before it have not answered.
@@ -39,7 +40,8 @@ pub(crate) enum Leader {
 /// One that failed is left for the first of the others that answers, those with a leader first.
 pub(crate) struct Link {
     endpoints: Vec<String>,
-    options: ConnectOptions,
+    dial: ConnectOptions,
+    authenticates: bool,
     leader: Leader,
     connect_timeout: Duration,
     current: Mutex<Option<Arc<Member>>>,
@@ -76,24 +78,20 @@ impl Member {
 
 impl Link {
     /// Nothing is sent before the first request.
-    pub(crate) fn new(
-        endpoints: Vec<String>,
-        options: ConnectOptions,
-        leader: Leader,
-        connect_timeout: Duration,
-    ) -> Self {
-        let options = options
+    pub(crate) fn new(config: &EtcdConfig, dial: ConnectOptions, leader: Leader, options: &Options) -> Self {
+        let dial = dial
             .with_require_leader(leader == Leader::Required)
             .with_keep_alive(PING_EVERY, PING_WAIT)
             // Pings of an idle connection count as too many.
             .with_keep_alive_while_idle(false)
-            .with_connect_timeout(connect_timeout)
+            .with_connect_timeout(options.connect_timeout)
             .with_auto_token_refresh(true);
         Self {
-            endpoints,
-            options,
+            endpoints: config.endpoints.iter().map(str::to_owned).collect(),
+            dial,
+            authenticates: config.credentials.is_some(),
             leader,
-            connect_timeout,
+            connect_timeout: options.connect_timeout,
             current: Mutex::default(),
             dialling: tokio::sync::Mutex::default(),
         }
@@ -105,6 +103,7 @@ impl Link {
         F: Future<Output = Result<T, etcd_client::Error>>,
     {
         let mut backoff = Backoff::default();
+        let mut renewed = false;
         loop {
             let member = self.member(deadline).await?;
             // A member that hangs is to leave time for another.
@@ -116,6 +115,7 @@ impl Link {
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(error)) => match error::verdict(&error) {
                     Verdict::NotSent | Verdict::Unknown => error.into(),
+                    Verdict::Refused if self.renews(&mut renewed) => error.into(),
                     _ => return Err(error::read(error)),
                 },
                 Err(_) => member.silent().into(),
@@ -161,6 +161,7 @@ impl Link {
         F: Future<Output = Result<T, etcd_client::Error>>,
     {
         let mut backoff = Backoff::default();
+        let mut renewed = false;
         loop {
             let member = self.member(deadline).await?;
             let failure = match timeout_at(deadline, call(member.clone())).await {
@@ -173,6 +174,7 @@ impl Link {
             };
             match error::verdict(&failure) {
                 Verdict::NotSent => member.suspect(),
+                Verdict::Refused if self.renews(&mut renewed) => member.suspect(),
                 verdict => {
                     if verdict == Verdict::Unknown {
                         member.suspect();
@@ -204,6 +206,12 @@ impl Link {
         };
         let late = |_| error::unavailable(Trouble::NoEndpoint(self.endpoints.join(", ")));
         timeout_at(deadline, dial).await.map_err(late)?
+    }
+
+    /// Whether a refusal may be one of a token that is older than the last change to users and roles: a new connection
+    /// brings a new one. Tried once.
+    fn renews(&self, renewed: &mut bool) -> bool {
+        self.authenticates && !std::mem::replace(renewed, true)
     }
 
     /// Something went wrong with whichever member is talked to.
@@ -258,14 +266,10 @@ impl Link {
 
     async fn try_member(&self, index: usize) -> Result<Member> {
         let endpoint = &self.endpoints[index];
-        let client = Client::connect([endpoint], Some(self.options.clone()))
+        let client = Client::connect([endpoint], Some(self.dial.clone()))
             .await
-            .map_err(|error| match error::verdict(&error) {
-                // The one request of `connect` is that for a token: a wrong password, or no authentication to be had.
-                _ if matches!(&error, etcd_client::Error::GRpcStatus(status) if status.code() == tonic::Code::FailedPrecondition) => error::denied(error),
-                Verdict::Invalid | Verdict::Denied => error::denied(error),
-                _ => error::unavailable(error),
-            })?;
+            // The one request of `connect` is that for a token.
+            .map_err(error::authenticate)?;
         let status = client.maintenance_client().status().await.map_err(error::read)?;
         Ok(Member {
             index,

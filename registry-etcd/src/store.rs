@@ -32,8 +32,8 @@ impl Store {
     pub(crate) fn new(config: &EtcdConfig, dial: ConnectOptions, options: &Options) -> Self {
         Self {
             names: Names(options.namespace.clone()),
-            requests: link(config, dial.clone(), Leader::Optional, options),
-            streams: link(config, dial, Leader::Required, options),
+            requests: Link::new(config, dial.clone(), Leader::Optional, options),
+            streams: Link::new(config, dial, Leader::Required, options),
             request_timeout: options.request_timeout,
             gather: Gather::default(),
             size: AnswerSize::default(),
@@ -61,11 +61,6 @@ impl Store {
     pub(crate) fn saw(&self, revision: Revision) {
         self.seen.fetch_max(revision.0, Ordering::AcqRel);
     }
-}
-
-pub(crate) fn link(config: &EtcdConfig, dial: ConnectOptions, leader: Leader, options: &Options) -> Link {
-    let endpoints = config.endpoints.iter().map(str::to_owned).collect();
-    Link::new(endpoints, dial, leader, options.connect_timeout)
 }
 
 /// How members are dialled: as whom, and how encrypted.

@@ -19,7 +19,10 @@ use tokio::task::JoinHandle;
 /// Ends with the test: members are killed, their data is deleted.
 pub struct Cluster {
     members: Vec<Member>,
-    _data: tempfile::TempDir,
+    /// How clients speak to it.
+    scheme: &'static str,
+    arguments: Vec<String>,
+    data: tempfile::TempDir,
 }
 
 struct Member {
@@ -32,6 +35,35 @@ struct Member {
 
 impl Cluster {
     pub async fn start(members: usize) -> Self {
+        let mut cluster = Self::new(members);
+        cluster.spawn_all();
+        cluster.ready().await;
+        cluster
+    }
+
+    /// One member that speaks TLS, and only with clients whose certificate the authority signed.
+    pub fn start_with_tls() -> Self {
+        let mut cluster = Self::new(1);
+        cluster.scheme = "https";
+        for (name, subject) in [
+            ("ca", "/CN=test-ca"),
+            ("server", "/CN=server"),
+            ("client", "/CN=client"),
+        ] {
+            cluster.certificate(name, subject);
+        }
+        let file = |name: &str| cluster.file(name).display().to_string();
+        cluster.arguments = vec![
+            format!("--cert-file={}", file("server.pem")),
+            format!("--key-file={}", file("server.key")),
+            format!("--trusted-ca-file={}", file("ca.pem")),
+            "--client-cert-auth".into(),
+        ];
+        cluster.spawn_all();
+        cluster
+    }
+
+    fn new(members: usize) -> Self {
         let data = tempfile::tempdir().unwrap();
         let members = (0..members).map(|number| Member {
             name: format!("m{number}"),
@@ -40,44 +72,77 @@ impl Cluster {
             peer: free_port(),
             process: None,
         });
-        let mut cluster = Self {
+        Self {
             members: members.collect(),
-            _data: data,
-        };
-        for member in 0..cluster.members.len() {
-            cluster.spawn(member);
+            scheme: "http",
+            arguments: Vec::new(),
+            data,
         }
-        cluster.ready().await;
-        cluster
+    }
+
+    /// A file beside the members' data.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.data.path().join(name)
+    }
+
+    /// Makes `name.pem` and `name.key`, signed by the authority, or by itself if it is the authority.
+    fn certificate(&self, name: &str, subject: &str) {
+        let file = |ending: &str| self.file(&format!("{name}.{ending}")).display().to_string();
+        let mut openssl = Command::new("openssl");
+        openssl.args([
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+        ]);
+        openssl.args([
+            "-days",
+            "2",
+            "-subj",
+            subject,
+            "-keyout",
+            &file("key"),
+            "-out",
+            &file("pem"),
+        ]);
+        if name != "ca" {
+            let (ca, key) = (self.file("ca.pem"), self.file("ca.key"));
+            openssl.arg("-CA").arg(ca).arg("-CAkey").arg(key);
+            openssl.args([
+                "-addext",
+                "subjectAltName=IP:127.0.0.1",
+                "-addext",
+                "basicConstraints=critical,CA:FALSE",
+            ]);
+        }
+        let made = openssl.output().expect("openssl is missing: apt-get install openssl");
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    }
+
+    fn spawn_all(&mut self) {
+        for member in 0..self.members.len() {
+            self.spawn(member);
+        }
     }
 
     pub fn spawn(&mut self, number: usize) {
-        let all: Vec<_> = self
+        let all = self
             .members
             .iter()
-            .map(|m| format!("{}=http://127.0.0.1:{}", m.name, m.peer))
-            .collect();
+            .map(|m| format!("{}=http://127.0.0.1:{}", m.name, m.peer));
+        let all = all.collect::<Vec<_>>().join(",");
         let member = &mut self.members[number];
-        let (client, peer) = (
-            format!("http://127.0.0.1:{}", member.client),
-            format!("http://127.0.0.1:{}", member.peer),
-        );
+        let client = format!("{}://127.0.0.1:{}", self.scheme, member.client);
+        let peer = format!("http://127.0.0.1:{}", member.peer);
         let process = Command::new("etcd")
-            .args([
-                "--name",
-                &member.name,
-                "--listen-client-urls",
-                &client,
-                "--advertise-client-urls",
-                &client,
-            ])
+            .args(["--name", &member.name, "--initial-cluster", &all])
+            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args([
-                "--initial-cluster",
-                &all.join(","),
-                "--logger=zap",
-                "--log-outputs=stderr",
-            ])
+            .args(["--logger=zap", "--log-outputs=stderr"])
+            .args(&self.arguments)
             .arg("--data-dir")
             .arg(&member.data)
             .stderr(Stdio::null())
