@@ -67,10 +67,14 @@ impl Config {
     pub fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Self> {
         let mut builder = config::Config::builder();
         if let Some(path) = file {
-            let text = std::fs::read_to_string(path).map_err(|e| refused(path.display(), format!("can't be read: {e}")))?;
+            let text =
+                std::fs::read_to_string(path).map_err(|e| refused(path.display(), format!("can't be read: {e}")))?;
             builder = builder.add_source(File::from_str(&text, format(path)?));
         }
-        let mut environment = Environment::with_prefix("REGISTRY").separator("__").keep_prefix(true).try_parsing(true);
+        let mut environment = Environment::with_prefix("REGISTRY")
+            .separator("__")
+            .keep_prefix(true)
+            .try_parsing(true);
         environment = environment.list_separator(",");
         for list in ["raft.endpoints", "etcd.endpoints"] {
             environment = environment.with_list_parse_key(&format!("registry.{list}"));
@@ -86,14 +90,20 @@ impl Config {
             }
             .map_err(wrong)?;
         }
-        let document: Document = builder.build().and_then(config::Config::try_deserialize).map_err(wrong)?;
+        let document: Document = builder
+            .build()
+            .and_then(config::Config::try_deserialize)
+            .map_err(wrong)?;
         document.registry.into_config(&place, file.and_then(Path::parent))
     }
 
     /// One member of the embedded store that keeps everything in memory, without a disk or a port: for unit tests.
     #[cfg(feature = "raft")]
     pub fn in_memory() -> Self {
-        Self { options: Options::default(), backend: Backend::Raft(registry_raft::RaftConfig::in_memory()) }
+        Self {
+            options: Options::default(),
+            backend: Backend::Raft(registry_raft::RaftConfig::in_memory()),
+        }
     }
 }
 
@@ -197,7 +207,12 @@ impl Table {
             connect_timeout: self.connect_timeout,
         };
         #[cfg(any(feature = "etcd", feature = "zk", feature = "mysql"))]
-        let missing = |table: &str| refused(place, format!("registry.type = {table:?} needs the table [registry.{table}]"));
+        let missing = |table: &str| {
+            refused(
+                place,
+                format!("registry.type = {table:?} needs the table [registry.{table}]"),
+            )
+        };
         let backend = match self.r#type.as_str() {
             #[cfg(feature = "raft")]
             "raft" => Backend::Raft(self.raft),
@@ -208,11 +223,17 @@ impl Table {
             #[cfg(feature = "mysql")]
             "mysql" => Backend::MySql(self.mysql.ok_or_else(|| missing("mysql"))?),
             known if ALL.contains(&known) => {
-                let reason = format!("registry.type = {known:?} is not compiled into this program, which has: {}", BACKENDS.join(", "));
+                let reason = format!(
+                    "registry.type = {known:?} is not compiled into this program, which has: {}",
+                    BACKENDS.join(", ")
+                );
                 return Err(refused(place, reason));
             }
             unknown => {
-                let reason = format!("registry.type = {unknown:?} is unknown; this program has: {}", BACKENDS.join(", "));
+                let reason = format!(
+                    "registry.type = {unknown:?} is unknown; this program has: {}",
+                    BACKENDS.join(", ")
+                );
                 return Err(refused(place, reason));
             }
         };
@@ -225,7 +246,10 @@ fn format(path: &Path) -> Result<FileFormat> {
         Some("toml") => Ok(FileFormat::Toml),
         Some("yaml" | "yml") => Ok(FileFormat::Yaml),
         Some("json") => Ok(FileFormat::Json),
-        _ => Err(refused(path.display(), "a config file ends with .toml, .yaml, .yml or .json".into())),
+        _ => Err(refused(
+            path.display(),
+            "a config file ends with .toml, .yaml, .yml or .json".into(),
+        )),
     }
 }
 
@@ -241,5 +265,8 @@ fn duration<'de, D: Deserializer<'de>>(text: D) -> Result<Duration, D::Error> {
 }
 
 fn refused(place: impl fmt::Display, reason: String) -> Error {
-    Error::Config { field: place.to_string(), reason }
+    Error::Config {
+        field: place.to_string(),
+        reason,
+    }
 }

@@ -5,28 +5,34 @@
 //! no linger; what comes while the disk works is the next batch. The first error that the disk gives is the last thing
 //! the log does: after a failed sync, what the page cache says about the data is worth nothing.
 
+pub(crate) mod disk;
 mod reader;
 mod record;
 mod recovery;
+mod reserve;
 mod segment;
 mod writer;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use openraft::storage::IOFlushed;
 use parking_lot::Mutex;
-use registry_api::{Error, Result};
+use registry_api::Result;
 use tokio::sync::oneshot;
 
 use crate::directory::storage;
 use crate::types::{LogEntry, LogId, TypeConfig, Vote};
 
-pub(crate) use reader::Place;
+use disk::{Disk, DiskFile};
+use reserve::Reserve;
+use writer::Writer;
+
+pub(crate) use reader::{Place, read};
 
 /// Whose log it is: in the head of every segment, so that no file of another member or cluster is taken for its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +91,9 @@ pub(crate) struct State {
     cached: usize,
     /// How many slots from the front are not in memory.
     evicted: usize,
+    /// The segments by their number, open: who reads an entry does so though it is purged meanwhile.
+    files: BTreeMap<u64, Arc<dyn DiskFile>>,
+    last_sync: Duration,
 }
 
 /// One entry of the log.
@@ -102,6 +111,11 @@ impl State {
     /// The index of the first slot.
     pub(crate) fn first(&self) -> u64 {
         self.slots.front().map_or(0, |slot| slot.id.index)
+    }
+
+    /// The segment of a place.
+    pub(crate) fn file(&self, place: Place) -> Option<Arc<dyn DiskFile>> {
+        self.files.get(&place.sequence).cloned()
     }
 
     pub(crate) fn last(&self) -> Option<LogId> {
@@ -192,18 +206,32 @@ pub(crate) enum Job {
     Purge(LogId),
 }
 
+/// What the log takes and how its disk does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stats {
+    pub(crate) segments: usize,
+    pub(crate) disk_bytes: u64,
+    /// How long the newest sync took.
+    pub(crate) last_sync: Duration,
+    /// Whether the next segment is there already. When it is not for longer than a second, the disk is full or failing,
+    /// and what is left in the present segment should be kept for votes.
+    pub(crate) reserve: bool,
+}
+
+type Work = (Sender<Job>, JoinHandle<io::Result<()>>);
+
 /// A member's log, on disk or, without files, in memory.
 pub(crate) struct Log {
     pub(crate) state: Arc<Mutex<State>>,
     /// The writer, if there is a disk.
-    writer: Mutex<Option<(Sender<Job>, JoinHandle<()>)>>,
-    directory: Option<PathBuf>,
+    writer: Mutex<Option<Work>>,
+    disk: Option<(Arc<dyn Disk>, Arc<Reserve>)>,
 }
 
 impl std::fmt::Debug for Log {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Log")
-            .field("directory", &self.directory)
+            .field("disk", &self.disk)
             .finish_non_exhaustive()
     }
 }
@@ -212,29 +240,36 @@ impl Log {
     /// Opens the log in that directory and brings back what it holds.
     ///
     /// # Errors
-    /// [`Error::Storage`] for what must not be gone on with: damage before good records, a segment that is missing,
+    /// [`registry_api::Error::Storage`] for what must not be gone on with: damage before good records, a segment that is missing,
     /// another's, or of another format. It names the file; nothing is deleted.
-    pub(crate) fn open(directory: &Path, identity: Identity, options: Options, on_fatal: OnFatal) -> Result<Self> {
-        let recovered = recovery::recover(directory, identity, options)?;
+    pub(crate) fn open(disk: Arc<dyn Disk>, identity: Identity, options: Options, on_fatal: OnFatal) -> Result<Self> {
+        let recovered = recovery::recover(&*disk, identity, options)?;
         let state = Arc::new(Mutex::new(recovered.state));
         let (jobs, queue) = channel();
-        let writer = writer::Writer::new(
-            directory,
+        let failed = |error: io::Error| storage(&disk.path(""), format!("can't be written: {error}"));
+        let reserve = Reserve::start(disk.clone(), options.segment_bytes).map_err(failed)?;
+        let started = Writer::new(
+            disk.clone(),
             identity,
             options,
             recovered.segments,
             state.clone(),
+            reserve.clone(),
             on_fatal,
-        );
-        let writer = writer.map_err(|error| storage(directory, format!("can't be written: {error}")))?;
-        let thread = std::thread::Builder::new()
-            .name("registry-log".into())
-            .spawn(move || writer.run(&queue));
-        let thread = thread.map_err(|error| storage(directory, format!("no thread to write it: {error}")))?;
+        )
+        .and_then(|writer| {
+            std::thread::Builder::new()
+                .name("registry-log".into())
+                .spawn(move || writer.run(&queue))
+        });
+        let thread = started.map_err(|error| {
+            reserve.stop();
+            failed(error)
+        })?;
         Ok(Self {
             state,
             writer: Mutex::new(Some((jobs, thread))),
-            directory: Some(directory.into()),
+            disk: Some((disk, reserve)),
         })
     }
 
@@ -242,13 +277,13 @@ impl Log {
         Self {
             state: Arc::default(),
             writer: Mutex::default(),
-            directory: None,
+            disk: None,
         }
     }
 
     /// Hands a job to the writer. In memory there is none, and nothing to wait for: the job comes back.
     pub(crate) fn submit(&self, job: Job) -> io::Result<Option<Job>> {
-        match (&*self.writer.lock(), &self.directory) {
+        match (&*self.writer.lock(), &self.disk) {
             (Some((jobs, _)), _) => jobs.send(job).map(|()| None).map_err(|_| closed()),
             (None, Some(_)) => Err(closed()),
             (None, None) => Ok(Some(job)),
@@ -260,30 +295,32 @@ impl Log {
         self.state.lock().bytes
     }
 
-    /// Reads an entry that is no longer in memory.
-    pub(crate) fn read_back(&self, id: LogId, place: Place) -> io::Result<LogEntry> {
-        let directory = self.directory.as_deref().ok_or_else(closed)?;
-        reader::read(directory, id, place)
+    /// Nothing for a log in memory.
+    pub(crate) fn stats(&self) -> Option<Stats> {
+        let (_, reserve) = self.disk.as_ref()?;
+        let state = self.state.lock();
+        Some(Stats {
+            segments: state.files.len(),
+            disk_bytes: state.files.values().filter_map(|file| file.size().ok()).sum(),
+            last_sync: state.last_sync,
+            reserve: reserve.is_ready(),
+        })
     }
 
     /// Writes and syncs what was handed in, and ends the writer.
     ///
     /// # Errors
-    /// [`Error::Storage`] if the writer had failed.
+    /// [`registry_api::Error::Storage`] if the writer had failed.
     pub(crate) fn close(&self) -> Result<()> {
-        let Some((jobs, thread)) = self.writer.lock().take() else {
+        let (Some((jobs, thread)), Some((disk, _))) = (self.writer.lock().take(), &self.disk) else {
             return Ok(());
         };
         drop(jobs);
-        thread.join().map_err(|_| Error::Storage {
-            place: self
-                .directory
-                .as_deref()
-                .unwrap_or(Path::new("log"))
-                .display()
-                .to_string(),
-            reason: "the thread that writes it has failed".into(),
-        })
+        let ended = match thread.join() {
+            Ok(ended) => ended.map_err(|error| error.to_string()),
+            Err(_) => Err("the thread that writes it has failed".into()),
+        };
+        ended.map_err(|reason| storage(&disk.path(""), reason))
     }
 }
 

@@ -8,7 +8,7 @@ use crate::command::Reply;
 
 openraft::declare_raft_types!(
     /// One leader per term (`leader_id_std`), so that a term alone is a fencing token for the group's own leadership.
-    pub TypeConfig:
+    pub(crate) TypeConfig:
         D = Proposal,
         R = Reply,
         NodeId = u64,

@@ -1,12 +1,10 @@
 //! Reads single entries back from their segments.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
 
+use super::disk::DiskFile;
+use super::invalid;
 use super::record::{self, Record};
-use super::{invalid, segment};
 use crate::types::{LogEntry, LogId};
 use crate::wire;
 
@@ -18,9 +16,9 @@ pub(crate) struct Place {
     pub(super) length: u32,
 }
 
-pub(super) fn read(directory: &Path, id: LogId, place: Place) -> io::Result<LogEntry> {
+pub(crate) fn read(file: &dyn DiskFile, id: LogId, place: Place) -> io::Result<LogEntry> {
     let mut bytes = vec![0; place.length as usize];
-    File::open(segment::path(directory, place.sequence))?.read_exact_at(&mut bytes, place.offset)?;
+    file.read_at(&mut bytes, place.offset)?;
     match record::read(&bytes, place.sequence).map(|read| read.record) {
         Some(Record::Entry(entry)) => {
             let entry = wire::entry_from(entry)?;

@@ -5,8 +5,11 @@
 //! damage: after a loss of power the unsynced end of a file may hold a later sector and lack an earlier one, but a record
 //! that says it was written after the bad place was synced proves that what was lost there had been acknowledged.
 
+use std::io;
+
 use prost::Message;
 
+use super::invalid;
 use crate::proto::registry::log::v1 as message;
 use crate::types::LogEntry;
 use crate::wire;
@@ -26,25 +29,30 @@ pub(super) struct Read {
     pub(super) length: usize,
 }
 
-/// Appends a record to `out`.
-pub(super) fn write(out: &mut Vec<u8>, sequence: u64, synced: u32, record: &Record) -> usize {
+/// Appends a record to `out`; answers its length.
+///
+/// # Errors
+/// It is longer than what recovery would take for a record.
+pub(super) fn write(out: &mut Vec<u8>, sequence: u64, synced: u32, record: &Record) -> io::Result<usize> {
     let start = out.len();
     out.extend_from_slice(&[0; HEAD]);
     // The message `Record` is this one field.
     record.encode(out);
     let length = out.len() - start;
-    let size = u32::try_from(length - HEAD).expect("a record is bounded by what a transaction may hold");
+    if length - HEAD > MAX_RECORD {
+        return Err(invalid(format!("a record of {length} bytes is too long for the log")));
+    }
+    let size = u32::try_from(length - HEAD).map_err(io::Error::other)?;
     out[start..start + 4].copy_from_slice(&size.to_le_bytes());
     out[start + 8..start + 12].copy_from_slice(&synced.to_le_bytes());
     let crc = crc(sequence, &out[start + 8..]);
     out[start + 4..start + 8].copy_from_slice(&crc.to_le_bytes());
-    length
+    Ok(length)
 }
 
 /// The record at the start of `bytes`, if there is a good one.
 pub(super) fn read(bytes: &[u8], sequence: u64) -> Option<Read> {
-    let field = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
-    let (size, expected, synced) = (field(0)? as usize, field(4)?, field(8)?);
+    let (size, expected, synced) = (field(bytes, 0)? as usize, field(bytes, 4)?, field(bytes, 8)?);
     if size == 0 || size > MAX_RECORD {
         return None;
     }
@@ -57,6 +65,15 @@ pub(super) fn read(bytes: &[u8], sequence: u64) -> Option<Read> {
         .ok()?
         .record?;
     Some(Read { record, synced, length })
+}
+
+/// How much a record at the start of `bytes` would say was synced, before it is known to be one.
+pub(super) fn synced(bytes: &[u8]) -> Option<usize> {
+    Some(field(bytes, 8)? as usize)
+}
+
+fn field(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
 fn crc(sequence: u64, body: &[u8]) -> u32 {

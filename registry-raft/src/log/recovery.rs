@@ -4,16 +4,15 @@
 //! program's log. Anything else that can't be read is damage to what was acknowledged, and refused.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use registry_api::{Error, Result};
 
+use super::disk::{Disk, DiskFile};
 use super::record::{self, Record};
 use super::segment::{self, HEADER, Head};
-use super::{Identity, Options, Place, State, invalid};
+use super::{Identity, Options, Place, State, invalid, reserve};
 use crate::directory::storage;
 use crate::wire;
 
@@ -32,45 +31,88 @@ pub(super) struct Segments {
     pub(super) end: Option<(u64, u64)>,
 }
 
-pub(super) fn recover(directory: &Path, identity: Identity, options: Options) -> Result<Recovered> {
-    let read = |error: io::Error| storage(directory, format!("can't be read: {error}"));
-    let mut paths = BTreeMap::new();
-    for file in fs::read_dir(directory).map_err(read)? {
-        let path = file.map_err(read)?.path();
-        if let Some(sequence) = segment::sequence(&path) {
-            paths.insert(sequence, path);
+pub(super) fn recover(disk: &dyn Disk, identity: Identity, options: Options) -> Result<Recovered> {
+    let directory = disk.path("");
+    let failed = |what: &'static str| {
+        let directory = directory.clone();
+        move |error: io::Error| storage(&directory, format!("{what}: {error}"))
+    };
+    let mut names = BTreeMap::new();
+    for name in disk.list().map_err(failed("can't be read"))? {
+        if reserve::is_left_over(&name) {
+            disk.remove(&name)
+                .map_err(failed("what a stop left half made can't be removed"))?;
+        }
+        if let Some(sequence) = segment::sequence(&name) {
+            names.insert(sequence, name);
         }
     }
+    // A rename that was seen but not synced before the last stop must not be undone by the next.
+    disk.sync().map_err(failed("can't be synced"))?;
     let mut recovered = Recovered {
         state: State::default(),
         segments: Segments::default(),
     };
-    let newest = paths.keys().next_back().copied();
-    let mut expected = paths.keys().next().copied();
-    for (sequence, path) in &paths {
-        if expected != Some(*sequence) {
-            let missing = segment::path(directory, expected.unwrap_or_default());
+    let newest = names.keys().next_back().copied();
+    let mut expected = names.keys().next().copied();
+    for (sequence, name) in &names {
+        if let Some(missing) = expected.filter(|expected| expected != sequence) {
             return Err(storage(
-                &missing,
+                &disk.path(&segment::name(missing)),
                 format!("the segment is missing, though later ones are there; {MEND}"),
             ));
         }
         expected = Some(sequence + 1);
-        recovered.read_segment(path, *sequence, identity, Some(*sequence) == newest)?;
+        let path = disk.path(name);
+        let unreadable = |error: io::Error| storage(&path, format!("can't be read: {error}"));
+        let file = disk.open(name).map_err(unreadable)?;
+        let mut bytes = vec![0; usize::try_from(file.size().map_err(unreadable)?).unwrap_or(usize::MAX)];
+        file.read_at(&mut bytes, 0).map_err(unreadable)?;
+        let tail = recovered.read_segment(&path, &bytes, *sequence, identity, Some(*sequence) == newest)?;
+        if Some(*sequence) == newest {
+            settle(&*file, &mut bytes, &tail)
+                .map_err(|error| storage(&path, format!("its end can't be made sure: {error}")))?;
+            recovered.segments.end = Some((tail.end as u64, bytes.len() as u64));
+        }
+        recovered.state.files.insert(*sequence, file);
         recovered.state.evict(options.cache_bytes);
     }
-    recovered.check_whole(directory)?;
+    recovered.check_whole(&directory)?;
     Ok(recovered)
+}
+
+/// Where the records of a segment end, and how far they were surely on disk.
+struct Tail {
+    synced: usize,
+    end: usize,
+}
+
+/// Writes once more what may be only in the page cache (after a failed sync it looks written and is not), and zeros over
+/// what was torn, so that what is served is on disk.
+fn settle(file: &dyn DiskFile, bytes: &mut [u8], tail: &Tail) -> io::Result<()> {
+    let end = tail.end.min(bytes.len());
+    let torn = bytes[end..].iter().rposition(|&byte| byte != 0).map_or(0, |at| at + 1);
+    bytes[end..].fill(0);
+    let from = tail.synced.clamp(HEADER.min(end), end);
+    file.write_at(&bytes[from..end + torn], from as u64)?;
+    file.sync()
 }
 
 const MEND: &str = "nothing was changed: put the file back from a copy, or restore a backup into a new directory";
 
 impl Recovered {
-    fn read_segment(&mut self, path: &Path, sequence: u64, identity: Identity, newest: bool) -> Result<()> {
-        let bytes = fs::read(path).map_err(|error| storage(path, format!("can't be read: {error}")))?;
+    fn read_segment(
+        &mut self,
+        path: &Path,
+        bytes: &[u8],
+        sequence: u64,
+        identity: Identity,
+        newest: bool,
+    ) -> Result<Tail> {
         let mut largest = None;
         let mut offset = HEADER;
-        match segment::head(&bytes, sequence, identity) {
+        let mut synced = HEADER;
+        match segment::head(bytes, sequence, identity) {
             Head::Own => {}
             // Renamed, and nothing written before the power went.
             Head::Blank if newest && bytes[HEADER..].iter().all(|&byte| byte == 0) => {}
@@ -88,6 +130,7 @@ impl Recovered {
                 .take(read.record, place)
                 .map_err(|error| damaged(path, offset, &error.to_string()))?;
             largest = largest.max(index);
+            synced = read.synced as usize;
             offset += read.length;
         }
         let rest = &bytes[offset.min(bytes.len())..];
@@ -98,13 +141,14 @@ impl Recovered {
             if let Some(later) = proof_of_damage(rest, sequence, offset) {
                 return Err(damaged(path, offset, &format!("a good record follows at byte {later}")));
             }
-            cut(path, offset, rest.len())
-                .map_err(|error| storage(path, format!("its torn end can't be cut: {error}")))?;
-            tracing::warn!(file = %path.display(), offset, "the end of the log was torn, and cut: it was never acknowledged");
+            tracing::warn!(
+                file = %path.display(),
+                offset,
+                "the end of the log is torn, and is cut: it was never acknowledged"
+            );
         }
         self.segments.largest.insert(sequence, largest);
-        self.segments.end = Some((offset as u64, bytes.len() as u64));
-        Ok(())
+        Ok(Tail { synced, end: offset })
     }
 
     /// Applies a record; answers the index of an entry.
@@ -150,20 +194,14 @@ impl Recovered {
 fn proof_of_damage(rest: &[u8], sequence: u64, bad: usize) -> Option<usize> {
     let mut at = 1;
     while at + record::HEAD < rest.len() {
-        match record::read(&rest[at..], sequence) {
-            Some(read) if read.synced as usize > bad => return Some(bad + at),
-            Some(read) => at += read.length,
-            None => at += 1,
+        // Looked at first, because few bytes pass for it and a checksum at every byte takes for ever.
+        let proves = record::synced(&rest[at..]).is_some_and(|synced| (bad + 1..=bad + at).contains(&synced));
+        if proves && record::read(&rest[at..], sequence).is_some() {
+            return Some(bad + at);
         }
+        at += 1;
     }
     None
-}
-
-/// Writes zeros over a torn end.
-fn cut(path: &Path, offset: usize, length: usize) -> io::Result<()> {
-    let file = File::options().write(true).open(path)?;
-    file.write_all_at(&vec![0; length], offset as u64)?;
-    file.sync_all()
 }
 
 fn damaged(path: &Path, offset: usize, why: &str) -> Error {

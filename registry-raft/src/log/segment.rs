@@ -1,69 +1,31 @@
-//! Segment files: made with zeros, named by their number, headed by whose they are.
+//! Segment files: named by their number, headed by whose they are.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::io;
 
 use prost::Message;
 
 use super::Identity;
-use crate::directory::owned;
+use super::disk::DiskFile;
 use crate::proto::registry::log::v1::SegmentHeader;
 
 const MAGIC: &[u8; 8] = b"REGWAL\0\0";
 const FORMAT: u32 = 1;
 /// Where the records begin.
 pub(super) const HEADER: usize = 512;
-const ZEROS: &[u8] = &[0; 1 << 20];
 
-pub(super) fn path(directory: &Path, sequence: u64) -> PathBuf {
-    directory.join(format!("wal-{sequence:016}.log"))
+pub(super) fn name(sequence: u64) -> String {
+    format!("wal-{sequence:016}.log")
 }
 
 /// The number of a segment, from its name.
-pub(super) fn sequence(path: &Path) -> Option<u64> {
-    path.file_name()?
-        .to_str()?
-        .strip_prefix("wal-")?
-        .strip_suffix(".log")?
-        .parse()
-        .ok()
+pub(super) fn sequence(name: &str) -> Option<u64> {
+    name.strip_prefix("wal-")?.strip_suffix(".log")?.parse().ok()
 }
 
-/// Makes a segment of zeros and syncs it, under a name that recovery removes until it is renamed.
-pub(super) fn prepare(directory: &Path, bytes: u64) -> io::Result<()> {
-    let mut file = owned(
-        spare(directory),
-        OpenOptions::new().create(true).truncate(true).write(true),
-    )?;
-    let mut left = bytes;
-    while left > 0 {
-        let chunk = left.min(ZEROS.len() as u64);
-        file.write_all(&ZEROS[..usize::try_from(chunk).map_err(io::Error::other)?])?;
-        left -= chunk;
-    }
-    file.sync_all()?;
-    sync(directory)
-}
-
-/// The segment that is zeroed and waits to be used.
-pub(super) fn spare(directory: &Path) -> PathBuf {
-    directory.join("wal-next.zero")
-}
-
-/// Takes the spare into use as segment `sequence`. The header is synced with the first records.
-pub(super) fn take_spare(directory: &Path, sequence: u64, identity: Identity) -> io::Result<File> {
-    let path = path(directory, sequence);
-    fs::rename(spare(directory), &path)?;
-    sync(directory)?;
-    let file = File::options().read(true).write(true).open(path)?;
-    write_head(&file, sequence, identity)?;
-    Ok(file)
-}
-
-pub(super) fn write_head(file: &File, sequence: u64, identity: Identity) -> io::Result<()> {
-    file.write_all_at(&header(sequence, identity), 0)
+/// Writes the head of a segment, and syncs it: a record must not outlive the head of its file.
+pub(super) fn write_head(file: &dyn DiskFile, sequence: u64, identity: Identity) -> io::Result<()> {
+    file.write_at(&header(sequence, identity), 0)?;
+    file.sync()
 }
 
 fn header(sequence: u64, identity: Identity) -> Vec<u8> {
@@ -122,7 +84,3 @@ pub(super) fn head(bytes: &[u8], sequence: u64, identity: Identity) -> Head {
     }
 }
 
-/// Makes renames and removals in a directory durable.
-pub(super) fn sync(directory: &Path) -> io::Result<()> {
-    File::open(directory)?.sync_all()
-}

@@ -1,17 +1,16 @@
 //! The thread that writes the log.
 
-use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::thread::JoinHandle;
+use std::time::Instant;
 
 use parking_lot::Mutex;
 
+use super::disk::{Disk, DiskFile};
 use super::record::{self, Record};
 use super::recovery::Segments;
+use super::reserve::Reserve;
 use super::segment::{self, HEADER};
 use super::{Identity, Job, OnFatal, Options, Place, State};
 use crate::proto::registry::log::v1::Truncate;
@@ -22,25 +21,28 @@ use crate::wire;
 const MAX_BATCH: usize = 4 << 20;
 
 pub(super) struct Writer {
-    directory: PathBuf,
+    disk: Arc<dyn Disk>,
     identity: Identity,
     options: Options,
     state: Arc<Mutex<State>>,
     on_fatal: OnFatal,
+    reserve: Arc<Reserve>,
     segments: Segments,
-    file: File,
+    file: Arc<dyn DiskFile>,
     sequence: u64,
-    /// Where the next record goes, how much is written, how much is synced, and the size of the file.
+    /// Where the next record goes, how much is synced, and the size of the file.
     offset: u64,
     synced: u64,
     size: u64,
+    /// Where the segment's own records begin, after what it repeats of older ones.
+    start: u64,
     /// What is encoded and not written yet; it ends at `offset`.
     buffer: Vec<u8>,
     /// Entries whose place is to be noted once they are written.
     placed: Vec<(LogId, Place)>,
-    /// What a new segment begins with.
     heads: Heads,
-    preparing: Option<JoinHandle<io::Result<()>>>,
+    /// Whether this segment has what older ones hold alone, so that they may go.
+    headed: bool,
 }
 
 /// The newest of the records that older segments hold alone.
@@ -53,11 +55,12 @@ struct Heads {
 
 impl Writer {
     pub(super) fn new(
-        directory: &Path,
+        disk: Arc<dyn Disk>,
         identity: Identity,
         options: Options,
         segments: Segments,
         state: Arc<Mutex<State>>,
+        reserve: Arc<Reserve>,
         on_fatal: OnFatal,
     ) -> io::Result<Self> {
         let heads = {
@@ -72,49 +75,55 @@ impl Writer {
             }
         };
         let newest = segments.largest.keys().next_back().copied();
-        let (file, sequence, (offset, size)) = match (newest, segments.end) {
-            (Some(sequence), Some(end)) => {
-                let file = File::options()
-                    .read(true)
-                    .write(true)
-                    .open(segment::path(directory, sequence))?;
-                (file, sequence, end)
-            }
+        let (sequence, (offset, size)) = match (newest, segments.end) {
+            (Some(sequence), Some(end)) => (sequence, end),
             _ => {
-                segment::prepare(directory, options.segment_bytes)?;
-                let file = segment::take_spare(directory, 1, identity)?;
-                (file, 1, (HEADER as u64, options.segment_bytes))
+                reserve.take(&segment::name(1))?;
+                (1, (HEADER as u64, options.segment_bytes))
             }
         };
-        // The head may have been lost with the power, when nothing followed it.
+        let file = disk.open(&segment::name(sequence))?;
+        // Without records it may be without its head as well.
         if offset == HEADER as u64 {
-            segment::write_head(&file, sequence, identity)?;
+            segment::write_head(&*file, sequence, identity)?;
         }
-        file.sync_all()?;
+        state.lock().files.insert(sequence, file.clone());
         let mut writer = Self {
-            directory: directory.into(),
+            disk,
             identity,
             options,
             state,
             on_fatal,
+            reserve,
             segments,
             file,
             sequence,
             offset,
             synced: offset,
             size,
+            start: HEADER as u64,
             buffer: Vec::new(),
             placed: Vec::new(),
             heads,
-            preparing: None,
+            // Not known: its first records may have been torn off. Written before an older one goes, not now: the disk
+            // may be full.
+            headed: false,
         };
         writer.segments.largest.entry(sequence).or_default();
-        writer.prepare_next();
         Ok(writer)
     }
 
     /// Writes what comes until nobody can ask any more.
-    pub(super) fn run(mut self, queue: &Receiver<Job>) {
+    ///
+    /// # Errors
+    /// The disk's first.
+    pub(super) fn run(mut self, queue: &Receiver<Job>) -> io::Result<()> {
+        let ended = self.work(queue);
+        self.reserve.stop();
+        ended
+    }
+
+    fn work(&mut self, queue: &Receiver<Job>) -> io::Result<()> {
         while let Ok(job) = queue.recv() {
             let mut batch = vec![job];
             let mut bytes = 0;
@@ -128,26 +137,31 @@ impl Writer {
                 }
                 batch.push(job);
             }
-            if let Err(error) = self.carry_out(&batch) {
+            let done = self.carry_out(&batch);
+            let (batch, done) = match done {
+                Ok(()) => {
+                    let purge = batch.iter().any(|job| matches!(job, Job::Purge(_)));
+                    batch.into_iter().for_each(succeed);
+                    // Nobody waits for it.
+                    (Vec::new(), if purge { self.remove_purged() } else { Ok(()) })
+                }
+                Err(error) => (batch, Err(error)),
+            };
+            if let Err(error) = done {
                 (self.on_fatal)(&error);
                 fail(batch, &error);
                 // Nothing is written, and nothing acknowledged, after the first failure.
                 while let Ok(job) = queue.recv() {
                     fail(vec![job], &error);
                 }
-                return;
+                return Err(error);
             }
-            batch.into_iter().for_each(succeed);
         }
-        if let Some(preparing) = self.preparing.take() {
-            // The spare is made anew at the next start if need be.
-            let _ = preparing.join();
-        }
+        Ok(())
     }
 
     fn carry_out(&mut self, batch: &[Job]) -> io::Result<()> {
         let mut wait = false;
-        let mut purge = None;
         for job in batch {
             match job {
                 Job::Append(entries, _) => {
@@ -179,16 +193,12 @@ impl Writer {
                 Job::Purge(id) => {
                     self.heads.purged = self.heads.purged.max(Some(*id));
                     self.put(&Record::Purged(wire::log_id_to(id)))?;
-                    purge = Some(*id);
                 }
             }
         }
         self.write()?;
-        if wait || purge.is_some() {
+        if wait {
             self.sync()?;
-        }
-        if let Some(purged) = purge {
-            self.remove_purged(purged)?;
         }
         let mut state = self.state.lock();
         for (id, place) in self.placed.drain(..) {
@@ -198,12 +208,13 @@ impl Writer {
         Ok(())
     }
 
-    /// Adds a record to what is to be written, in a new segment if this one is full.
+    /// Adds a record to what is to be written, in a new segment if this one is full. One that no segment has room for
+    /// makes its own longer.
     fn put(&mut self, record: &Record) -> io::Result<Place> {
         let synced = u32::try_from(self.synced).map_err(io::Error::other)?;
         let start = self.buffer.len();
-        let length = record::write(&mut self.buffer, self.sequence, synced, record) as u64;
-        if self.offset + length > self.size && self.offset > HEADER as u64 {
+        let length = record::write(&mut self.buffer, self.sequence, synced, record)? as u64;
+        if self.offset + length > self.size && self.offset > self.start {
             self.buffer.truncate(start);
             self.next_segment()?;
             return self.put(record);
@@ -220,30 +231,40 @@ impl Writer {
     fn write(&mut self) -> io::Result<()> {
         if !self.buffer.is_empty() {
             self.file
-                .write_all_at(&self.buffer, self.offset - self.buffer.len() as u64)?;
+                .write_at(&self.buffer, self.offset - self.buffer.len() as u64)?;
             self.buffer.clear();
         }
         Ok(())
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        self.file.sync_data()?;
+        let start = Instant::now();
+        self.file.sync()?;
         self.synced = self.offset;
+        self.state.lock().last_sync = start.elapsed();
         Ok(())
     }
 
     fn next_segment(&mut self) -> io::Result<()> {
         self.write()?;
         self.sync()?;
-        match self.preparing.take().map(JoinHandle::join) {
-            Some(Ok(Ok(()))) => {}
-            // It failed beforehand, perhaps for want of space: now it is needed.
-            _ => segment::prepare(&self.directory, self.options.segment_bytes)?,
-        }
         self.sequence += 1;
-        self.file = segment::take_spare(&self.directory, self.sequence, self.identity)?;
-        (self.offset, self.synced, self.size) = (HEADER as u64, HEADER as u64, self.options.segment_bytes);
+        let name = segment::name(self.sequence);
+        self.reserve.take(&name)?;
+        self.file = self.disk.open(&name)?;
+        segment::write_head(&*self.file, self.sequence, self.identity)?;
+        self.state.lock().files.insert(self.sequence, self.file.clone());
         self.segments.largest.insert(self.sequence, None);
+        (self.offset, self.synced, self.size) = (HEADER as u64, HEADER as u64, self.options.segment_bytes);
+        self.put_heads()?;
+        self.start = self.offset;
+        Ok(())
+    }
+
+    /// Repeats what older segments hold alone.
+    fn put_heads(&mut self) -> io::Result<()> {
+        // Never in yet another segment.
+        self.start = u64::MAX;
         let purged = self.heads.purged.as_ref().map(|id| Record::Purged(wire::log_id_to(id)));
         for head in [self.heads.vote.clone(), self.heads.committed.clone(), purged]
             .into_iter()
@@ -251,42 +272,36 @@ impl Writer {
         {
             self.put(&head)?;
         }
-        self.prepare_next();
+        self.headed = true;
         Ok(())
     }
 
-    /// Has the next segment zeroed, beside the work.
-    fn prepare_next(&mut self) {
-        let (directory, bytes) = (self.directory.clone(), self.options.segment_bytes);
-        let prepare = move || {
-            let prepared = segment::prepare(&directory, bytes);
-            if let Err(error) = &prepared {
-                tracing::warn!(%error, "the next segment of the log could not be made ahead: is the disk full?");
-            }
-            prepared
+    /// Removes the oldest segments that hold nothing but what is purged, each durably before the next: with a hole in
+    /// their numbers the log is refused.
+    fn remove_purged(&mut self) -> io::Result<()> {
+        let Some(purged) = self.heads.purged.map(|purged| purged.index) else {
+            return Ok(());
         };
-        self.preparing = std::thread::Builder::new()
-            .name("registry-log-ahead".into())
-            .spawn(prepare)
-            .ok();
-    }
-
-    /// Removes the oldest segments that hold nothing but what is purged.
-    fn remove_purged(&mut self, purged: LogId) -> io::Result<()> {
-        let mut removed = false;
+        let mut safe = false;
         while let Some((&sequence, largest)) = self.segments.largest.first_key_value() {
-            if sequence == self.sequence || largest.is_some_and(|largest| largest > purged.index) {
+            if sequence == self.sequence || largest.is_some_and(|largest| largest > purged) {
                 break;
             }
-            fs::remove_file(segment::path(&self.directory, sequence))?;
+            if !safe {
+                if !self.headed {
+                    self.put_heads()?;
+                    self.start = HEADER as u64;
+                }
+                self.write()?;
+                self.sync()?;
+                safe = true;
+            }
+            self.disk.remove(&segment::name(sequence))?;
+            self.disk.sync()?;
             self.segments.largest.remove(&sequence);
-            removed = true;
+            self.state.lock().files.remove(&sequence);
         }
-        if removed {
-            segment::sync(&self.directory)
-        } else {
-            Ok(())
-        }
+        Ok(())
     }
 }
 

@@ -1,0 +1,101 @@
+//! What the log needs of a disk: one directory of files. Tests put one beneath it that loses power.
+
+use std::fmt::Debug;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::directory::owned;
+
+#[cfg(test)]
+pub(crate) mod faulty;
+
+pub(crate) trait Disk: Debug + Send + Sync {
+    fn list(&self) -> io::Result<Vec<String>>;
+
+    /// Makes an empty file, or empties it.
+    fn create(&self, name: &str) -> io::Result<Arc<dyn DiskFile>>;
+
+    fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>>;
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+
+    /// Removes a file. Who has it open still reads it.
+    fn remove(&self, name: &str) -> io::Result<()>;
+
+    /// Makes what was created, renamed and removed durable.
+    fn sync(&self) -> io::Result<()>;
+
+    /// What an error calls the file.
+    fn path(&self, name: &str) -> PathBuf;
+}
+
+pub(crate) trait DiskFile: Debug + Send + Sync {
+    fn size(&self) -> io::Result<u64>;
+
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()>;
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Makes what was written durable: `fdatasync`.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// A directory of the operating system's.
+#[derive(Debug)]
+pub(crate) struct Folder(pub(crate) PathBuf);
+
+impl Disk for Folder {
+    fn list(&self) -> io::Result<Vec<String>> {
+        let names = fs::read_dir(&self.0)?.map(|file| Ok(file?.file_name().to_string_lossy().into_owned()));
+        names.collect()
+    }
+
+    fn create(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
+        let mut options = OpenOptions::new();
+        options.create(true).truncate(true).read(true).write(true);
+        Ok(Arc::new(owned(self.path(name), &mut options)?))
+    }
+
+    fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
+        Ok(Arc::new(
+            File::options().read(true).write(true).open(self.path(name))?,
+        ))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        fs::rename(self.path(from), self.path(to))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        fs::remove_file(self.path(name))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        File::open(&self.0)?.sync_all()
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl DiskFile for File {
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        self.read_exact_at(bytes, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.write_all_at(bytes, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.sync_data()
+    }
+}

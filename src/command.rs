@@ -1,0 +1,208 @@
+//! The command line: what there is to say, and what is done then.
+
+mod demo;
+mod election;
+mod failure;
+mod kv;
+mod lock;
+mod output;
+mod process;
+mod serve;
+mod transfer;
+mod watch;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use registry::{Config, Key, Prefix, Registry};
+
+pub(crate) use failure::Failure;
+use output::Output;
+
+type Outcome = Result<ExitCode, Failure>;
+
+/// Keys, ephemeral keys, watches, locks and elections, over an embedded Raft store, etcd, ZooKeeper or MySQL.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "\
+Without a config file, `serve` is one member of the embedded store on 127.0.0.1:7480 with its data in ./registry-data, \
+and every other command asks that address.
+
+Exit codes: 0 done; 1 failed; 2 wrong usage or settings; 3 not found; 4 a condition did not hold, or the put was refused; \
+5 unavailable, nothing changed; 6 outcome unknown, read back before retrying; 7 lock, leadership or session lost; \
+8 access denied. `lock` and `elect` pass on the code of the command they run.
+
+Settings come from the file (--config or REGISTRY_CONFIG; TOML, YAML or JSON), then REGISTRY__... in the environment \
+(REGISTRY__TYPE, REGISTRY__RAFT__DATA_DIR), then --set. RUST_LOG=info shows what happens beneath."
+)]
+pub(crate) struct Cli {
+    /// The config file.
+    #[arg(long, short, global = true, env = "REGISTRY_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// One setting, over the file and the environment: --set raft.data_dir=/var/lib/registry
+    #[arg(long = "set", global = true, value_name = "NAME=VALUE", value_parser = pair)]
+    settings: Vec<(String, String)>,
+    /// Prints JSON: one object a line.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs a member until it is told to stop.
+    #[command(
+        after_help = "Example: registry serve --set raft.data_dir=/var/lib/registry --set raft.listen=127.0.0.1:7480"
+    )]
+    Serve,
+    /// Shows what a registry does, in a temporary directory, in a few seconds.
+    #[command(after_help = "Example: registry demo")]
+    Demo,
+    /// Prints the value of a key.
+    #[command(after_help = "Example: registry get /app/config")]
+    Get(kv::Get),
+    /// Puts a value: an argument, a file, or standard input.
+    #[command(
+        after_help = "Examples:\n  registry put /app/config v1\n  registry put /app/logo --file logo.png\n  registry put /app/config v2 --if-revision 7\n  registry put /app/workers/w1 10.0.0.7 --ephemeral"
+    )]
+    Put(kv::Put),
+    /// Deletes a key, or with --prefix a key and all below it.
+    #[command(after_help = "Example: registry delete /app --prefix")]
+    Delete(kv::Delete),
+    /// Lists the children of a key, or with -r all entries at and below it.
+    #[command(after_help = "Example: registry ls -l -r /app")]
+    Ls(kv::Ls),
+    /// Prints changes as they happen, the present entries first.
+    #[command(after_help = "Example: registry watch /app/workers --children")]
+    Watch(watch::Watch),
+    /// Does several writes wholly or not at all, if conditions hold.
+    #[command(after_help = "Example: registry txn --when /app/config=7 --put /app/config=v2 --delete /app/draft")]
+    Txn(kv::Txn),
+    /// Runs a command while holding a lock, or holds it until Ctrl-C.
+    #[command(after_help = "Example: registry lock /app/nightly --wait 10s -- sh -c 'echo token $REGISTRY_TOKEN'")]
+    Lock(lock::Lock),
+    /// Stands in an election and leads until Ctrl-C or the end of a command; or observes it.
+    #[command(
+        after_help = "Examples:\n  registry elect /app/scheduler --value 10.0.0.7\n  registry elect /app/scheduler --observe"
+    )]
+    Elect(election::Elect),
+    /// Keeps an ephemeral key there until Ctrl-C; it comes back after an expiry.
+    #[command(after_help = "Example: registry register /app/workers/w1 10.0.0.7:9000")]
+    Register(election::Register),
+    /// Puts keys from JSON lines: {"key": "/a", "value": "text"} or {"key": "/a", "value_base64": "..."}.
+    #[command(after_help = "Example: registry import keys.jsonl")]
+    Import(transfer::Import),
+    /// Writes the persistent keys at and below a prefix as JSON lines.
+    #[command(after_help = "Example: registry export /app > app.jsonl")]
+    Export(transfer::Export),
+    /// Shows how the store stands.
+    #[command(after_help = "Example: registry status --json")]
+    Status,
+    /// Prints the completions of a shell.
+    #[command(after_help = "Example: registry completions bash > /etc/bash_completion.d/registry")]
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+    #[command(hide = true)]
+    DemoWorker(demo::Worker),
+}
+
+pub(crate) async fn run(cli: Cli) -> Outcome {
+    let out = Output { json: cli.json };
+    let settings = Settings {
+        file: cli.config,
+        overrides: cli.settings,
+    };
+    match cli.command {
+        Command::Serve => serve::run(&settings, out).await,
+        Command::Demo => demo::run().await,
+        Command::DemoWorker(worker) => worker.run().await,
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "registry", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Status => serve::status(&settings, out).await,
+        Command::Get(get) => get.run(&settings.connect().await?, out).await,
+        Command::Put(put) => put.run(&settings, out).await,
+        Command::Delete(delete) => delete.run(&settings.connect().await?, out).await,
+        Command::Ls(ls) => ls.run(&settings.connect().await?, out).await,
+        Command::Watch(watch) => watch.run(&settings.connect().await?, out).await,
+        Command::Txn(txn) => txn.run(&settings.connect().await?, out).await,
+        Command::Lock(lock) => lock.run(&settings.connect().await?, out).await,
+        Command::Elect(elect) => elect.run(&settings.connect().await?, out).await,
+        Command::Register(register) => register.run(&settings.connect().await?, out).await,
+        Command::Import(import) => import.run(&settings, out).await,
+        Command::Export(export) => export.run(&settings.connect().await?, out).await,
+    }
+}
+
+/// Where the settings come from.
+#[derive(Debug)]
+struct Settings {
+    file: Option<PathBuf>,
+    overrides: Vec<(String, String)>,
+}
+
+impl Settings {
+    fn load(&self) -> Result<Config, Failure> {
+        Ok(Config::load(self.file.as_deref(), &self.overrides)?)
+    }
+
+    /// The settings of a command that asks a store: with the embedded one, of a remote handle on the member that runs
+    /// where the settings say.
+    fn remote(&self) -> Result<Config, Failure> {
+        let mut config = self.load()?;
+        #[cfg(feature = "raft")]
+        if let registry::Backend::Raft(raft) = &mut config.backend
+            && !raft.is_remote()
+        {
+            let listen = raft
+                .listen
+                .clone()
+                .unwrap_or_else(|| registry::raft::DEFAULT_ADDRESS.into());
+            *raft = registry::raft::RaftConfig::remote([listen]);
+        }
+        #[cfg(not(feature = "raft"))]
+        let _ = &mut config;
+        Ok(config)
+    }
+
+    async fn connect(&self) -> Result<Arc<dyn Registry>, Failure> {
+        let config = self.remote()?;
+        registry::connect(&config)
+            .await
+            .map_err(|error| Failure::connect(error, &config))
+    }
+}
+
+/// `NAME=VALUE`
+fn pair(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or_else(|| format!("{text:?} has no `=`"))?;
+    Ok((name.into(), value.into()))
+}
+
+fn key(text: &str) -> Result<Key, String> {
+    Key::parse(text).map_err(|error| error.to_string())
+}
+
+fn prefix(text: &str) -> Result<Prefix, String> {
+    Prefix::parse(text).map_err(|error| error.to_string())
+}
+
+/// Waits for Ctrl-C or SIGTERM.
+async fn asked_to_stop() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let Ok(mut terminate) = signal(SignalKind::terminate()) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        // Without the handler the signal ends the process anyway.
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate.recv() => {}
+    }
+}

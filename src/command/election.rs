@@ -1,0 +1,133 @@
+//! elect, register
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Args;
+use registry::{Key, Leader, Registered, Registration, Registry};
+use serde_json::json;
+
+use super::kv::close;
+use super::output::{Output, value_json, value_line};
+use super::process::run_while;
+use super::{Failure, Outcome, asked_to_stop, key};
+
+#[derive(Debug, Args)]
+pub(crate) struct Elect {
+    /// The election's name, such as /app/scheduler
+    #[arg(value_parser = key)]
+    name: Key,
+    /// What the leader publishes: an address, for one.
+    #[arg(long, required_unless_present = "observe")]
+    value: Option<String>,
+    /// Prints who leads, and every change, and stands for nothing.
+    #[arg(long, conflicts_with_all = ["value", "command"])]
+    observe: bool,
+    /// The command to run while leading; it finds the fencing token in REGISTRY_TOKEN.
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+impl Elect {
+    pub(crate) async fn run(self, registry: &Arc<dyn Registry>, out: Output) -> Outcome {
+        if self.observe {
+            return self.observe(registry, out).await;
+        }
+        let election = registry.election(&self.name);
+        let leadership = tokio::select! {
+            won = election.campaign(self.value.unwrap_or_default()) => won?,
+            () = asked_to_stop() => {
+                close(registry).await;
+                return Ok(ExitCode::from(130));
+            }
+        };
+        let token = leadership.token();
+        let outcome = if self.command.is_empty() {
+            out.line(
+                || format!("leading {} with token {token}, until Ctrl-C", self.name),
+                || json!({ "name": self.name.as_str(), "token": token.0 }),
+            )?;
+            tokio::select! {
+                () = asked_to_stop() => Ok(ExitCode::SUCCESS),
+                () = leadership.lost() => Err(Failure::new(Failure::LOST, format!("the lead of {} was lost", self.name))),
+            }
+        } else {
+            run_while(&self.command, self.name.as_str(), token, leadership.lost()).await
+        };
+        if outcome.is_ok() {
+            leadership.resign().await?;
+        }
+        close(registry).await;
+        outcome
+    }
+
+    async fn observe(&self, registry: &Arc<dyn Registry>, out: Output) -> Outcome {
+        let mut campaign = registry.election(&self.name).observe().await?;
+        loop {
+            let leader = tokio::select! {
+                leader = campaign.next() => leader,
+                () = asked_to_stop() => break,
+            };
+            match leader {
+                Some(leader) => print(leader?, out)?,
+                None => return Err(Failure::new(1, "the observation has ended")),
+            }
+        }
+        close(registry).await;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn print(leader: Option<Leader>, out: Output) -> Result<(), Failure> {
+    match leader {
+        Some(leader) => {
+            let (name, value) = value_json(&leader.value);
+            out.line(
+                || format!("leader  {}  {}", leader.token, value_line(&leader.value)),
+                || json!({ "token": leader.token.0, name: value }),
+            )
+        }
+        None => out.line(|| "no leader".into(), || json!({ "token": null })),
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Register {
+    /// The key, such as /app/workers/w1
+    #[arg(value_parser = key)]
+    key: Key,
+    /// Its value
+    value: String,
+    /// Takes the key from whoever holds it: for a restart before the predecessor's session has expired.
+    #[arg(long)]
+    take_over: bool,
+}
+
+impl Register {
+    pub(crate) async fn run(self, registry: &Arc<dyn Registry>, out: Output) -> Outcome {
+        let registration = match self.take_over {
+            true => Registration::taking_over(registry, &self.key, self.value).await?,
+            false => registry.register(&self.key, self.value).await?,
+        };
+        let mut states = registration.state();
+        loop {
+            let state = *states.borrow_and_update();
+            let word = match state {
+                Registered::There(_, _) => "registered",
+                Registered::Lost => "lost, putting it back",
+                Registered::Refused => "another's, trying again",
+            };
+            out.line(
+                || format!("{}: {word}", self.key),
+                || json!({ "key": self.key.as_str(), "state": word }),
+            )?;
+            tokio::select! {
+                changed = states.changed() => if changed.is_err() { return Err(Failure::new(1, "the registration has ended")) },
+                () = asked_to_stop() => break,
+            }
+        }
+        registration.unregister().await?;
+        close(registry).await;
+        Ok(ExitCode::SUCCESS)
+    }
+}

@@ -1,0 +1,113 @@
+//! lock
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use registry::{Held, Key, Registry};
+use serde_json::json;
+
+use super::kv::close;
+use super::output::Output;
+use super::process::run_while;
+use super::{Failure, Outcome, asked_to_stop, key};
+
+#[derive(Debug, Args)]
+pub(crate) struct Lock {
+    /// The lock's name, such as /app/nightly
+    #[arg(value_parser = key)]
+    name: Key,
+    /// Gives up when the lock is not free in time: 10s, 500ms, 2m.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, conflicts_with = "now")]
+    wait: Option<Duration>,
+    /// Gives up at once when the lock is not free.
+    #[arg(long = "try")]
+    now: bool,
+    /// What others see of the holder; host and process by default.
+    #[arg(long)]
+    label: Option<String>,
+    /// Shows who holds the lock and who waits, and takes nothing.
+    #[arg(long, conflicts_with_all = ["wait", "now", "label", "command"])]
+    show: bool,
+    /// The command to run under the lock; it finds the fencing token in REGISTRY_TOKEN.
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+impl Lock {
+    pub(crate) async fn run(self, registry: &Arc<dyn Registry>, out: Output) -> Outcome {
+        if self.show {
+            return self.show(registry, out).await;
+        }
+        let held = tokio::select! {
+            held = self.acquire(registry) => held?,
+            () = asked_to_stop() => {
+                close(registry).await;
+                return Ok(ExitCode::from(130));
+            }
+        };
+        let token = held.token();
+        let outcome = if self.command.is_empty() {
+            out.line(
+                || format!("holding {} with token {token}, until Ctrl-C", self.name),
+                || json!({ "name": self.name.as_str(), "token": token.0 }),
+            )?;
+            tokio::select! {
+                () = asked_to_stop() => Ok(ExitCode::SUCCESS),
+                () = held.lost() => Err(Failure::new(Failure::LOST, format!("{} was lost", self.name))),
+            }
+        } else {
+            run_while(&self.command, self.name.as_str(), token, held.lost()).await
+        };
+        if outcome.is_ok() {
+            held.release().await?;
+        }
+        close(registry).await;
+        outcome
+    }
+
+    async fn acquire(&self, registry: &Arc<dyn Registry>) -> Result<Held, Failure> {
+        let lock = registry
+            .lock(&self.name)
+            .label(self.label.clone().unwrap_or_else(whoami));
+        match (self.now, self.wait) {
+            (true, _) => {
+                let taken = || Failure::new(5, format!("{} is taken", self.name));
+                lock.try_acquire().await?.ok_or_else(taken)
+            }
+            (false, Some(wait)) => Ok(lock.acquire_within(wait).await?),
+            (false, None) => Ok(lock.acquire().await?),
+        }
+    }
+
+    async fn show(&self, registry: &Arc<dyn Registry>, out: Output) -> Outcome {
+        let contenders = registry.lock(&self.name).contenders().await?;
+        close(registry).await;
+        for (place, contender) in contenders.iter().enumerate() {
+            let role = if place == 0 { "holds" } else { "waits" };
+            let label = String::from_utf8_lossy(&contender.value);
+            let session = contender.session.map(|session| session.to_string());
+            out.line(
+                || {
+                    format!(
+                        "{role} {:>10} {}  {label}",
+                        contender.token.0,
+                        session.clone().unwrap_or_default()
+                    )
+                },
+                || json!({ "role": role, "token": contender.token.0, "session": session, "label": label }),
+            )?;
+        }
+        Ok(if contenders.is_empty() {
+            ExitCode::from(Failure::NOT_FOUND)
+        } else {
+            ExitCode::SUCCESS
+        })
+    }
+}
+
+fn whoami() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("{} pid {}", host.trim(), std::process::id())
+}

@@ -1,0 +1,70 @@
+//! What is printed, for people and for programs.
+
+use std::io::{self, Write};
+
+use base64::Engine;
+use registry::Entry;
+use serde_json::{Value, json};
+
+use super::Failure;
+
+/// How to print.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Output {
+    pub(crate) json: bool,
+}
+
+impl Output {
+    /// Prints one line: the text for people, the object for programs.
+    pub(crate) fn line(self, people: impl FnOnce() -> String, programs: impl FnOnce() -> Value) -> Result<(), Failure> {
+        let line = if self.json { programs().to_string() } else { people() };
+        self.bytes(format!("{line}\n").as_bytes())
+    }
+
+    /// Prints bytes as they are.
+    pub(crate) fn bytes(self, bytes: &[u8]) -> Result<(), Failure> {
+        let mut out = io::stdout().lock();
+        match out.write_all(bytes).and_then(|()| out.flush()) {
+            Ok(()) => Ok(()),
+            // Whoever read has read enough: `registry ls | head`.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
+            Err(error) => Err(Failure::io("can't print", &error)),
+        }
+    }
+}
+
+/// A value as JSON: text where it is text.
+pub(crate) fn value_json(value: &[u8]) -> (&'static str, Value) {
+    match std::str::from_utf8(value) {
+        Ok(text) => ("value", json!(text)),
+        Err(_) => (
+            "value_base64",
+            json!(base64::engine::general_purpose::STANDARD.encode(value)),
+        ),
+    }
+}
+
+pub(crate) fn entry_json(entry: &Entry) -> Value {
+    let (name, value) = value_json(&entry.value);
+    json!({
+        "key": entry.key.as_str(),
+        name: value,
+        "create_revision": entry.create_revision.0,
+        "mod_revision": entry.mod_revision.0,
+        "session": entry.session.map(|session| session.to_string()),
+    })
+}
+
+/// A value on one line of a terminal: escaped, and cut.
+pub(crate) fn value_line(value: &[u8]) -> String {
+    const MOST: usize = 100;
+    match std::str::from_utf8(value) {
+        Ok(text) if text.chars().count() <= MOST => text.escape_debug().to_string(),
+        Ok(text) => format!(
+            "{}... ({} bytes)",
+            text.chars().take(MOST).collect::<String>().escape_debug(),
+            value.len()
+        ),
+        Err(_) => format!("({} bytes)", value.len()),
+    }
+}

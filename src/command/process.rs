@@ -1,0 +1,72 @@
+//! A command that runs under a lock or a leadership.
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::{ExitCode, ExitStatus};
+use std::time::Duration;
+
+use registry::Revision;
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::process::{Child, Command};
+
+use super::{Failure, Outcome, asked_to_stop};
+
+/// How long a command may take to end by itself after SIGTERM.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Runs a command in a process group of its own until it ends; if `lost` comes first it is killed, and that is the
+/// failure.
+pub(super) async fn run_while(
+    command: &[String],
+    name: &str,
+    token: Revision,
+    lost: impl Future<Output = ()>,
+) -> Outcome {
+    let [program, arguments @ ..] = command else {
+        return Err(Failure::usage("no command to run"));
+    };
+    let mut child = Command::new(program)
+        .args(arguments)
+        .env("REGISTRY_NAME", name)
+        .env("REGISTRY_TOKEN", token.to_string())
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|error| Failure::usage(format!("{program}: {error}")))?;
+    tokio::select! {
+        ended = child.wait() => passed_on(ended.map_err(|error| Failure::io(program, &error))?),
+        () = asked_to_stop() => {
+            let ended = end(&mut child).await.map_err(|error| Failure::io(program, &error))?;
+            passed_on(ended)
+        }
+        () = lost => {
+            // However it ended, it ran without the hold for a moment at most: until it heard.
+            let _ = end(&mut child).await;
+            Err(Failure::new(Failure::LOST, format!("{name} was lost, the command was ended")))
+        }
+    }
+}
+
+/// SIGTERM to the whole group, SIGKILL to what is left of it.
+async fn end(child: &mut Child) -> std::io::Result<ExitStatus> {
+    let group = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
+    let signal = |signal| {
+        if let Some(group) = group {
+            // It may have ended meanwhile.
+            let _ = kill_process_group(group, signal);
+        }
+    };
+    signal(Signal::TERM);
+    if let Ok(ended) = tokio::time::timeout(GRACE, child.wait()).await {
+        return ended;
+    }
+    signal(Signal::KILL);
+    child.wait().await
+}
+
+/// The code of a command, as a shell passes it on.
+fn passed_on(status: ExitStatus) -> Outcome {
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
+    Ok(code
+        .and_then(|code| u8::try_from(code).ok())
+        .map_or(ExitCode::FAILURE, ExitCode::from))
+}

@@ -1,0 +1,101 @@
+//! watch
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Args;
+use registry::{DeleteCause, Event, Prefix, Registry, Revision, WatchFrom, WatchItem, WatchRequest, WatchScope};
+use serde_json::{Value, json};
+
+use super::kv::close;
+use super::output::{Output, entry_json, value_line};
+use super::{Failure, Outcome, asked_to_stop, prefix};
+
+#[derive(Debug, Args)]
+pub(crate) struct Watch {
+    /// What to watch; it need not exist yet
+    #[arg(value_parser = prefix, default_value = "/")]
+    prefix: Prefix,
+    /// Only the direct children.
+    #[arg(long, conflicts_with = "key")]
+    children: bool,
+    /// Only the key itself.
+    #[arg(long)]
+    key: bool,
+    /// Only what comes after this revision.
+    #[arg(long, value_name = "REVISION")]
+    after: Option<u64>,
+}
+
+impl Watch {
+    pub(crate) async fn run(self, registry: &Arc<dyn Registry>, out: Output) -> Outcome {
+        let scope = match (self.key, self.children) {
+            (true, _) => WatchScope::Key,
+            (_, true) => WatchScope::Children,
+            _ => WatchScope::Subtree,
+        };
+        let from = self
+            .after
+            .map_or(WatchFrom::Now, |revision| WatchFrom::After(Revision(revision)));
+        let mut watch = registry
+            .watch(WatchRequest {
+                from,
+                ..WatchRequest::new(self.prefix, scope)
+            })
+            .await?;
+        loop {
+            let item = tokio::select! {
+                item = watch.next() => item,
+                () = asked_to_stop() => break,
+            };
+            match item {
+                Some(item) => print(item?, out)?,
+                None => return Err(Failure::new(1, "the watch has ended")),
+            }
+        }
+        close(registry).await;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn print(item: WatchItem, out: Output) -> Result<(), Failure> {
+    match item {
+        WatchItem::Reset => out.line(|| "reset".into(), || json!({ "type": "reset" })),
+        WatchItem::Synced(revision) => out.line(
+            || format!("synced  {revision}"),
+            || json!({ "type": "synced", "revision": revision.0 }),
+        ),
+        WatchItem::Changes(events) => {
+            for event in &events {
+                out.line(|| people(event), || programs(event))?;
+            }
+            Ok(())
+        }
+    }
+}
+
+fn word(event: &Event) -> &'static str {
+    match event {
+        Event::Created(_) => "created",
+        Event::Updated(_) => "updated",
+        Event::Deleted {
+            cause: DeleteCause::SessionEnded,
+            ..
+        } => "expired",
+        Event::Deleted { .. } => "deleted",
+    }
+}
+
+fn people(event: &Event) -> String {
+    format!(
+        "{} {} {}  {}",
+        word(event),
+        event.revision(),
+        event.key(),
+        value_line(&event.entry().value)
+    )
+}
+
+fn programs(event: &Event) -> Value {
+    json!({ "type": word(event), "revision": event.revision().0, "entry": entry_json(event.entry()) })
+}
