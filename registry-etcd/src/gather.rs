@@ -1,16 +1,18 @@
 //! Puts that are asked for at the same time go as one transaction.
 //!
-//! A put has to be a transaction, to be refused over an ephemeral key and below one, and to etcd a transaction that writes
-//! costs about twice what a plain put does, whatever it compares. Under load that would be the whole cost of the
-//! contract; so while a few requests are under way, further lone puts of persistent keys wait and go together. They then
-//! share a revision, which nothing tells from puts that etcd happened to apply in that order; contenders for a lock, whose
-//! order is their revision, are never gathered.
+//! A put has to be a transaction, to be refused over an ephemeral key and below one, and to etcd 3.4 a transaction that
+//! writes costs about twice what a plain put does, whatever it compares. Under load that would be the whole cost of the
+//! contract; so while one is under way, further lone puts of persistent keys wait and go together. Like the operations of
+//! any transaction they then share a revision. Contenders for a lock, whose order is their revision, never do: an
+//! ephemeral put is not gathered.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::future::join_all;
-use registry_api::{Committed, Error, Existing, Key, Kind, MAX_OPERATIONS, MAX_TXN, Operation, Result, Txn};
+use registry_api::{Committed, Error, Existing, Kind, MAX_OPERATIONS, MAX_TXN, Operation, Result, Txn};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
@@ -20,8 +22,8 @@ use crate::error::{self, Trouble};
 use crate::plan::MAX_OPS;
 use crate::store::Store;
 
-/// How many requests are under way before further puts wait for one to end.
-const LANES: usize = 1;
+/// For how long a request under way makes further puts wait for it. One that takes longer may never end.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// The puts that wait.
 #[derive(Default)]
@@ -29,55 +31,51 @@ pub(crate) struct Gather(Mutex<State>);
 
 #[derive(Default)]
 struct State {
+    /// How many requests are under way, and when the last one began.
     lanes: usize,
+    began: Option<Instant>,
     waiting: VecDeque<Waiting>,
 }
 
 struct Waiting {
-    txn: Txn,
+    put: Operation,
     deadline: Instant,
     answer: oneshot::Sender<Result<Committed>>,
 }
 
 /// Whether a transaction may share a revision with others: one put of a persistent key, and no condition.
 pub(crate) fn may_be_gathered(txn: &Txn) -> bool {
-    let plain = |operation: &Operation| {
-        matches!(
-            operation,
-            Operation::Put {
-                kind: Kind::Persistent,
-                existing: Existing::Keep,
-                ..
-            }
-        )
-    };
-    txn.conditions.is_empty() && txn.operations.len() == 1 && txn.operations.iter().all(plain)
-}
-
-impl Gather {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+    let lone = matches!(
+        txn.operations[..],
+        [Operation::Put {
+            kind: Kind::Persistent,
+            existing: Existing::Keep,
+            ..
+        }]
+    );
+    lone && txn.conditions.is_empty()
 }
 
 /// Commits a transaction that may be gathered.
-pub(crate) async fn put(store: &Arc<Store>, deadline: Instant, txn: Txn) -> Result<Committed> {
-    let answer = {
+pub(crate) async fn put(store: &Arc<Store>, deadline: Instant, mut txn: Txn) -> Result<Committed> {
+    let answered = {
         let mut state = store.gather.state();
-        if state.lanes < LANES {
-            state.lanes += 1;
-            None
-        } else {
-            let (answer, answered) = oneshot::channel();
-            state.waiting.push_back(Waiting {
-                txn: txn.clone(),
-                deadline,
-                answer,
-            });
-            Some(answered)
+        let busy = state.began.is_some_and(|began| began.elapsed() < PATIENCE);
+        match txn.operations.pop() {
+            Some(put) if state.lanes > 0 && busy => {
+                let (answer, answered) = oneshot::channel();
+                state.waiting.push_back(Waiting { put, deadline, answer });
+                Some(answered)
+            }
+            put => {
+                txn.operations.extend(put);
+                state.lanes += 1;
+                state.began = Some(Instant::now());
+                None
+            }
         }
     };
-    match answer {
+    match answered {
         None => {
             let _lane = Lane(store.clone());
             commit(&store.requests, &store.names, deadline, &txn, None).await
@@ -89,7 +87,34 @@ pub(crate) async fn put(store: &Arc<Store>, deadline: Instant, txn: Txn) -> Resu
     }
 }
 
-/// The right to have a request under way. Given up, it passes to those who wait.
+impl Gather {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// As many of the first who wait as fit into one transaction, and into what etcd compares in one.
+    fn next(&mut self) -> Vec<Waiting> {
+        // Whoever waits no longer is spared.
+        self.waiting.retain(|waiting| !waiting.answer.is_closed());
+        let mut batch: Vec<Waiting> = Vec::new();
+        let (mut bytes, mut compared) = (0, 0);
+        while let Some(first) = self.waiting.front() {
+            let key = first.put.key();
+            bytes += key.as_str().len() + first.put.value().map_or(0, Bytes::len);
+            compared += key.depth();
+            let fits = batch.len() < MAX_OPERATIONS && bytes <= MAX_TXN && compared <= MAX_OPS;
+            if !batch.is_empty() && (!fits || batch.iter().any(|other| other.put.key() == key)) {
+                break;
+            }
+            batch.extend(self.waiting.pop_front());
+        }
+        batch
+    }
+}
+
+/// A request under way. When it has ended, those who wait go.
 struct Lane(Arc<Store>);
 
 impl Drop for Lane {
@@ -100,58 +125,24 @@ impl Drop for Lane {
             state.lanes -= 1;
             return;
         }
+        state.began = Some(Instant::now());
         drop(state);
         let lane = Self(self.0.clone());
         match Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn(async move { lane.run(batch).await })),
+            Ok(runtime) => drop(runtime.spawn(lane.run(batch))),
             // The process is ending: those who wait are told by their channels.
             Err(_) => drop(batch),
         }
     }
 }
 
-impl State {
-    /// As many of the first who wait as fit into one transaction, and into what etcd compares in one.
-    fn next(&mut self) -> Vec<Waiting> {
-        let mut batch: Vec<Waiting> = Vec::new();
-        let mut compared = HashSet::<Key>::new();
-        let mut bytes = 0;
-        while let Some(waiting) = self.waiting.front() {
-            let operations = &waiting.txn.operations;
-            let keys = || operations.iter().map(|operation| operation.key().clone());
-            bytes += operations.iter().map(size).sum::<usize>();
-            let more: HashSet<Key> = keys()
-                .flat_map(|key| key.ancestors().chain([key.clone()]).collect::<Vec<_>>())
-                .collect();
-            let more: HashSet<Key> = more.difference(&compared).cloned().collect();
-            let again = keys().any(|key| {
-                batch
-                    .iter()
-                    .any(|other| other.txn.operations.iter().any(|o| *o.key() == key))
-            });
-            let fits = bytes <= MAX_TXN && compared.len() + more.len() <= MAX_OPS && batch.len() < MAX_OPERATIONS;
-            if !batch.is_empty() && (again || !fits) {
-                break;
-            }
-            compared.extend(more);
-            batch.extend(self.waiting.pop_front());
-        }
-        batch
-    }
-}
-
-fn size(operation: &Operation) -> usize {
-    operation.key().as_str().len() + operation.value().map_or(0, |value| value.len())
-}
-
 impl Lane {
     async fn run(self, batch: Vec<Waiting>) {
         let store = &self.0;
-        let mut all = Txn::new();
-        all.operations = batch
-            .iter()
-            .flat_map(|waiting| waiting.txn.operations.clone())
-            .collect();
+        let all = Txn {
+            operations: batch.iter().map(|waiting| waiting.put.clone()).collect(),
+            conditions: Vec::new(),
+        };
         let deadline = batch
             .iter()
             .map(|waiting| waiting.deadline)
@@ -184,7 +175,11 @@ impl Lane {
             // Nothing changed, because of one or some of them.
             Err(_) => {
                 let each = |waiting: Waiting| async move {
-                    let alone = commit(&store.requests, &store.names, waiting.deadline, &waiting.txn, None).await;
+                    let alone = Txn {
+                        operations: vec![waiting.put],
+                        conditions: Vec::new(),
+                    };
+                    let alone = commit(&store.requests, &store.names, waiting.deadline, &alone, None).await;
                     let _ = waiting.answer.send(alone);
                 };
                 join_all(batch.into_iter().map(each)).await;
