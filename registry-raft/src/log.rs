@@ -6,6 +6,8 @@
 //! the log does: after a failed sync, what the page cache says about the data is worth nothing.
 
 pub(crate) mod disk;
+#[cfg(test)]
+mod power;
 mod reader;
 mod record;
 mod recovery;
@@ -230,9 +232,7 @@ pub(crate) struct Log {
 
 impl std::fmt::Debug for Log {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Log")
-            .field("disk", &self.disk)
-            .finish_non_exhaustive()
+        f.debug_struct("Log").field("disk", &self.disk).finish_non_exhaustive()
     }
 }
 

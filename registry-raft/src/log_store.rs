@@ -31,7 +31,8 @@ impl LogStore {
         Self::on(Arc::new(Folder(directory.into())), identity, options, on_fatal)
     }
 
-    fn on(disk: Arc<dyn Disk>, identity: Identity, options: Options, on_fatal: OnFatal) -> Result<Self> {
+    /// As [`LogStore::open`], on any disk.
+    pub(crate) fn on(disk: Arc<dyn Disk>, identity: Identity, options: Options, on_fatal: OnFatal) -> Result<Self> {
         Ok(Self(Arc::new(Log::open(disk, identity, options, on_fatal)?)))
     }
 

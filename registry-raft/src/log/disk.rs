@@ -60,9 +60,7 @@ impl Disk for Folder {
     }
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
-        Ok(Arc::new(
-            File::options().read(true).write(true).open(self.path(name))?,
-        ))
+        Ok(Arc::new(File::options().read(true).write(true).open(self.path(name))?))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {

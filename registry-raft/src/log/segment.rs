@@ -83,4 +83,3 @@ pub(super) fn head(bytes: &[u8], sequence: u64, identity: Identity) -> Head {
         () => Head::Own,
     }
 }
-

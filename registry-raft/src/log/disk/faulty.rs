@@ -1,0 +1,330 @@
+//! A disk in memory that loses power, fails and fills up.
+//!
+//! What was written and not synced may be there after the power went, or not, each sector of 512 bytes for itself; so may
+//! each change of the directory. After a failed sync the data looks written and is not, and the next sync succeeds, as on
+//! Linux.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::{Mutex, MutexGuard};
+
+use super::{Disk, DiskFile};
+
+const SECTOR: usize = 512;
+
+/// Random numbers that a seed repeats (Steele, Lea and Flood, *SplitMix*, 2014).
+#[derive(Debug)]
+pub(crate) struct Dice(pub(crate) u64);
+
+impl Dice {
+    /// Below `sides`.
+    pub(crate) fn roll(&mut self, sides: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % sides
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Faulty(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    directory: Mutex<Directory>,
+    /// How many changes are left before the power goes.
+    left: AtomicU64,
+    /// How many bytes there is room for.
+    room: AtomicU64,
+    /// Held to hold up every sync.
+    syncs: Mutex<()>,
+    failing: AtomicU64,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self {
+            directory: Mutex::default(),
+            left: AtomicU64::new(u64::MAX),
+            room: AtomicU64::new(u64::MAX),
+            syncs: Mutex::default(),
+            failing: AtomicU64::new(0),
+        }
+    }
+}
+
+type Files = BTreeMap<String, Arc<Mutex<Content>>>;
+
+#[derive(Debug, Default)]
+struct Directory {
+    seen: Files,
+    durable: Files,
+    pending: Vec<Change>,
+}
+
+#[derive(Debug)]
+enum Change {
+    Create(String, Arc<Mutex<Content>>),
+    Rename(String, String),
+    Remove(String),
+}
+
+impl Change {
+    fn apply(&self, files: &mut Files) {
+        match self {
+            Self::Create(name, content) => drop(files.insert(name.clone(), content.clone())),
+            Self::Rename(from, to) => {
+                if let Some(content) = files.remove(from) {
+                    files.insert(to.clone(), content);
+                }
+            }
+            Self::Remove(name) => drop(files.remove(name)),
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+struct Content {
+    seen: Vec<u8>,
+    durable: Vec<u8>,
+    pending: Vec<(usize, Vec<u8>)>,
+}
+
+fn write(to: &mut Vec<u8>, offset: usize, bytes: &[u8]) {
+    if to.len() < offset + bytes.len() {
+        to.resize(offset + bytes.len(), 0);
+    }
+    to[offset..offset + bytes.len()].copy_from_slice(bytes);
+}
+
+impl Faulty {
+    /// The power goes after that many changes.
+    pub(crate) fn cut_after(&self, changes: u64) {
+        self.0.left.store(changes, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_off(&self) -> bool {
+        self.0.left.load(Ordering::SeqCst) == 0
+    }
+
+    /// The next syncs of files fail.
+    pub(crate) fn fail_syncs(&self, syncs: u64) {
+        self.0.failing.store(syncs, Ordering::SeqCst);
+    }
+
+    pub(crate) fn limit(&self, bytes: u64) {
+        self.0.room.store(bytes, Ordering::SeqCst);
+    }
+
+    /// No sync ends before the guard is dropped.
+    pub(crate) fn hold_syncs(&self) -> MutexGuard<'_, ()> {
+        self.0.syncs.lock()
+    }
+
+    /// The files as they are seen.
+    pub(crate) fn files(&self) -> BTreeMap<String, Vec<u8>> {
+        let directory = self.0.directory.lock();
+        let files = directory.seen.iter();
+        files
+            .map(|(name, content)| (name.clone(), content.lock().seen.clone()))
+            .collect()
+    }
+
+    pub(crate) fn used(&self) -> u64 {
+        self.files().values().map(|bytes| bytes.len() as u64).sum()
+    }
+
+    /// The disk after the process was killed: all that was written is seen, and no more durable than before.
+    pub(crate) fn killed(&self) -> Self {
+        self.cut_after(0);
+        let directory = self.0.directory.lock();
+        let mut copies = BTreeMap::new();
+        let mut copy = |content: &Arc<Mutex<Content>>| {
+            let new = || Arc::new(Mutex::new(content.lock().clone()));
+            copies.entry(Arc::as_ptr(content).addr()).or_insert_with(new).clone()
+        };
+        let mut all = |files: &Files| {
+            files
+                .iter()
+                .map(|(name, content)| (name.clone(), copy(content)))
+                .collect()
+        };
+        let (seen, durable) = (all(&directory.seen), all(&directory.durable));
+        let pending = directory.pending.iter().map(|change| match change {
+            Change::Create(name, content) => Change::Create(name.clone(), copy(content)),
+            Change::Rename(from, to) => Change::Rename(from.clone(), to.clone()),
+            Change::Remove(name) => Change::Remove(name.clone()),
+        });
+        let pending = pending.collect();
+        Self(Arc::new(Shared {
+            directory: Mutex::new(Directory { seen, durable, pending }),
+            ..Shared::default()
+        }))
+    }
+
+    /// The disk after the power went: what was not synced is there as the dice have it.
+    pub(crate) fn without_power(&self, dice: &mut Dice) -> Self {
+        self.cut_after(0);
+        let directory = self.0.directory.lock();
+        // Now and then all of it, or none.
+        let kept = dice.roll(5);
+        let mut is_kept = || dice.roll(4) < kept;
+        let mut files = directory.durable.clone();
+        for change in &directory.pending {
+            if is_kept() {
+                change.apply(&mut files);
+            }
+        }
+        let files: Files = files
+            .into_iter()
+            .map(|(name, content)| {
+                let content = content.lock();
+                let mut durable = content.durable.clone();
+                for (offset, bytes) in &content.pending {
+                    let mut at = 0;
+                    while at < bytes.len() {
+                        let end = bytes.len().min(at + SECTOR - (offset + at) % SECTOR);
+                        if is_kept() {
+                            write(&mut durable, offset + at, &bytes[at..end]);
+                        }
+                        at = end;
+                    }
+                }
+                let content = Content {
+                    seen: durable.clone(),
+                    durable,
+                    pending: Vec::new(),
+                };
+                (name, Arc::new(Mutex::new(content)))
+            })
+            .collect();
+        Self(Arc::new(Shared {
+            directory: Mutex::new(Directory {
+                seen: files.clone(),
+                durable: files,
+                pending: Vec::new(),
+            }),
+            ..Shared::default()
+        }))
+    }
+
+    fn open(&self, name: &str) -> io::Result<OpenFile> {
+        let content = self.0.directory.lock().seen.get(name).cloned();
+        Ok(OpenFile {
+            content: content.ok_or(io::ErrorKind::NotFound)?,
+            disk: self.clone(),
+        })
+    }
+
+    /// Whether the power is still there; the change that takes the last of it does not end well.
+    fn spend(&self) -> io::Result<()> {
+        let spend = |left: u64| left.checked_sub(u64::from(left != u64::MAX));
+        match self.0.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, spend) {
+            Ok(1) | Err(_) => Err(io::Error::other("the power went")),
+            Ok(_) => Ok(()),
+        }
+    }
+
+    fn change(&self, change: Change) -> io::Result<()> {
+        if self.is_off() {
+            return Err(io::Error::other("the power went"));
+        }
+        let mut directory = self.0.directory.lock();
+        change.apply(&mut directory.seen);
+        directory.pending.push(change);
+        self.spend()
+    }
+}
+
+impl Disk for Faulty {
+    fn list(&self) -> io::Result<Vec<String>> {
+        Ok(self.0.directory.lock().seen.keys().cloned().collect())
+    }
+
+    fn create(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
+        self.change(Change::Create(name.into(), Arc::default()))?;
+        Ok(Arc::new(self.open(name)?))
+    }
+
+    fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
+        Ok(Arc::new(Faulty::open(self, name)?))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.open(from)?;
+        self.change(Change::Rename(from.into(), to.into()))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.open(name)?;
+        self.change(Change::Remove(name.into()))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.spend()?;
+        let mut directory = self.0.directory.lock();
+        directory.durable = directory.seen.clone();
+        directory.pending.clear();
+        Ok(())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        PathBuf::from("faulty").join(name)
+    }
+}
+
+#[derive(Debug)]
+struct OpenFile {
+    content: Arc<Mutex<Content>>,
+    disk: Faulty,
+}
+
+impl DiskFile for OpenFile {
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.content.lock().seen.len() as u64)
+    }
+
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        let content = self.content.lock();
+        let found = content.seen.get(offset as usize..offset as usize + bytes.len());
+        bytes.copy_from_slice(found.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        if self.disk.is_off() {
+            return Err(io::Error::other("the power went"));
+        }
+        let grows = (offset + bytes.len() as u64).saturating_sub(self.size()?);
+        if grows > 0 && self.disk.used() + grows > self.disk.0.room.load(Ordering::SeqCst) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let mut content = self.content.lock();
+        write(&mut content.seen, offset as usize, bytes);
+        content.pending.push((offset as usize, bytes.to_vec()));
+        self.disk.spend()
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let _held = self.disk.0.syncs.lock();
+        self.disk.spend()?;
+        let mut content = self.content.lock();
+        let failing = &self.disk.0.failing;
+        if failing
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1))
+            .is_ok()
+        {
+            content.pending.clear();
+            return Err(io::Error::other("the sync failed"));
+        }
+        for (offset, bytes) in std::mem::take(&mut content.pending) {
+            write(&mut content.durable, offset, &bytes);
+        }
+        Ok(())
+    }
+}
