@@ -15,7 +15,7 @@ use registry_api::{
 
 use crate::commit::commit;
 use crate::config::EtcdConfig;
-use crate::error::BACKEND;
+use crate::error::{self, BACKEND, Trouble};
 use crate::link::{Leader, Link, Member};
 use crate::names::revision;
 use crate::session::Leases;
@@ -57,7 +57,14 @@ impl Etcd {
         }
         // Whoever may not read here is told now.
         sign_of_life(&store, deadline).await?;
-        let session = Self::open_session(config, dial, options, deadline).await?;
+        let session = Self::open_session(config, dial, options, deadline).await;
+        let session = session.map_err(|error| match error {
+            Error::Unavailable { .. } => error::unavailable(Trouble::NoSession {
+                endpoint: member.endpoint.clone(),
+                cause: error::chain(&error),
+            }),
+            error => error,
+        })?;
         Ok(Self {
             store: Arc::new(store),
             session,

@@ -150,6 +150,8 @@ pub(crate) fn chain(error: &Error) -> String {
 pub(crate) enum Trouble {
     #[error("no endpoint answers: {0}")]
     NoEndpoint(String),
+    #[error("{endpoint} answers, but no session can be opened: {cause}")]
+    NoSession { endpoint: String, cause: String },
     #[error("no answer from {endpoint} in time")]
     Silent { endpoint: String },
     #[error("the stream has ended")]

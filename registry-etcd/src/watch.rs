@@ -16,7 +16,8 @@ use etcd_client::proto::{PbEvent, PbWatchResponse};
 use etcd_client::{EventType, WatchOptions, WatchRequestSender, WatchResponseStream};
 use registry_api::watch::{Feed, Picture, feed};
 use registry_api::{
-    DeleteCause, Entry, Error, Event, Key, Result, Revision, SessionState, Watch, WatchFrom, WatchRequest, WatchScope,
+    DeleteCause, Entry, Error, Event, Key, Prefix, Result, Revision, SessionState, Watch, WatchFrom, WatchRequest,
+    WatchScope,
 };
 use tokio::sync::watch::Receiver;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -84,15 +85,18 @@ async fn check_kept(store: &Store, request: &WatchRequest, after: Revision) -> R
 async fn oldest(store: &Store, deadline: Instant) -> Result<Revision> {
     let member = store.streams.member(deadline).await?;
     let ask = async {
-        let options = WatchOptions::new().with_start_revision(1);
+        let (name, options) = (
+            store.names.below(&Prefix::root()).start,
+            WatchOptions::new().with_start_revision(1),
+        );
         let mut stream = member
             .client
             .watch_client()
-            .watch("\0", Some(options))
+            .watch(name, Some(options))
             .await
             .map_err(error::read)?;
         while let Some(response) = stream.message().await.map_err(error::read)? {
-            if response.0.canceled {
+            if response.0.compact_revision > 0 {
                 return Ok(revision(response.0.compact_revision));
             }
         }

@@ -513,3 +513,58 @@ async fn a_refused_ttl_leaves_no_lease() {
     let registry = registry_etcd::connect(&config, &options).await.unwrap();
     assert_eq!(registry.session().ttl(), Duration::from_secs(3));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_watch_ends_on_the_server() {
+    let cluster = Cluster::start(1).await;
+    let registry = connect(&cluster.endpoints()).await;
+    let watchers = "etcd_debugging_mvcc_watcher_total";
+    let mut watches = Vec::new();
+    for _ in 0..50 {
+        watches.push(watch_all(&registry).await);
+    }
+    until("they are there", async || cluster.metric(watchers).await == 50.0).await;
+    watches.truncate(1);
+    until("all but one are gone", async || cluster.metric(watchers).await == 1.0).await;
+    registry.close().await.unwrap();
+    until("the last one is gone", async || cluster.metric(watchers).await == 0.0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn puts_at_the_same_time_are_each_answered_for_themselves() {
+    let cluster = Cluster::start(1).await;
+    let registry = connect(&cluster.endpoints()).await;
+    registry.put_ephemeral(&key("/e"), "").await.unwrap();
+    let puts = (0..500).map(|number| {
+        let registry = registry.clone();
+        tokio::spawn(async move {
+            // Every fiftieth is refused, and every third is of the same key.
+            let path = match number {
+                _ if number % 50 == 0 => format!("/e/{number}"),
+                _ if number % 3 == 0 => "/same".into(),
+                _ => format!("/{number}"),
+            };
+            (
+                number,
+                path.clone(),
+                registry.put(&key(&path), number.to_string()).await,
+            )
+        })
+    });
+    for put in puts.collect::<Vec<_>>() {
+        let (number, path, put) = put.await.unwrap();
+        if number % 50 == 0 {
+            assert!(matches!(put, Err(Error::Refused { .. })), "{put:?}");
+            continue;
+        }
+        let entry = registry.get(&key(&path), Read::Linearizable).await.unwrap().unwrap();
+        if path == "/same" {
+            assert!(put.unwrap() <= entry.mod_revision);
+        } else {
+            assert_eq!(
+                (put.unwrap(), entry.value),
+                (entry.mod_revision, number.to_string().into())
+            );
+        }
+    }
+}

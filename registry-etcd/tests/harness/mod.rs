@@ -193,6 +193,18 @@ impl Cluster {
         panic!("no leader");
     }
 
+    /// A figure of the first member's own account.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let mut stream = TcpStream::connect(self.endpoint(0)).await.unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let line = answer
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap().parse().unwrap()
+    }
+
     /// A client that goes straight to a member.
     pub async fn raw(&self) -> Client {
         client(&self.endpoint(0)).await
