@@ -7,6 +7,8 @@
 
 pub(crate) mod disk;
 #[cfg(test)]
+mod failing;
+#[cfg(test)]
 mod power;
 mod reader;
 mod record;

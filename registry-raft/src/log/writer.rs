@@ -17,6 +17,9 @@ use crate::proto::registry::log::v1::Truncate;
 use crate::types::LogId;
 use crate::wire;
 
+/// What entries leave free at a segment's end: on a full disk a vote can still be cast, and a purge make room.
+const MARGIN: u64 = 4 << 10;
+
 /// The most that is written before it is synced.
 const MAX_BATCH: usize = 4 << 20;
 
@@ -214,7 +217,11 @@ impl Writer {
         let synced = u32::try_from(self.synced).map_err(io::Error::other)?;
         let start = self.buffer.len();
         let length = record::write(&mut self.buffer, self.sequence, synced, record)? as u64;
-        if self.offset + length > self.size && self.offset > self.start {
+        let margin = match record {
+            Record::Entry(_) => MARGIN.min(self.size / 8),
+            _ => 0,
+        };
+        if self.offset + length + margin > self.size && self.offset > self.start {
             self.buffer.truncate(start);
             self.next_segment()?;
             return self.put(record);

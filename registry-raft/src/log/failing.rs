@@ -1,0 +1,192 @@
+//! Tests of the log on a disk that fails, fills up, or takes its time.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use openraft::entry::RaftEntry;
+use openraft::storage::{IOFlushed, RaftLogStorage};
+use openraft::type_config::TypeConfigExt;
+use openraft::{EntryPayload, RaftLogReader};
+
+use super::disk::faulty::{Dice, Faulty};
+use super::{Identity, OnFatal, Options};
+use crate::log_store::LogStore;
+use crate::types::{LogEntry, LogId, Proposal, TypeConfig, Vote};
+
+const IDENTITY: Identity = Identity {
+    cluster: [7; 16],
+    member: 1,
+};
+const OPTIONS: Options = Options {
+    segment_bytes: 8 << 10,
+    cache_bytes: 1 << 10,
+};
+
+type Flushed = tokio::sync::oneshot::Receiver<std::io::Result<()>>;
+
+fn open(disk: &Faulty) -> (LogStore, Arc<AtomicUsize>) {
+    let fatal = Arc::new(AtomicUsize::new(0));
+    let count = fatal.clone();
+    let on_fatal: OnFatal = Arc::new(move |_| {
+        count.fetch_add(1, Ordering::SeqCst);
+    });
+    let log = LogStore::on(Arc::new(disk.clone()), IDENTITY, OPTIONS, on_fatal).unwrap();
+    (log, fatal)
+}
+
+fn id(index: u64) -> LogId {
+    LogId::new_term_index(1, index)
+}
+
+fn entry(index: u64) -> LogEntry {
+    LogEntry::new(id(index), EntryPayload::Normal(Proposal(vec![b'x'; 200].into())))
+}
+
+async fn append(log: &mut LogStore, index: u64) -> Flushed {
+    let (done, flushed) = TypeConfig::oneshot();
+    log.append([entry(index)], IOFlushed::signal(done)).await.unwrap();
+    flushed
+}
+
+async fn held(log: &mut LogStore) -> u64 {
+    log.try_get_log_entries(..).await.unwrap().len() as u64
+}
+
+/// Waits for what stays true once it is.
+fn until(what: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !what() {
+        assert!(start.elapsed() < Duration::from_secs(10), "it did not come");
+        std::thread::yield_now();
+    }
+}
+
+fn has_reserve(log: &LogStore) -> bool {
+    log.log().stats().unwrap().reserve
+}
+
+#[tokio::test]
+async fn nothing_is_acknowledged_before_the_sync_and_all_in_order() {
+    let disk = Faulty::default();
+    let (mut log, _) = open(&disk);
+    until(|| has_reserve(&log));
+    let segment = || disk.files()["wal-0000000000000001.log"].clone();
+    let syncing = disk.hold_syncs();
+    let mut flushed = append(&mut log, 0).await;
+    // It is written, and readable, and not acknowledged.
+    until(|| segment()[512..].windows(200).any(|window| window == [b'x'; 200]));
+    assert_eq!(held(&mut log).await, 1);
+    assert!(flushed.try_recv().is_err());
+    let mut later = append(&mut log, 1).await;
+    let voter = tokio::spawn({
+        let mut log = log.clone();
+        async move { log.save_vote(&Vote::new(2, 1)).await }
+    });
+    tokio::task::yield_now().await;
+    assert!(later.try_recv().is_err() && !voter.is_finished());
+    drop(syncing);
+    voter.await.unwrap().unwrap();
+    // One stream: what was handed in before the vote was acknowledged before it.
+    assert!(flushed.try_recv().unwrap().is_ok() && later.try_recv().unwrap().is_ok());
+}
+
+#[tokio::test]
+async fn a_failed_sync_is_the_end_and_is_not_believed_by_the_next_start() {
+    let disk = Faulty::default();
+    let (mut log, fatal) = open(&disk);
+    until(|| has_reserve(&log));
+    append(&mut log, 0).await.await.unwrap().unwrap();
+    disk.fail_syncs(1);
+    assert!(append(&mut log, 1).await.await.unwrap().is_err());
+    // The disk works again, as far as it says. The log does not ask.
+    assert!(append(&mut log, 2).await.await.unwrap().is_err());
+    assert!(log.save_vote(&Vote::new(2, 1)).await.is_err());
+    assert_eq!(fatal.load(Ordering::SeqCst), 1);
+    assert!(log.log().close().unwrap_err().to_string().contains("the sync failed"));
+
+    // Entry 1 is in the page cache, clean, and not on disk. Whoever serves it must have written it.
+    let disk = disk.killed();
+    let (mut log, _) = open(&disk);
+    let served = held(&mut log).await;
+    drop(log);
+    let (mut log, _) = open(&disk.without_power(&mut Dice(1)));
+    assert_eq!((served, held(&mut log).await), (2, 2));
+}
+
+#[tokio::test]
+async fn a_full_disk_takes_the_reserve_then_ends_and_is_recovered_from() {
+    let disk = Faulty::default();
+    let (mut log, fatal) = open(&disk);
+    until(|| has_reserve(&log));
+    disk.limit(disk.used());
+    let mut acknowledged = 0;
+    while append(&mut log, acknowledged).await.await.unwrap().is_ok() {
+        acknowledged += 1;
+    }
+    // The first segment and the reserve, and no more.
+    assert!((50..70).contains(&acknowledged), "{acknowledged}");
+    assert_eq!(fatal.load(Ordering::SeqCst), 1);
+    assert!(!has_reserve(&log));
+
+    // Nothing is needed to start, nor for a vote: entries leave room for it.
+    let full = disk.killed();
+    full.limit(full.used());
+    let (mut log, fatal) = open(&full);
+    assert_eq!(held(&mut log).await, acknowledged);
+    log.save_vote(&Vote::new(2, 1)).await.unwrap();
+    // A purge makes room, and the reserve comes by itself.
+    log.purge(id(acknowledged - 1)).await.unwrap();
+    until(|| has_reserve(&log));
+    append(&mut log, acknowledged).await.await.unwrap().unwrap();
+    assert_eq!((held(&mut log).await, fatal.load(Ordering::SeqCst)), (1, 0));
+    assert_eq!(log.log().stats().unwrap().segments, 2);
+}
+
+#[tokio::test]
+async fn what_a_stop_left_half_made_is_removed() {
+    let disk = Faulty::default();
+    drop(open(&disk));
+    let half = disk.killed();
+    super::disk::Disk::create(&half, "wal-next.tmp").unwrap();
+    let names = |disk: &Faulty| disk.files().into_keys().collect::<Vec<_>>();
+    let (log, _) = open(&half);
+    until(|| has_reserve(&log));
+    assert_eq!(names(&half), ["wal-0000000000000001.log", "wal-next.zero"]);
+}
+
+#[tokio::test]
+async fn a_flipped_bit_at_the_end_is_cut_and_never_served() {
+    let disk = Faulty::default();
+    let (mut log, _) = open(&disk);
+    for index in 0..3 {
+        append(&mut log, index).await.await.unwrap().unwrap();
+    }
+    log.log().close().unwrap();
+    let name = "wal-0000000000000001.log";
+    let good = disk.files()[name].clone();
+    let end = good.iter().rposition(|&byte| byte != 0).unwrap() + 1;
+    for at in end - 200..end {
+        let bad = disk.killed();
+        let file = super::disk::Disk::open(&bad, name).unwrap();
+        file.write_at(&[good[at] ^ 1], at as u64).unwrap();
+        let (mut log, _) = open(&bad);
+        // It can't be told from a torn one: nothing follows that proves it was acknowledged.
+        assert_eq!(log.try_get_log_entries(..).await.unwrap(), [entry(0), entry(1)]);
+    }
+}
+
+#[tokio::test]
+async fn entries_purged_while_they_are_sent_are_no_hole() {
+    let disk = Faulty::default();
+    let (mut log, _) = open(&disk);
+    for index in 0..100 {
+        append(&mut log, index).await.await.unwrap().unwrap();
+    }
+    log.purge(id(79)).await.unwrap();
+    assert_eq!(log.limited_get_log_entries(70, 100).await.unwrap(), []);
+    assert_eq!(
+        log.limited_get_log_entries(80, 82).await.unwrap(),
+        [entry(80), entry(81)]
+    );
+}
