@@ -22,7 +22,7 @@ async fn main() -> Result<(), BoxError> {
     if std::env::args().any(|argument| argument == "--test") {
         return Ok(());
     }
-    let server = harness::Cluster::start(1).await;
+    let server = harness::Servers::start(1).await;
     let raw = Client::connect(server.endpoints(), None).await?;
     let ours = harness::connect(&server.endpoints()).await;
     let bench = Bench { raw, ours };

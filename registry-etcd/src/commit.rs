@@ -8,10 +8,11 @@ use etcd_client::proto::PbTxnResponse;
 use registry_api::{Committed, Key, Operation, Result, SessionId, Txn};
 use tokio::time::Instant;
 
+use crate::demand::{Probe, State};
 use crate::error::{self, Trouble};
 use crate::link::{Backoff, Link, Member};
 use crate::names::{Names, revision};
-use crate::plan::{Judgement, MAX_OPS, Plan, Probe, State, committed_at};
+use crate::plan::{Judgement, MAX_OPS, Plan, committed_at};
 
 /// Applies a transaction.
 ///
@@ -112,7 +113,7 @@ impl Commit<'_> {
         self.plan.judge(&self.state).map(drop)
     }
 
-    /// Reads the keys concerned, at one revision. A refusal brings the first of them along.
+    /// Reads the keys concerned, at one revision: that of a refusal, or the present one.
     async fn look(&mut self, refusal: Option<&PbTxnResponse>) -> Result<()> {
         let probes: Vec<Probe> = self.plan.probes().into_iter().collect();
         self.state = State::default();

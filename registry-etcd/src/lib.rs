@@ -11,14 +11,17 @@
 mod backend;
 mod commit;
 mod config;
+mod demand;
 mod error;
 mod gather;
 mod link;
 mod list;
 mod names;
 mod plan;
+mod range;
 mod session;
 mod store;
+mod stream;
 mod version;
 mod watch;
 

@@ -4,17 +4,18 @@
 //! step. An absent key compares as zero throughout: its lease, its create revision, its mod revision.
 //!
 //! What can't be said in one comparison is hoped for: an ephemeral put demands that its key is absent; only when that
-//! fails, and the key turns out to be the session's own, is it sent again with that demand. The branch for failure reads
-//! every key concerned, at the revision of the refusal.
+//! fails, and the key turns out to be the session's own, is it sent again with that demand. A refusal says nothing of its
+//! cause: the keys concerned are read, at the revision of the refusal, and judged here.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use etcd_client::proto::{PbTxnOpResponse, PbTxnResponse};
-use etcd_client::{Compare, CompareOp, DeleteOptions, GetOptions, PutOptions, Txn as Request, TxnOp};
+use etcd_client::{DeleteOptions, PutOptions, Txn as Request, TxnOp};
 use registry_api::{
     Condition, Error, Existing, Expect, Key, Kind, Operation, Prefix, Refusal, Result, Revision, SessionId, Txn,
 };
 
+use crate::demand::{Demand, Found, Probe, State};
 use crate::names::{Names, after, compared, lease, revision, session};
 
 /// The most comparisons, and the most operations, that etcd takes in one transaction (`--max-txn-ops`).
@@ -30,42 +31,6 @@ pub(crate) struct Plan<'t> {
     own: HashSet<Key>,
     /// Keys of another kind or owner that were deleted to be made anew.
     evicted: HashSet<Key>,
-}
-
-/// What etcd is to verify.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Demand {
-    Absent(Vec<u8>),
-    Present(Vec<u8>),
-    Modified(Vec<u8>, i64),
-    Created(Vec<u8>, i64),
-    Lease(Vec<u8>, i64),
-    /// Nothing in this range.
-    Empty(Vec<u8>, Vec<u8>),
-    /// Nothing in this range was put after the revision.
-    Untouched(Vec<u8>, Vec<u8>, i64),
-}
-
-/// What is read to tell why a transaction was refused.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) enum Probe {
-    Key(Vec<u8>),
-    Range(Vec<u8>, Vec<u8>),
-}
-
-/// A key as a probe found it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Found {
-    created: i64,
-    modified: i64,
-    lease: i64,
-}
-
-/// What the probes found, at one revision.
-#[derive(Debug, Default)]
-pub(crate) struct State {
-    pub(crate) revision: i64,
-    found: HashMap<Probe, Found>,
 }
 
 /// What to do after a look at the keys.
@@ -364,58 +329,6 @@ fn refused(key: &Key, refusal: Refusal) -> Error {
     Error::Refused {
         key: key.clone(),
         refusal,
-    }
-}
-
-impl Demand {
-    fn compare(self) -> Compare {
-        match self {
-            Self::Absent(key) => Compare::create_revision(key, CompareOp::Equal, 0),
-            Self::Present(key) => Compare::create_revision(key, CompareOp::NotEqual, 0),
-            Self::Modified(key, revision) => Compare::mod_revision(key, CompareOp::Equal, revision),
-            Self::Created(key, revision) => Compare::create_revision(key, CompareOp::Equal, revision),
-            Self::Lease(key, lease) => Compare::lease(key, CompareOp::Equal, lease),
-            Self::Empty(start, end) => Compare::create_revision(start, CompareOp::Equal, 0).with_range(end),
-            Self::Untouched(start, end, before) => {
-                Compare::mod_revision(start, CompareOp::Less, before).with_range(end)
-            }
-        }
-    }
-}
-
-impl Probe {
-    /// The read for this probe, at a revision or, for zero, now.
-    pub(crate) fn get(&self, revision: i64) -> TxnOp {
-        let options = GetOptions::new().with_keys_only().with_limit(1).with_revision(revision);
-        match self {
-            Self::Key(key) => TxnOp::get(key.clone(), Some(options)),
-            Self::Range(start, end) => TxnOp::get(start.clone(), Some(options.with_range(end.clone()))),
-        }
-    }
-}
-
-impl State {
-    /// Takes the answers to probes, in their order.
-    pub(crate) fn add<'p>(&mut self, probes: impl Iterator<Item = &'p Probe>, response: &PbTxnResponse) {
-        if self.revision == 0 {
-            self.revision = response.header.as_ref().map_or(0, |header| header.revision);
-        }
-        for (probe, answer) in probes.zip(&response.responses) {
-            if let Some(PbTxnOpResponse::ResponseRange(range)) = &answer.response
-                && let Some(kv) = range.kvs.first()
-            {
-                let found = Found {
-                    created: kv.create_revision,
-                    modified: kv.mod_revision,
-                    lease: kv.lease,
-                };
-                self.found.insert(probe.clone(), found);
-            }
-        }
-    }
-
-    fn key(&self, name: Vec<u8>) -> Option<Found> {
-        self.found.get(&Probe::Key(name)).copied()
     }
 }
 

@@ -10,8 +10,9 @@ use tokio::time::Instant;
 use crate::config::{EtcdConfig, Tls, config};
 use crate::gather::Gather;
 use crate::link::{Leader, Link};
-use crate::list::{AnswerSize, Reader};
+use crate::list::Reader;
 use crate::names::Names;
+use crate::range::AnswerSize;
 
 /// The links to etcd and what was learnt of it.
 pub(crate) struct Store {

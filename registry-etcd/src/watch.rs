@@ -10,10 +10,9 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
 
-use etcd_client::proto::{PbEvent, PbWatchResponse};
-use etcd_client::{EventType, WatchOptions, WatchRequestSender, WatchResponseStream};
+use etcd_client::proto::PbEvent;
+use etcd_client::{EventType, WatchOptions};
 use registry_api::watch::{Feed, Picture, feed};
 use registry_api::{
     DeleteCause, Entry, Error, Event, Key, Prefix, Result, Revision, SessionState, Watch, WatchFrom, WatchRequest,
@@ -24,12 +23,10 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::error;
 use crate::link::{Backoff, MAX_ANSWER, Member};
-use crate::list::Values;
 use crate::names::{after, revision};
+use crate::range::Values;
 use crate::store::Store;
-
-/// How long a stream may be quiet before it is asked for a sign of life.
-const QUIET: Duration = Duration::from_secs(3);
+use crate::stream::Stream;
 
 /// Begins a watch.
 pub(crate) async fn start(
@@ -268,14 +265,7 @@ impl Watcher {
         let mut client = member.client.watch_client().max_decoding_message_size(MAX_ANSWER);
         let opened = timeout(self.store.request_timeout, client.watch(range.start, Some(options))).await;
         match opened.ok()? {
-            Ok(stream) => {
-                let (requests, responses) = stream.split();
-                Some(Stream {
-                    requests,
-                    responses,
-                    incomplete: Vec::new(),
-                })
-            }
+            Ok(stream) => Some(Stream::new(stream)),
             Err(error) => {
                 tracing::debug!(%error, endpoint = member.endpoint, "a watch can't be opened");
                 None
@@ -364,53 +354,6 @@ impl Missing {
         let gone = told.entries().filter(|entry| !puts.contains_key(&entry.key));
         let deletes = gone.map(|entry| (entry.key.clone(), entry.mod_revision)).collect();
         Self { at, puts, deletes }
-    }
-}
-
-/// One stream of etcd's watch.
-struct Stream {
-    requests: WatchRequestSender,
-    responses: WatchResponseStream,
-    /// The events of a revision that is still to be completed.
-    incomplete: Vec<PbEvent>,
-}
-
-impl Stream {
-    /// The next response; `None` when the stream is broken, or gives no sign of life when asked for one.
-    async fn next(&mut self, patience: Duration) -> Option<PbWatchResponse> {
-        let answer = match timeout(QUIET, self.responses.message()).await {
-            Ok(answer) => answer,
-            Err(_) => {
-                self.requests.request_progress().await.ok()?;
-                timeout(patience, self.responses.message()).await.ok()?
-            }
-        };
-        match answer {
-            Ok(response) => response.map(|response| response.0),
-            Err(error) => {
-                tracing::debug!(%error, "a watch broke off");
-                None
-            }
-        }
-    }
-
-    /// The events of each revision that is complete. A large response comes in fragments, cut anywhere.
-    fn complete(&mut self, response: PbWatchResponse) -> Vec<(Revision, Vec<PbEvent>)> {
-        self.incomplete.extend(response.events);
-        let mut complete = Vec::<(Revision, Vec<PbEvent>)>::new();
-        for event in self.incomplete.drain(..) {
-            let at = revision(event.kv.as_ref().map_or(0, |kv| kv.mod_revision));
-            match complete.last_mut() {
-                Some((last, events)) if *last == at => events.push(event),
-                _ => complete.push((at, vec![event])),
-            }
-        }
-        if response.fragment
-            && let Some((_, events)) = complete.pop()
-        {
-            self.incomplete = events;
-        }
-        complete
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use etcd_client::CompactionOptions;
-use harness::{Cluster, Proxy, TTL, connect, free_port, key, until};
+use harness::{Proxy, Servers, TTL, connect, free_port, key, until};
 use registry_api::{
     Entry, Error, Event, Expect, Prefix, Read, Registry, SessionId, SessionState, Txn, Watch, WatchItem, WatchRequest,
     WatchScope,
@@ -85,7 +85,7 @@ impl Known {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_server_loses_no_session_and_no_change() {
-    let mut cluster = Cluster::start(1).await;
+    let mut cluster = Servers::start(1).await;
     let registry = connect(&cluster.endpoints()).await;
     let session = session_of(&registry);
     registry.put_ephemeral(&key("/alive"), "yes").await.unwrap();
@@ -114,7 +114,7 @@ async fn a_restarted_server_loses_no_session_and_no_change() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_leader_loses_no_session_and_no_change() {
-    let mut cluster = Cluster::start(3).await;
+    let mut cluster = Servers::start(3).await;
     let leader = cluster.leader().await;
     // The one that is killed comes first, so that all three links have to leave it.
     let mut endpoints = cluster.endpoints();
@@ -141,7 +141,7 @@ async fn a_killed_leader_loses_no_session_and_no_change() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_shorter_than_the_ttl_loses_nothing() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     let proxy = Proxy::to(cluster.endpoint(0)).await;
     let (registry, other) = (connect(&[proxy.endpoint()]).await, connect(&cluster.endpoints()).await);
     let session = session_of(&registry);
@@ -184,7 +184,7 @@ async fn a_cut_shorter_than_the_ttl_loses_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_longer_than_the_ttl_ends_the_session_and_a_new_one_follows() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     let proxy = Proxy::to(cluster.endpoint(0)).await;
     let (registry, other) = (connect(&[proxy.endpoint()]).await, connect(&cluster.endpoints()).await);
     let session = session_of(&registry);
@@ -212,7 +212,7 @@ async fn a_cut_longer_than_the_ttl_ends_the_session_and_a_new_one_follows() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_first_endpoint_delays_nothing_for_long() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     let silent = Proxy::to(cluster.endpoint(0)).await;
     silent.silence();
     for dead in [format!("127.0.0.1:{}", free_port()), silent.endpoint()] {
@@ -243,7 +243,7 @@ async fn no_endpoint_at_all_is_an_error_that_names_them() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_endpoint_that_falls_silent_is_left() {
-    let cluster = Cluster::start(3).await;
+    let cluster = Servers::start(3).await;
     let proxy = Proxy::to(cluster.endpoint(0)).await;
     let registry = connect(&[proxy.endpoint(), cluster.endpoint(1), cluster.endpoint(2)]).await;
     let session = session_of(&registry);
@@ -269,7 +269,7 @@ async fn an_endpoint_that_falls_silent_is_left() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_compaction_hides_no_final_state_from_a_watch() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     let proxy = Proxy::to(cluster.endpoint(0)).await;
     let registry = connect(&[proxy.endpoint()]).await;
     let other = connect(&cluster.endpoints()).await;
@@ -310,7 +310,7 @@ async fn a_compaction_hides_no_final_state_from_a_watch() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lease_revoked_by_another_hand_ends_the_session() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     let registry = connect(&cluster.endpoints()).await;
     let session = session_of(&registry);
     let registration = registry.register(&key("/member"), "here").await.unwrap();
@@ -337,7 +337,7 @@ async fn a_lease_revoked_by_another_hand_ends_the_session() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_put_learns_that_the_lease_is_gone_before_a_keep_alive_does() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     let registry = harness::connect_with_ttl(&cluster.endpoints(), Duration::from_secs(60)).await;
     let session = session_of(&registry);
     cluster
@@ -361,7 +361,7 @@ async fn a_put_learns_that_the_lease_is_gone_before_a_keep_alive_does() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn keep_alives_find_a_new_stream_when_theirs_is_dead() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     let proxy = Proxy::to(cluster.endpoint(0)).await;
     let registry = connect(&[proxy.endpoint()]).await;
     let session = session_of(&registry);
@@ -380,7 +380,7 @@ async fn keep_alives_find_a_new_stream_when_theirs_is_dead() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_watch_notices_a_dead_stream() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     let proxy = Proxy::to(cluster.endpoint(0)).await;
     let registry = connect(&[proxy.endpoint()]).await;
     let other = connect(&cluster.endpoints()).await;
@@ -397,7 +397,7 @@ async fn a_watch_notices_a_dead_stream() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_quorum_only_stale_reads_answer() {
-    let mut cluster = Cluster::start(3).await;
+    let mut cluster = Servers::start(3).await;
     let registry = connect(&cluster.endpoints()).await;
     registry.put(&key("/a"), "1").await.unwrap();
     // Whoever stays may not have applied the put yet.
@@ -436,7 +436,7 @@ async fn without_a_quorum_only_stale_reads_answer() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn etcdctl_sees_plain_names_and_values() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     let registry = connect(&cluster.endpoints()).await;
     registry.put(&key("/jobs/compact"), "now").await.unwrap();
     let held = registry.lock(&key("/jobs")).acquire().await.unwrap();
@@ -454,7 +454,7 @@ async fn etcdctl_sees_plain_names_and_values() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_transaction_beyond_etcds_bound_on_comparisons_is_applied_all_the_same() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     let registry = connect(&cluster.endpoints()).await;
     let deep = |number: usize| key(&format!("/{number}/b/c/d/e/f/g/h"));
     let txn = || {
@@ -474,7 +474,7 @@ async fn a_transaction_beyond_etcds_bound_on_comparisons_is_applied_all_the_same
 
 #[tokio::test(flavor = "multi_thread")]
 async fn large_values_come_in_pages_that_fit() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     let registry = connect(&cluster.endpoints()).await;
     let large = vec![b'x'; registry_api::MAX_VALUE];
     for number in 0..90 {
@@ -499,7 +499,7 @@ async fn large_values_come_in_pages_that_fit() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_ttl_leaves_no_lease() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     let config = EtcdConfig::new(Endpoints::new(cluster.endpoints()).unwrap());
     let mut options = registry_api::Options::default();
     for ttl in [Duration::from_secs(1), Duration::from_millis(2500)] {
@@ -516,7 +516,7 @@ async fn a_refused_ttl_leaves_no_lease() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dropped_watch_ends_on_the_server() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     let registry = connect(&cluster.endpoints()).await;
     let watchers = "etcd_debugging_mvcc_watcher_total";
     let mut watches = Vec::new();
@@ -532,7 +532,7 @@ async fn a_dropped_watch_ends_on_the_server() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn puts_at_the_same_time_are_each_answered_for_themselves() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     let registry = connect(&cluster.endpoints()).await;
     registry.put_ephemeral(&key("/e"), "").await.unwrap();
     let puts = (0..500).map(|number| {

@@ -8,12 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions, Permission};
-use harness::{Cluster, key, until};
+use harness::{Servers, key, until};
 use registry_api::{Error, Namespace, Options, Read, Registry, Result};
 use registry_etcd::{Credentials, Endpoints, EtcdConfig, Identity, Tls};
 
 /// Turns authentication on, with a user `app` who may do anything in `/registry`, and nothing else.
-async fn with_users(cluster: &Cluster) -> Client {
+async fn with_users(cluster: &Servers) -> Client {
     let mut client = cluster.raw().await;
     client.user_add("root", "root-secret", None).await.unwrap();
     client.user_grant_role("root", "root").await.unwrap();
@@ -27,7 +27,7 @@ async fn with_users(cluster: &Cluster) -> Client {
     Client::connect(cluster.endpoints(), Some(as_root)).await.unwrap()
 }
 
-async fn connect_as(cluster: &Cluster, who: Option<(&str, &str)>, options: &Options) -> Result<Arc<dyn Registry>> {
+async fn connect_as(cluster: &Servers, who: Option<(&str, &str)>, options: &Options) -> Result<Arc<dyn Registry>> {
     let mut config = EtcdConfig::new(Endpoints::new(cluster.endpoints()).unwrap());
     config.credentials = who.map(|(user, password)| Credentials {
         user: user.into(),
@@ -38,7 +38,7 @@ async fn connect_as(cluster: &Cluster, who: Option<(&str, &str)>, options: &Opti
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_user_works_in_its_namespace_and_nobody_else_does() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     with_users(&cluster).await;
     let registry = connect_as(&cluster, Some(("app", "app-secret")), &Options::default())
         .await
@@ -85,7 +85,7 @@ async fn a_user_works_in_its_namespace_and_nobody_else_does() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_of_users_stops_no_handle() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     let mut root = with_users(&cluster).await;
     let registry = connect_as(&cluster, Some(("app", "app-secret")), &Options::default())
         .await
@@ -111,14 +111,14 @@ async fn a_change_of_users_stops_no_handle() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn credentials_where_nobody_is_known_are_refused() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Servers::start(1).await;
     let refused = connect_as(&cluster, Some(("app", "app-secret")), &Options::default()).await;
     assert!(matches!(refused, Err(Error::AccessDenied { .. })), "{refused:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tls_needs_the_authority_and_a_certificate() {
-    let cluster = Cluster::start_with_tls();
+    let cluster = Servers::start_with_tls();
     let connect = async |tls: Tls| {
         let mut config = EtcdConfig::new(Endpoints::new([format!("https://{}", cluster.endpoint(0))]).unwrap());
         config.tls = Some(tls);

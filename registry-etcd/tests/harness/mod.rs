@@ -2,6 +2,8 @@
 
 #![allow(missing_docs, unreachable_pub, dead_code, clippy::unwrap_used)]
 
+pub mod suite;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -11,13 +13,14 @@ use std::time::{Duration, Instant};
 use etcd_client::Client;
 use registry_api::{Key, Options, Registry, SessionTtl};
 use registry_etcd::{Endpoints, EtcdConfig};
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 /// Ends with the test: members are killed, their data is deleted.
-pub struct Cluster {
+pub struct Servers {
     members: Vec<Member>,
     /// How clients speak to it.
     scheme: &'static str,
@@ -33,9 +36,19 @@ struct Member {
     process: Option<Child>,
 }
 
-impl Cluster {
+impl Servers {
     pub async fn start(members: usize) -> Self {
+        Self::start_with(members, &[]).await
+    }
+
+    /// Members that elect fast, and so grant a TTL of a second.
+    pub async fn start_fast(members: usize) -> Self {
+        Self::start_with(members, &["--heartbeat-interval=50", "--election-timeout=500"]).await
+    }
+
+    async fn start_with(members: usize, arguments: &[&str]) -> Self {
         let mut cluster = Self::new(members);
+        cluster.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         cluster.spawn_all();
         cluster.ready().await;
         cluster
@@ -122,7 +135,19 @@ impl Cluster {
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     }
 
-    fn spawn_all(&mut self) {
+    pub fn kill_all(&mut self) {
+        for number in 0..self.members.len() {
+            self.kill(number);
+        }
+    }
+
+    pub fn signal_all(&self, signal: Signal) {
+        for process in self.members.iter().filter_map(|member| member.process.as_ref()) {
+            kill_process(Pid::from_child(process), signal).unwrap();
+        }
+    }
+
+    pub fn spawn_all(&mut self) {
         for member in 0..self.members.len() {
             self.spawn(member);
         }
@@ -211,11 +236,9 @@ impl Cluster {
     }
 }
 
-impl Drop for Cluster {
+impl Drop for Servers {
     fn drop(&mut self) {
-        for number in 0..self.members.len() {
-            self.kill(number);
-        }
+        self.kill_all();
     }
 }
 
