@@ -1,0 +1,201 @@
+//! How keys and values lie in ZooKeeper.
+//!
+//! A key is the znode at `/<namespace><key>`; a recipe's key lies beside that tree, below `/<namespace>~`, and so do the
+//! few znodes of the backend's own. A znode's data is the plain value. Only what begins with the magic is not: the mark
+//! of a parent that nobody put, and a value that begins with the magic itself.
+
+use bytes::Bytes;
+use registry_api::{Entry, Key, Namespace, Prefix, Revision, SessionId};
+use zookeeper_client::Stat;
+
+const MAGIC: &[u8] = b"\0registry\0";
+const ESCAPED: u8 = b'=';
+/// The data of a parent that nobody put.
+pub(crate) const MARK: &[u8] = b"\0registry\0/";
+
+/// Into how many parts the guards against ABA are divided, so that few writes meet.
+pub(crate) const GUARDS: u8 = 64;
+
+/// What a znode's data says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Data {
+    /// A value.
+    Value(Bytes),
+    /// A parent that nobody put.
+    Mark,
+}
+
+impl Data {
+    pub(crate) fn decode(stored: Vec<u8>) -> Self {
+        if stored == MARK {
+            return Self::Mark;
+        }
+        let stored = Bytes::from(stored);
+        match stored.strip_prefix(MAGIC) {
+            Some([ESCAPED, ..]) => Self::Value(stored.slice(MAGIC.len() + 1..)),
+            // Another client's, then.
+            _ => Self::Value(stored),
+        }
+    }
+}
+
+/// A value as it is stored.
+pub(crate) fn encode(value: &Bytes) -> Bytes {
+    if !value.starts_with(MAGIC) {
+        return value.clone();
+    }
+    let mut stored = Vec::with_capacity(value.len() + MAGIC.len() + 1);
+    stored.extend_from_slice(MAGIC);
+    stored.push(ESCAPED);
+    stored.extend_from_slice(value);
+    stored.into()
+}
+
+/// Whether the data may be the mark, by its length alone.
+pub(crate) fn may_be_mark(stat: &Stat) -> bool {
+    usize::try_from(stat.data_length) == Ok(MARK.len())
+}
+
+/// The paths of one namespace.
+#[derive(Clone, Debug)]
+pub(crate) struct Names {
+    namespace: Namespace,
+}
+
+impl Names {
+    pub(crate) fn new(namespace: Namespace) -> Self {
+        Self { namespace }
+    }
+
+    /// The znode above the user's keys.
+    pub(crate) fn root(&self) -> &str {
+        self.namespace.as_str()
+    }
+
+    /// The znode above everything else.
+    pub(crate) fn side(&self) -> String {
+        self.namespace.qualify("~")
+    }
+
+    /// The znode that is written when a transaction writes no other whose answer tells the revision, and before a
+    /// write-backed read.
+    pub(crate) fn clock(&self) -> String {
+        self.namespace.qualify("~/clock")
+    }
+
+    /// Held by the handle that sweeps.
+    pub(crate) fn sweeper(&self) -> String {
+        self.namespace.qualify("~/sweeper")
+    }
+
+    /// The znode above the guards.
+    pub(crate) fn guards(&self) -> String {
+        self.namespace.qualify("~/rev")
+    }
+
+    /// A guard: its version counts how often a key of its part of the tree was made or deleted.
+    pub(crate) fn guard(&self, part: u8) -> String {
+        self.namespace.qualify(&format!("~/rev/{part:02x}"))
+    }
+
+    /// Which guard a key's making and deleting counts on. `None` for a recipe's keys, whose names are used once, so that
+    /// none can be taken for an earlier one. Every version of this crate has to agree on it.
+    pub(crate) fn part(&self, path: &str) -> Option<u8> {
+        let name = self.namespace.strip(path).filter(|name| name.starts_with('/'))?;
+        // FNV-1a (Fowler, Noll and Vo).
+        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        u8::try_from((hash ^ (hash >> 32)) % u64::from(GUARDS)).ok()
+    }
+
+    pub(crate) fn path(&self, key: &Key) -> String {
+        self.namespace.qualify(key.as_str())
+    }
+
+    pub(crate) fn prefix(&self, prefix: &Prefix) -> String {
+        self.namespace.qualify(prefix.as_str())
+    }
+
+    /// The key of a path; `None` for what no key names.
+    pub(crate) fn key(&self, path: &str) -> Option<Key> {
+        Key::from_store(self.namespace.strip(path)?).ok()
+    }
+
+    /// The entry in a znode; `None` for a path that no key names.
+    pub(crate) fn entry(&self, path: &str, value: Bytes, stat: &Stat) -> Option<Entry> {
+        Some(Entry {
+            key: self.key(path)?,
+            value,
+            create_revision: revision(stat.czxid),
+            mod_revision: revision(stat.mzxid),
+            session: owner(stat),
+        })
+    }
+}
+
+/// The paths above this one, the nearest first, without the root of its tree, which always stays.
+pub(crate) fn ancestors(path: &str) -> impl Iterator<Item = &str> {
+    let tree = path[1..].find('/').map_or(path.len(), |at| at + 1);
+    path.match_indices('/')
+        .rev()
+        .map(move |(at, _)| &path[..at])
+        .filter(move |above| above.len() > tree)
+}
+
+/// The path one segment up.
+pub(crate) fn parent(path: &str) -> &str {
+    &path[..path.rfind('/').unwrap_or_default()]
+}
+
+pub(crate) fn revision(zxid: i64) -> Revision {
+    Revision(u64::try_from(zxid).unwrap_or_default())
+}
+
+/// Whose ephemeral key it is.
+pub(crate) fn owner(stat: &Stat) -> Option<SessionId> {
+    (stat.ephemeral_owner != 0).then(|| SessionId(stat.ephemeral_owner.cast_unsigned()))
+}
+
+/// The newest change that a znode's stat knows of: to its data, its children or itself.
+pub(crate) fn newest(stat: &Stat) -> i64 {
+    stat.mzxid.max(stat.pzxid).max(stat.czxid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_value_survives() {
+        for value in [
+            &b""[..],
+            b"x",
+            MAGIC,
+            MARK,
+            b"\0registry\0=",
+            b"\0registry\0=\0registry\0/",
+        ] {
+            let value = Bytes::copy_from_slice(value);
+            let stored = encode(&value);
+            assert_ne!(stored, MARK);
+            assert_eq!(Data::decode(stored.to_vec()), Data::Value(value));
+        }
+        assert_eq!(Data::decode(MARK.to_vec()), Data::Mark);
+    }
+
+    #[test]
+    fn paths() {
+        let names = Names::new(Namespace::parse("/n").expect("a namespace"));
+        assert_eq!(ancestors("/n/a/b/c").collect::<Vec<_>>(), ["/n/a/b", "/n/a"]);
+        assert_eq!(ancestors("/n/a").count(), 0);
+        assert_eq!(ancestors("/n").count(), 0);
+        assert_eq!(ancestors("/n~/lock/1").collect::<Vec<_>>(), ["/n~/lock"]);
+        assert_eq!(parent("/n/a"), "/n");
+        assert!(names.part("/n/a").is_some_and(|part| part < GUARDS));
+        assert_eq!(names.part("/n~/lock/1/a"), None);
+        assert_eq!(names.key("/n/a/b").map(|key| key.to_string()), Some("/a/b".into()));
+        assert_eq!(names.key("/other/a"), None);
+        assert_eq!(names.key("/n"), None);
+    }
+}

@@ -1,0 +1,256 @@
+//! Sessions are ZooKeeper's own, each with a connection of its own.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::future::join_all;
+use registry_api::{Error, Grant, Result, SessionId, SessionStore};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use zookeeper_client::{AddWatchMode, Client, Error as ClientError, SessionState, TlsOptions};
+
+use crate::config::{Tls, config};
+use crate::error::{self, BACKEND, Trouble, Verdict};
+use crate::names::{GUARDS, MARK};
+use crate::store::{Conn, Slot, Store};
+
+/// What ZooKeeper grants, in words.
+const BOUNDS: &str = "ZooKeeper grants 2 to 20 of its ticks: 4 s to 40 s as shipped";
+/// How long a server may keep silent before another is tried; less where the TTL is short.
+const MAX_SILENCE: Duration = Duration::from_secs(4);
+const RETRY: Duration = Duration::from_millis(100);
+
+/// Opens, keeps and closes the sessions of one handle.
+pub(crate) struct Sessions {
+    store: Arc<Store>,
+    /// The connection of the session that is kept alive.
+    held: Mutex<Option<Arc<Conn>>>,
+}
+
+impl Sessions {
+    pub(crate) fn new(store: Arc<Store>) -> Self {
+        Self {
+            store,
+            held: Mutex::default(),
+        }
+    }
+
+    fn held(&self) -> MutexGuard<'_, Option<Arc<Conn>>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A new session, ready for use.
+    async fn dial(&self) -> Result<Client> {
+        let ttl = self.store.options.session_ttl.get();
+        let mut connector = Client::connector()
+            .with_session_timeout(ttl)
+            .with_connection_timeout((ttl * 2 / 5).min(MAX_SILENCE))
+            .with_fail_eagerly();
+        if let Some(auth) = &self.store.config.auth {
+            connector = connector.with_auth("digest", format!("{}:{}", auth.user, auth.password).as_bytes());
+        }
+        let servers = self.store.config.servers.to_string();
+        let connected = match &self.store.config.tls {
+            Some(tls) => {
+                connector
+                    .with_tls(tls_options(tls).await?)
+                    .secure_connect(&servers)
+                    .await
+            }
+            None => connector.connect(&servers).await,
+        };
+        let client = connected.map_err(error::read)?;
+        prepare(&self.store, &client).await?;
+        Ok(client)
+    }
+
+    /// What stands in the way, server by server.
+    async fn causes(&self, failure: &Error) -> String {
+        let try_address = |address: String| async move {
+            let cause = match timeout(Duration::from_millis(500), TcpStream::connect(&address)).await {
+                Ok(Ok(_)) => "takes connections, but grants no session".to_owned(),
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => "no answer".to_owned(),
+            };
+            format!("{address}: {cause}")
+        };
+        let addresses = self.store.config.servers.addresses().map(str::to_owned);
+        let causes = join_all(addresses.map(try_address)).await.join("; ");
+        let mut failure: &dyn std::error::Error = failure;
+        while let Some(source) = failure.source() {
+            failure = source;
+        }
+        format!("{causes} ({failure})")
+    }
+}
+
+/// Makes what a namespace needs, and tries what is needed of the server.
+async fn prepare(store: &Store, client: &Client) -> Result<()> {
+    // A server that lags behind the last one must not show the handle an older state.
+    client.sync("/").await.map_err(error::read)?;
+    match prepare_namespace(store, client).await {
+        Err(ClientError::NoNode) => {
+            make_chroot(store, client).await.map_err(error::read)?;
+            prepare_namespace(store, client).await.map_err(error::read)?;
+        }
+        prepared => prepared.map_err(error::read)?,
+    }
+    match client
+        .watch(&store.names.sweeper(), AddWatchMode::PersistentRecursive)
+        .await
+    {
+        Ok(_) => Ok(()),
+        Err(ClientError::Unimplemented) => Err(error::unsupported(
+            "this server: persistent recursive watches come with ZooKeeper 3.6",
+        )),
+        Err(failure) => Err(error::read(failure)),
+    }
+}
+
+/// Makes the znodes that a namespace begins with, where they are missing.
+pub(crate) async fn prepare_namespace(store: &Store, client: &Client) -> Result<(), ClientError> {
+    let names = &store.names;
+    // Also says whether this user may look at all.
+    if client.check_stat(&names.guards()).await?.is_some() && client.check_stat(names.root()).await?.is_some() {
+        return client.get_data(names.root()).await.map(drop);
+    }
+    for path in [names.root(), &names.side()] {
+        exists_ok(client.create(path, MARK, &store.persistent()).await.map(drop))?;
+    }
+    let mut all = client.new_multi_writer();
+    all.add_create(&names.guards(), &[], &store.persistent())?;
+    for part in 0..GUARDS {
+        all.add_create(&names.guard(part), &[], &store.persistent())?;
+    }
+    all.add_create(&names.clock(), &[], &store.persistent())?;
+    exists_ok(all.commit().await.map(drop).map_err(ClientError::from))
+}
+
+fn exists_ok(made: Result<(), ClientError>) -> Result<(), ClientError> {
+    match made {
+        Err(ClientError::NodeExists) => Ok(()),
+        made => made,
+    }
+}
+
+async fn make_chroot(store: &Store, client: &Client) -> Result<(), ClientError> {
+    let Some(path) = store.config.servers.chroot() else {
+        return Ok(());
+    };
+    match client.clone().chroot("/") {
+        Ok(whole) => whole.mkdir(path, &store.persistent()).await,
+        Err(_) => Ok(()),
+    }
+}
+
+async fn tls_options(tls: &Tls) -> Result<TlsOptions> {
+    // Where several rustls back ends are compiled in, none is the default.
+    if rustls::crypto::CryptoProvider::get_default().is_none() {
+        // An error says that another was faster.
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    }
+    let ca = pem("registry.zk.tls.ca", &tls.ca).await?;
+    let wrong = |field: &'static str| move |error: ClientError| config(field, error.to_string());
+    let mut options = TlsOptions::new()
+        .with_pem_ca(&ca)
+        .map_err(wrong("registry.zk.tls.ca"))?;
+    if let Some(client) = &tls.client {
+        let cert = pem("registry.zk.tls.cert", &client.cert).await?;
+        let key = pem("registry.zk.tls.key", &client.key).await?;
+        options = options
+            .with_pem_identity(&cert, &key)
+            .map_err(wrong("registry.zk.tls.cert"))?;
+    }
+    Ok(options)
+}
+
+async fn pem(field: &'static str, path: &std::path::Path) -> Result<String> {
+    tokio::fs::read_to_string(path)
+        .await
+        .map_err(|error| config(field, format!("{}: {error}", path.display())))
+}
+
+#[async_trait]
+impl SessionStore for Sessions {
+    async fn open(&self) -> Result<Grant> {
+        // Leaves time to say what is wrong.
+        let patience = self.store.options.connect_timeout.mul_f64(0.85);
+        let deadline = Instant::now() + patience;
+        let mut last = error::unavailable(Trouble::Silent(self.store.config.servers.to_string()));
+        let client = loop {
+            match timeout_at(deadline, self.dial()).await {
+                Ok(Ok(client)) => break client,
+                Ok(Err(failure @ Error::Unavailable { .. })) => last = failure,
+                Ok(Err(failure)) => return Err(failure),
+                Err(_) => {}
+            }
+            if Instant::now() + RETRY >= deadline {
+                return Err(error::unavailable(Trouble::Unreachable(self.causes(&last).await)));
+            }
+            sleep(RETRY).await;
+        };
+        // Refused, the client is dropped, which closes its session.
+        let ttl = self.store.options.accept_ttl(client.session_timeout(), BOUNDS)?;
+        let conn = Arc::new(Conn::new(client));
+        let session = conn.session;
+        *self.held() = Some(conn.clone());
+        self.store.put(Slot::Open(conn));
+        Ok(Grant {
+            session,
+            ttl,
+            // A follower tells the leader of its clients' signs of life twice a tick, and a TTL has at least two ticks: what
+            // is lost with a follower is at most a quarter of the TTL, a tenth of which is always kept.
+            margin: ttl / 6,
+        })
+    }
+
+    async fn keep_alive(&self, session: SessionId) -> Result<()> {
+        let held = self.held().clone().filter(|conn| conn.session == session);
+        let Some(conn) = held else {
+            return Err(Error::SessionExpired { session });
+        };
+        // Answered only by a server that the leader answers: one that is cut off from it would be believed in vain.
+        conn.client
+            .sync("/")
+            .await
+            .map_err(|failure| match error::verdict(&failure) {
+                Verdict::SessionOver => Error::SessionExpired { session },
+                _ => error::unavailable(failure),
+            })
+    }
+
+    async fn close(&self, session: SessionId) -> Result<()> {
+        let held = self.held().take_if(|conn| conn.session == session);
+        let Some(conn) = held else {
+            return Ok(());
+        };
+        self.store.put(Slot::Opening);
+        let mut states = conn.client.state_watcher();
+        // The client closes the session when its last user lets go of it, which calls do as their connection is replaced.
+        drop(conn);
+        let patience = self
+            .store
+            .options
+            .session_ttl
+            .get()
+            .clamp(Duration::from_secs(1), Duration::from_secs(10))
+            / 2;
+        let connected_by = Instant::now() + patience;
+        loop {
+            let state = states.peek_state();
+            match state {
+                SessionState::Closed | SessionState::Expired | SessionState::AuthFailed => return Ok(()),
+                SessionState::SyncConnected | SessionState::ConnectedReadOnly => drop(states.changed().await),
+                SessionState::Disconnected => {
+                    if timeout_at(connected_by, states.changed()).await.is_err() {
+                        return Err(Error::Unavailable {
+                            backend: BACKEND,
+                            source: self.store.not_connected().into(),
+                        });
+                    }
+                }
+            }
+        }
+    }
+}

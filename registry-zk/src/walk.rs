@@ -1,0 +1,414 @@
+//! Reading many keys: pages, counts, children.
+//!
+//! ZooKeeper has a tree where the contract has sorted names, and the two orders differ: `/a!` sorts between `/a` and
+//! `/a/b`. So the walk keeps a queue, sorted by name, of nodes still to be read and of nodes whose children are still to be
+//! listed, and takes what comes first. It reads values in batches, each one request and one snapshot, and none that the
+//! page has no room for.
+
+use std::collections::BTreeMap;
+
+use futures_util::future::try_join_all;
+use registry_api::{Depth, Entry, List, Page, Prefix, Read, Result};
+use tokio::time::Instant;
+use zookeeper_client::{Client, Error as ClientError, MultiReadResult, Stat};
+
+use crate::names::{Data, Names, may_be_mark, newest, revision};
+use crate::store::{Conn, Store};
+
+/// How many nodes are read in one request, and how many bytes of values that is meant to bring.
+const MAX_BATCH: usize = 512;
+const FIRST_BATCH: usize = 32;
+const BATCH_BYTES: usize = 1 << 20;
+/// Values larger than this on average are not read only to be counted.
+const LARGE: usize = 4096;
+/// How many single requests are under way at once.
+const PIPELINE: usize = 128;
+
+/// A znode as it was read.
+#[derive(Clone, Debug)]
+pub(crate) struct Found {
+    pub(crate) data: Data,
+    pub(crate) stat: Stat,
+}
+
+impl Found {
+    pub(crate) fn is_mark(&self) -> bool {
+        self.data == Data::Mark
+    }
+}
+
+/// Whether the values are wanted, or only whether there are any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Values {
+    Wanted,
+    Omitted,
+}
+
+/// Reads nodes in batches whose size follows that of the values.
+#[derive(Debug)]
+pub(crate) struct Fetch {
+    values: Values,
+    batch: usize,
+    /// Bytes of a value, on average of the last batch.
+    average: usize,
+}
+
+impl Fetch {
+    pub(crate) fn new(values: Values) -> Self {
+        Self {
+            values,
+            batch: FIRST_BATCH,
+            average: 0,
+        }
+    }
+
+    /// How many nodes are read at once.
+    pub(crate) fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Reads nodes; `None` for one that is not there.
+    pub(crate) async fn all(&mut self, client: &Client, paths: &[String]) -> Result<Vec<Option<Found>>, ClientError> {
+        let mut found = Vec::with_capacity(paths.len());
+        while found.len() < paths.len() {
+            let left = &paths[found.len()..];
+            if self.values == Values::Omitted && self.average > LARGE {
+                found.extend(look(client, left).await?);
+                break;
+            }
+            let batch = self.snapshot(client, &left[..self.batch.min(left.len())]).await?;
+            found.extend(batch);
+        }
+        Ok(found)
+    }
+
+    /// Reads nodes as they are at one moment, which takes one request whatever its size.
+    pub(crate) async fn snapshot(
+        &mut self,
+        client: &Client,
+        paths: &[String],
+    ) -> Result<Vec<Option<Found>>, ClientError> {
+        let mut reader = client.new_multi_reader();
+        for path in paths {
+            reader.add_get_data(path)?;
+        }
+        let mut bytes = 0;
+        let mut found = Vec::with_capacity(paths.len());
+        for result in reader.commit().await? {
+            found.push(match result {
+                MultiReadResult::Data { data, stat } => {
+                    bytes += data.len();
+                    Some(Found {
+                        data: Data::decode(data),
+                        stat,
+                    })
+                }
+                MultiReadResult::Error {
+                    err: ClientError::NoNode,
+                } => None,
+                MultiReadResult::Error { err } => return Err(err),
+                _ => return Err(ClientError::UnexpectedError("no answer to a read of data".into())),
+            });
+        }
+        if found.len() != paths.len() {
+            return Err(ClientError::UnexpectedError("fewer answers than reads".into()));
+        }
+        self.average = bytes / paths.len().max(1);
+        self.batch = (BATCH_BYTES / self.average.max(1)).clamp(1, MAX_BATCH);
+        Ok(found)
+    }
+}
+
+/// Reads nodes without their values.
+async fn look(client: &Client, paths: &[String]) -> Result<Vec<Option<Found>>, ClientError> {
+    let mut found = Vec::with_capacity(paths.len());
+    for paths in paths.chunks(PIPELINE) {
+        found.extend(try_join_all(paths.iter().map(|path| look_at(client, path))).await?);
+    }
+    Ok(found)
+}
+
+/// Reads a node without its value: only what is as long as the mark is read whole.
+pub(crate) async fn look_at(client: &Client, path: &str) -> Result<Option<Found>, ClientError> {
+    let Some(stat) = client.check_stat(path).await? else {
+        return Ok(None);
+    };
+    if may_be_mark(&stat) {
+        return get(client, path).await;
+    }
+    let data = Data::Value(bytes::Bytes::new());
+    Ok(Some(Found { data, stat }))
+}
+
+/// Reads a node.
+pub(crate) async fn get(client: &Client, path: &str) -> Result<Option<Found>, ClientError> {
+    match client.get_data(path).await {
+        Ok((data, stat)) => Ok(Some(Found {
+            data: Data::decode(data),
+            stat,
+        })),
+        Err(ClientError::NoNode) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The names of the nodes below, and the newest change among them; none where the node is not there.
+async fn list_children(client: &Client, path: &str) -> Result<(Vec<String>, i64), ClientError> {
+    match client.get_children(path).await {
+        Ok((names, stat)) => Ok((names, stat.pzxid)),
+        Err(ClientError::NoNode) => Ok((Vec::new(), 0)),
+        Err(error) => Err(error),
+    }
+}
+
+/// A node on its way through the walk.
+enum Item {
+    Unread,
+    Read(Option<Found>),
+    /// The children of the node are to be listed. Its place in the queue ends with `/`.
+    Below,
+}
+
+/// A walk over a part of the tree, in the order of the names.
+pub(crate) struct Walk<'a> {
+    names: &'a Names,
+    client: &'a Client,
+    depth: Depth,
+    after: Option<String>,
+    /// Also the nodes of other clients that no key can name.
+    foreign: bool,
+    queue: BTreeMap<String, Item>,
+    fetch: Fetch,
+    /// The newest change that was seen.
+    pub(crate) newest: i64,
+}
+
+impl<'a> Walk<'a> {
+    pub(crate) fn new(names: &'a Names, client: &'a Client, prefix: &Prefix, depth: Depth, values: Values) -> Self {
+        let mut walk = Self {
+            names,
+            client,
+            depth,
+            after: None,
+            foreign: false,
+            queue: BTreeMap::new(),
+            fetch: Fetch::new(values),
+            newest: 0,
+        };
+        let path = names.prefix(prefix);
+        match (depth, prefix.key()) {
+            (Depth::Subtree, Some(_)) => drop(walk.queue.insert(path, Item::Unread)),
+            // The root holds no value.
+            _ => drop(walk.queue.insert(format!("{path}/"), Item::Below)),
+        }
+        walk
+    }
+
+    /// A walk over all that is below a path, whatever its name.
+    pub(crate) fn below(names: &'a Names, client: &'a Client, path: &str) -> Self {
+        let mut walk = Self::new(names, client, &Prefix::root(), Depth::Subtree, Values::Omitted).with_foreign();
+        walk.queue = BTreeMap::from([(format!("{path}/"), Item::Below)]);
+        walk
+    }
+
+    /// From behind this path on.
+    pub(crate) fn after(mut self, path: String) -> Self {
+        for (start, item) in std::mem::take(&mut self.queue) {
+            match item {
+                Item::Below => drop(self.queue.insert(start, item)),
+                _ => {
+                    self.after = Some(path.clone());
+                    self.add(start);
+                }
+            }
+        }
+        self.after = Some(path);
+        self
+    }
+
+    pub(crate) fn with_foreign(mut self) -> Self {
+        self.foreign = true;
+        self
+    }
+
+    /// The next nodes, at most so many that hold values; and whether there may be more.
+    pub(crate) async fn next(&mut self, limit: usize) -> Result<(Vec<(String, Found)>, bool), ClientError> {
+        let mut nodes = Vec::new();
+        let mut values = 0;
+        while values < limit {
+            let Some((place, item)) = self.queue.pop_first() else {
+                return Ok((nodes, false));
+            };
+            match item {
+                Item::Below => {
+                    let (names, newest) = list_children(self.client, &place[..place.len() - 1]).await?;
+                    self.newest = self.newest.max(newest);
+                    for name in names {
+                        self.add(format!("{place}{name}"));
+                    }
+                }
+                Item::Unread => {
+                    self.queue.insert(place, item);
+                    self.read(limit - values).await?;
+                }
+                Item::Read(None) => {}
+                Item::Read(Some(found)) => {
+                    self.newest = self.newest.max(newest(&found.stat));
+                    if found.stat.num_children > 0 && self.depth == Depth::Subtree {
+                        self.queue.insert(format!("{place}/"), Item::Below);
+                    }
+                    values += usize::from(!found.is_mark());
+                    nodes.push((place, found));
+                }
+            }
+        }
+        Ok((nodes, !self.queue.is_empty()))
+    }
+
+    /// All nodes.
+    pub(crate) async fn all(mut self) -> Result<(Vec<(String, Found)>, i64), ClientError> {
+        let (nodes, _) = self.next(usize::MAX).await?;
+        Ok((nodes, self.newest))
+    }
+
+    fn add(&mut self, path: String) {
+        if !self.foreign && self.names.key(&path).is_none() {
+            return;
+        }
+        let Some(after) = self.after.as_deref() else {
+            self.queue.insert(path, Item::Unread);
+            return;
+        };
+        if after < path.as_str() {
+            self.queue.insert(path, Item::Unread);
+        } else if self.depth == Depth::Subtree && after < format!("{path}0").as_str() {
+            // The node is behind us, what is below it not all.
+            self.queue.insert(format!("{path}/"), Item::Below);
+        }
+    }
+
+    /// Reads the first nodes of the queue.
+    async fn read(&mut self, most: usize) -> Result<(), ClientError> {
+        let unread = |(path, item): (&String, &Item)| matches!(item, Item::Unread).then(|| path.clone());
+        let paths: Vec<_> = self
+            .queue
+            .iter()
+            .filter_map(unread)
+            .take(most.min(4 * MAX_BATCH))
+            .collect();
+        let found = self.fetch.all(self.client, &paths).await?;
+        for (path, found) in paths.into_iter().zip(found) {
+            self.queue.insert(path, Item::Read(found));
+        }
+        Ok(())
+    }
+}
+
+/// The entries among nodes.
+pub(crate) fn entries(names: &Names, nodes: Vec<(String, Found)>) -> Vec<Entry> {
+    let entry = |(path, found): (String, Found)| match found.data {
+        Data::Value(value) => names.entry(&path, value, &found.stat),
+        Data::Mark => None,
+    };
+    nodes.into_iter().filter_map(entry).collect()
+}
+
+impl Store {
+    /// One linearizable or stale read on one connection, asked again until it is answered.
+    async fn read_as<T, F>(
+        &self,
+        read: Read,
+        deadline: Instant,
+        ask: impl Fn(std::sync::Arc<Conn>) -> F + Sync,
+    ) -> Result<T>
+    where
+        F: Future<Output = Result<T, ClientError>> + Send,
+    {
+        self.read(deadline, |conn| {
+            let ask = &ask;
+            async move {
+                match read {
+                    Read::Stale => ask(conn).await,
+                    Read::Linearizable => {
+                        // Sent before what follows it, and answered in that order.
+                        let fresh = self.fresh(&conn);
+                        let answer = ask(conn.clone()).await?;
+                        fresh.await?;
+                        Ok(answer)
+                    }
+                }
+            }
+        })
+        .await
+    }
+
+    pub(crate) async fn get(&self, path: &str, read: Read) -> Result<Option<Found>> {
+        self.read_as(
+            read,
+            self.deadline(),
+            |conn| async move { get(&conn.client, path).await },
+        )
+        .await
+    }
+
+    pub(crate) async fn children(&self, prefix: &Prefix, read: Read) -> Result<Vec<String>> {
+        let path = &self.names.prefix(prefix);
+        let (mut names, newest) = self
+            .read_as(read, self.deadline(), |conn| async move {
+                list_children(&conn.client, path).await
+            })
+            .await?;
+        self.saw(newest);
+        names.retain(|name| prefix.child(name).is_ok());
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    pub(crate) async fn page(&self, list: &List) -> Result<Page> {
+        let before = self.seen();
+        let after = list.after.as_ref().map(|key| self.names.path(key));
+        let (nodes, more, newest) = self
+            .read_as(list.read, self.deadline(), |conn| {
+                let after = after.clone();
+                async move {
+                    let mut walk = Walk::new(&self.names, &conn.client, &list.prefix, list.depth, Values::Wanted);
+                    if let Some(after) = after {
+                        walk = walk.after(after);
+                    }
+                    let (nodes, more) = walk.next(list.limit).await?;
+                    Ok((nodes, more, walk.newest))
+                }
+            })
+            .await?;
+        let entries = entries(&self.names, nodes);
+        self.saw(newest);
+        Ok(Page {
+            next: more.then(|| entries.last().map(|entry| entry.key.clone())).flatten(),
+            entries,
+            revision: revision(newest.max(before)),
+        })
+    }
+
+    pub(crate) async fn count(&self, prefix: &Prefix, read: Read) -> Result<u64> {
+        self.read_as(read, self.deadline(), |conn| async move {
+            let walk = Walk::new(&self.names, &conn.client, prefix, Depth::Subtree, Values::Omitted);
+            let (nodes, _) = walk.all().await?;
+            Ok(nodes.iter().filter(|(_, found)| !found.is_mark()).count() as u64)
+        })
+        .await
+    }
+
+    /// The newest change to any key's being there, as a server knows it.
+    pub(crate) async fn now(&self, client: &Client) -> Result<i64, ClientError> {
+        let names = &self.names;
+        let mut paths = vec![names.clock(), names.root().to_owned()];
+        paths.extend((0..crate::names::GUARDS).map(|part| names.guard(part)));
+        let found = Fetch::new(Values::Omitted).snapshot(client, &paths).await?;
+        Ok(found
+            .iter()
+            .flatten()
+            .map(|found| newest(&found.stat))
+            .max()
+            .unwrap_or(0))
+    }
+}
