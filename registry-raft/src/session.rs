@@ -1,7 +1,7 @@
 //! Sessions, as a handle opens and keeps them.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use registry_api::{Error, Grant, Options, Result, SessionId, SessionStore};
@@ -23,7 +23,8 @@ pub(crate) struct Sessions {
 
 impl Sessions {
     pub(crate) fn new(link: Arc<dyn Link>, options: &Options) -> Self {
-        let patience = options.connect_timeout.max(options.request_timeout);
+        // A little less than the keeper waits, so that the cause is told and not only that time ran out.
+        let patience = options.connect_timeout.min(options.request_timeout).mul_f64(0.9);
         Self {
             link,
             ttl: options.session_ttl.get(),
@@ -33,11 +34,15 @@ impl Sessions {
 
     /// A change that may be asked for twice: a second session that nobody uses expires, a second close finds nothing.
     async fn change(&self, change: Change) -> Result<Outcome> {
+        let until = Instant::now() + self.patience;
         let mut backoff = Duration::from_millis(5);
         loop {
-            match self.link.command(Command::new(change.clone()), self.patience).await {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.link.command(Command::new(change.clone()), left).await {
                 Ok(reply) => return reply.result.ok_or_else(not_understood),
-                // The keeper of the session bounds the whole.
+                Err(Error::Unavailable { source, .. } | Error::OutcomeUnknown { source, .. }) if left <= backoff => {
+                    return Err(Error::Unavailable { backend: BACKEND, source });
+                }
                 Err(Error::Unavailable { source, .. } | Error::OutcomeUnknown { source, .. }) => {
                     tracing::debug!(error = %source, "a session can't be opened or closed yet");
                 }

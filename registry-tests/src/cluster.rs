@@ -1,0 +1,92 @@
+//! What a backend offers to be tested.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use registry_api::{Key, Options, Prefix, Registry, Result, SessionId};
+
+use crate::proxy::Wire;
+
+/// The TTL that the suite asks for unless a store grants only longer ones.
+pub const TTL: Duration = Duration::from_secs(1);
+/// No property takes longer.
+pub const LONGEST: Duration = Duration::from_secs(60);
+
+/// A store to be tested: a real server, started for the test and gone with it.
+#[async_trait]
+pub trait Cluster: Sized + Send + Sync + 'static {
+    /// Starts a store, or takes a namespace of its own on one that runs. Panics with the package to install when the
+    /// server is missing.
+    async fn start() -> Self;
+
+    /// Settings for a handle: this cluster's namespace, and the shortest TTL that the store grants.
+    fn options(&self) -> Options;
+
+    /// Opens a handle.
+    async fn connect_with(&self, options: Options) -> Result<Arc<dyn Registry>>;
+
+    /// Opens a handle with [`Cluster::options`].
+    async fn connect(&self) -> Result<Arc<dyn Registry>> {
+        self.connect_with(self.options()).await
+    }
+
+    /// Opens a handle all of whose connections pass a wire that can be cut.
+    async fn connect_through(&self, options: Options) -> Result<(Arc<dyn Registry>, Wire)>;
+
+    /// Kills the store without warning (SIGKILL).
+    async fn kill(&self);
+
+    /// Starts the store again, on the same data and address.
+    async fn restart(&self);
+
+    /// Stops the store's clock (SIGSTOP).
+    async fn pause(&self);
+
+    /// Lets a paused store go on.
+    async fn resume(&self);
+
+    /// Ends a session behind its handle's back, by whatever means an operator has.
+    async fn revoke(&self, session: SessionId);
+}
+
+/// A key that is one.
+pub fn key(path: &str) -> Key {
+    Key::parse(path).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// A prefix that is one.
+pub fn prefix(path: &str) -> Prefix {
+    Prefix::parse(path).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// What comes within the deadline; a panic if it does not.
+#[track_caller]
+pub fn within<F: Future>(deadline: Duration, future: F) -> impl Future<Output = F::Output> {
+    let caller = std::panic::Location::caller();
+    async move {
+        match tokio::time::timeout(deadline, future).await {
+            Ok(output) => output,
+            Err(_) => panic!("not within {deadline:?}, at {caller}"),
+        }
+    }
+}
+
+/// Asks again until the answer is yes: for what stays true once it is.
+#[track_caller]
+pub fn eventually<F>(deadline: Duration, mut ask: impl FnMut() -> F) -> impl Future<Output = ()>
+where
+    F: Future<Output = bool>,
+{
+    let caller = std::panic::Location::caller();
+    async move {
+        let asking = async {
+            while !ask().await {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        if tokio::time::timeout(deadline, asking).await.is_err() {
+            panic!("not within {deadline:?}, at {caller}");
+        }
+    }
+}

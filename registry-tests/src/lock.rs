@@ -1,0 +1,324 @@
+//! L: locks.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use registry_api::{Error, Lock, Read, Registry, Result, Txn};
+
+use crate::cluster::eventually;
+use crate::{Cluster, key, within};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Waits until so many are in the queue.
+async fn queued(lock: &Lock, contenders: usize) {
+    eventually(PATIENCE, || async move {
+        lock.contenders().await.is_ok_and(|queue| queue.len() == contenders)
+    })
+    .await;
+}
+
+/// L1. At most one live session holds a lock.
+pub async fn one_holds_at_a_time(cluster: &impl Cluster) -> Result<()> {
+    let holders = Arc::new(AtomicU32::new(0));
+    let mut tasks = Vec::new();
+    for _ in 0..6 {
+        let (registry, holders) = (cluster.connect().await?, holders.clone());
+        tasks.push(tokio::spawn(async move {
+            for _ in 0..5 {
+                let held = registry.lock(&key("/l")).acquire().await?;
+                assert_eq!(holders.fetch_add(1, Ordering::SeqCst), 0, "two hold it");
+                registry.put(&key("/work"), held.token().to_string()).await?;
+                assert_eq!(holders.fetch_sub(1, Ordering::SeqCst), 1);
+                held.release().await?;
+            }
+            registry.close().await
+        }));
+    }
+    for task in tasks {
+        within(2 * PATIENCE, task).await.expect("it does not panic")?;
+    }
+    Ok(())
+}
+
+/// L1. Waiters get the lock in the order they asked.
+pub async fn waiters_come_in_their_order(cluster: &impl Cluster) -> Result<()> {
+    let registry = cluster.connect().await?;
+    let lock = registry.lock(&key("/l"));
+    let held = lock.acquire().await?;
+    let order = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let mut waiters = Vec::new();
+    for waiter in 0..8 {
+        let (order, lock) = (order.clone(), lock.clone());
+        waiters.push(tokio::spawn(async move {
+            let held = lock.acquire().await?;
+            order.lock().expect("nobody panics with it").push(waiter);
+            held.release().await
+        }));
+        queued(&registry.lock(&key("/l")), waiter + 2).await;
+    }
+    held.release().await?;
+    for waiter in waiters {
+        within(PATIENCE, waiter).await.expect("it does not panic")?;
+    }
+    assert_eq!(
+        *order.lock().expect("nobody panics with it"),
+        (0..8).collect::<Vec<_>>()
+    );
+    registry.close().await
+}
+
+/// L2. `try_acquire` takes a free lock, and does not wait for a taken one nor leave anything in its queue.
+pub async fn try_acquire_never_waits(cluster: &impl Cluster) -> Result<()> {
+    let registry = cluster.connect().await?;
+    let lock = registry.lock(&key("/l"));
+    let held = lock.try_acquire().await?.expect("it is free");
+    assert!(lock.try_acquire().await?.is_none());
+    assert_eq!(lock.contenders().await?.len(), 1);
+    held.release().await?;
+    lock.try_acquire().await?.expect("it is free again").release().await?;
+    registry.close().await
+}
+
+/// L2. One that gives up at its deadline leaves the queue.
+pub async fn a_deadline_leaves_the_queue(cluster: &impl Cluster) -> Result<()> {
+    let registry = cluster.connect().await?;
+    let lock = registry.lock(&key("/l"));
+    let held = lock.acquire().await?;
+    let waited = Duration::from_millis(300);
+    let asked = Instant::now();
+    assert!(matches!(
+        lock.acquire_within(waited).await,
+        Err(Error::DeadlineExceeded { .. })
+    ));
+    assert!(asked.elapsed() >= waited);
+    queued(&lock, 1).await;
+    held.release().await?;
+    lock.acquire_within(PATIENCE).await?.release().await?;
+    registry.close().await
+}
+
+/// L2. One that is dropped while it waits leaves the queue, and those behind it move up.
+pub async fn a_dropped_wait_leaves_the_queue(cluster: &impl Cluster) -> Result<()> {
+    let registry = cluster.connect().await?;
+    let lock = registry.lock(&key("/l"));
+    let held = lock.acquire().await?;
+    let waiting = |lock: Lock| tokio::spawn(async move { lock.acquire().await });
+    let first = waiting(lock.clone());
+    queued(&lock, 2).await;
+    let second = waiting(lock.clone());
+    queued(&lock, 3).await;
+    first.abort();
+    queued(&lock, 2).await;
+    held.release().await?;
+    within(PATIENCE, second)
+        .await
+        .expect("it does not panic")?
+        .release()
+        .await?;
+    // A future that never ran, or was dropped at any step, leaves nothing either.
+    for polls in 0..6 {
+        let mut acquiring = Box::pin(lock.acquire());
+        for _ in 0..polls {
+            let _ = futures_util::poll!(&mut acquiring);
+            tokio::task::yield_now().await;
+        }
+        drop(acquiring);
+    }
+    queued(&lock, 0).await;
+    registry.close().await
+}
+
+/// L3. Each hold has a fencing token, larger than every earlier holder's, also when the queue was empty in between.
+pub async fn tokens_only_grow(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let mut last = registry_api::Revision(0);
+    for n in 0..6 {
+        let registry = if n % 2 == 0 { &one } else { &other };
+        let held = registry.lock(&key("/l")).acquire().await?;
+        assert!(held.token() > last);
+        last = held.token();
+        held.release().await?;
+    }
+    other.close().await?;
+    one.close().await
+}
+
+/// L3. A lock's condition makes the store itself refuse the writes of one who lost it.
+pub async fn a_lost_lock_writes_nothing(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let held = one.lock(&key("/l")).acquire().await?;
+    let condition = held.condition();
+    one.commit(Txn::new().require(condition.clone()).put(&key("/work"), "held"))
+        .await?;
+    held.release().await?;
+    let next = other.lock(&key("/l")).acquire().await?;
+    let late = one
+        .commit(Txn::new().require(condition).put(&key("/work"), "late"))
+        .await;
+    assert!(matches!(late, Err(Error::Conflict { .. })), "{late:?}");
+    other
+        .commit(Txn::new().require(next.condition()).put(&key("/work"), "next"))
+        .await?;
+    assert_eq!(
+        one.get(&key("/work"), Read::Linearizable)
+            .await?
+            .expect("it is there")
+            .value,
+        "next"
+    );
+    next.release().await?;
+    other.close().await?;
+    one.close().await
+}
+
+/// L4. Two acquires by one handle are two contenders.
+pub async fn one_handle_is_two_contenders(cluster: &impl Cluster) -> Result<()> {
+    let registry = cluster.connect().await?;
+    let held = registry.lock(&key("/l")).acquire().await?;
+    let again = registry
+        .lock(&key("/l"))
+        .acquire_within(Duration::from_millis(200))
+        .await;
+    assert!(matches!(again, Err(Error::DeadlineExceeded { .. })), "{again:?}");
+    held.release().await?;
+    registry.close().await
+}
+
+/// L4. A reentrant lock is acquired again by its owner, and freed by the last release.
+pub async fn a_reentrant_lock_counts(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let lock = one.reentrant_lock(&key("/l"));
+    let first = lock.acquire("owner").await?;
+    let second = within(PATIENCE, lock.acquire("owner")).await?;
+    assert_eq!((second.token(), second.count()), (first.token(), 2));
+    first.release().await?;
+    assert!(
+        other.lock(&key("/l")).try_acquire().await?.is_none(),
+        "one release of two frees nothing"
+    );
+    let stranger = tokio::time::timeout(Duration::from_millis(200), lock.acquire("stranger")).await;
+    assert!(stranger.is_err());
+    second.release().await?;
+    within(PATIENCE, lock.acquire("stranger")).await?.release().await?;
+    other.lock(&key("/l")).acquire_within(PATIENCE).await?.release().await?;
+    other.close().await?;
+    one.close().await
+}
+
+/// L6. Dropping the guard releases soon after; `release` is done when it returns.
+pub async fn dropping_releases(cluster: &impl Cluster) -> Result<()> {
+    let registry = cluster.connect().await?;
+    let lock = registry.lock(&key("/l"));
+    drop(lock.acquire().await?);
+    lock.acquire_within(PATIENCE).await?.release().await?;
+    assert!(lock.holder().await?.is_none());
+    registry.close().await
+}
+
+/// S3, L6. Closing a handle releases what it holds.
+pub async fn closing_releases(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let held = one.lock(&key("/l")).acquire().await?;
+    one.close().await?;
+    assert!(held.is_lost() && held.valid_until().is_none());
+    within(PATIENCE, held.lost()).await;
+    other
+        .lock(&key("/l"))
+        .try_acquire()
+        .await?
+        .expect("it is free")
+        .release()
+        .await?;
+    other.close().await
+}
+
+/// L5. A holder learns that another hand removed its key.
+pub async fn removed_by_another_hand_is_lost(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let held = one.lock(&key("/l")).acquire().await?;
+    let waiter = tokio::spawn({
+        let lock = other.lock(&key("/l"));
+        async move { lock.acquire().await }
+    });
+    queued(&one.lock(&key("/l")), 2).await;
+    other.delete(&held.condition().key).await?;
+    within(PATIENCE, held.lost()).await;
+    assert!(held.is_lost(), "once lost, lost for ever");
+    let next = within(PATIENCE, waiter).await.expect("it does not panic")?;
+    assert!(next.token() > held.token());
+    next.release().await?;
+    other.close().await?;
+    one.close().await
+}
+
+/// L5. The release of a lost lock changes nothing that is another's.
+pub async fn release_of_a_lost_lock_touches_nothing(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let held = one.lock(&key("/l")).acquire().await?;
+    other.delete(&held.condition().key).await?;
+    within(PATIENCE, held.lost()).await;
+    let next = other.lock(&key("/l")).acquire_within(PATIENCE).await?;
+    assert!(matches!(held.release().await, Err(Error::HoldLost { .. })));
+    let holder = one.lock(&key("/l")).holder().await?.expect("the next one holds it");
+    assert_eq!(holder.token, next.token());
+    next.release().await?;
+    other.close().await?;
+    one.close().await
+}
+
+/// L8. A contender may leave a label; the holder and the queue can be read by anyone.
+pub async fn labels_are_seen(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let held = one.lock(&key("/l")).label("first").acquire().await?;
+    let waiter = tokio::spawn({
+        let lock = one.lock(&key("/l")).label("second");
+        async move { lock.acquire().await }
+    });
+    let lock = other.lock(&key("/l"));
+    queued(&lock, 2).await;
+    let contenders = lock.contenders().await?;
+    assert_eq!(
+        contenders.iter().map(|c| &c.value[..]).collect::<Vec<_>>(),
+        [b"first", &b"second"[..]]
+    );
+    assert_eq!(
+        (contenders[0].token, contenders[0].session),
+        (held.token(), Some(one.session().live()?))
+    );
+    held.release().await?;
+    within(PATIENCE, waiter)
+        .await
+        .expect("it does not panic")?
+        .release()
+        .await?;
+    other.close().await?;
+    one.close().await
+}
+
+/// L1. Locks whose names lie within each other are apart.
+pub async fn locks_below_locks_are_apart(cluster: &impl Cluster) -> Result<()> {
+    let registry = cluster.connect().await?;
+    let outer = registry.lock(&key("/l")).acquire().await?;
+    let inner = registry
+        .lock(&key("/l/m"))
+        .try_acquire()
+        .await?
+        .expect("it is another lock");
+    let like = registry
+        .lock(&key("/l!"))
+        .try_acquire()
+        .await?
+        .expect("it is another lock");
+    assert_eq!(registry.lock(&key("/l")).contenders().await?.len(), 1);
+    for held in [outer, inner, like] {
+        held.release().await?;
+    }
+    registry.close().await
+}
+
+/// A handle's lock, for other properties.
+pub(crate) async fn acquire(registry: &Arc<dyn Registry>, name: &str) -> Result<registry_api::Held> {
+    registry.lock(&key(name)).acquire_within(PATIENCE).await
+}

@@ -1,0 +1,80 @@
+//! A server process that a test owns.
+
+use std::io;
+use std::net::TcpListener;
+use std::process::Stdio;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+/// A process that is killed with the test.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    name: String,
+}
+
+impl Process {
+    /// Starts it, and waits for a line of its output that `ready` takes.
+    pub async fn start<T>(mut command: Command, ready: impl Fn(&str) -> Option<T>) -> (Self, T) {
+        let name = format!("{:?}", command.as_std().get_program());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
+        let mut child = command
+            .spawn()
+            .unwrap_or_else(|error| panic!("{name} can't be started: {error}"));
+        let mut lines = BufReader::new(child.stdout.take().expect("its output is a pipe")).lines();
+        let waiting = async {
+            while let Some(line) = lines.next_line().await.expect("its output can be read") {
+                if let Some(found) = ready(&line) {
+                    return found;
+                }
+            }
+            panic!("{name} ended before it was ready");
+        };
+        let found = crate::within(std::time::Duration::from_secs(30), waiting).await;
+        // What it prints later is read and thrown away, so that it never waits for a reader.
+        tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+        (Self { child, name }, found)
+    }
+
+    /// Kills it (SIGKILL) and waits until it is gone.
+    pub async fn kill(&mut self) {
+        self.child
+            .kill()
+            .await
+            .unwrap_or_else(|error| panic!("{} can't be killed: {error}", self.name));
+    }
+
+    /// Asks it to stop (SIGTERM) and waits for its end.
+    pub async fn stop(&mut self) -> io::Result<std::process::ExitStatus> {
+        self.signal(Signal::TERM);
+        self.child.wait().await
+    }
+
+    /// Stops its clock.
+    pub fn pause(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = self
+            .child
+            .id()
+            .and_then(|id| i32::try_from(id).ok())
+            .and_then(Pid::from_raw);
+        let pid = pid.unwrap_or_else(|| panic!("{} has ended", self.name));
+        kill_process(pid, signal).unwrap_or_else(|error| panic!("{}: {error}", self.name));
+    }
+}
+
+/// A port that was free a moment ago.
+pub fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+    listener.local_addr().expect("a listener has an address").port()
+}
