@@ -45,10 +45,14 @@ mod wire;
 
 use std::sync::Arc;
 
-use registry_api::{Options, Registry, Result};
+use registry_api::{Options, Registry, Result, SessionId, SessionStore};
 
 use crate::backend::RaftRegistry;
 use crate::remote::Remote;
+use crate::session::Sessions;
+
+#[doc(hidden)]
+pub use log::measure;
 
 pub use config::{DEFAULT_ADDRESS, RaftConfig};
 pub use member::Member;
@@ -99,4 +103,13 @@ pub async fn status(config: &RaftConfig, options: &Options) -> Result<Status> {
     Remote::new(config.endpoints.clone())
         .status(options.connect_timeout)
         .await
+}
+
+/// Ends a session by its id, whoever holds it: for an operator who knows that its process is gone.
+///
+/// # Errors
+/// As [`status`]. A session that is not there is no error.
+pub async fn end_session(config: &RaftConfig, options: &Options, session: SessionId) -> Result<()> {
+    config.check()?;
+    Sessions::new(Arc::new(Remote::new(config.endpoints.clone())), options).close(session).await
 }

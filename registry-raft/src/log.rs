@@ -8,6 +8,7 @@
 pub(crate) mod disk;
 #[cfg(test)]
 mod failing;
+pub mod measure;
 #[cfg(test)]
 mod power;
 mod reader;
@@ -317,6 +318,15 @@ impl Log {
         let (Some((jobs, thread)), Some((disk, _))) = (self.writer.lock().take(), &self.disk) else {
             return Ok(());
         };
+        if let Some(stats) = self.stats() {
+            tracing::debug!(
+                segments = stats.segments,
+                disk_bytes = stats.disk_bytes,
+                last_sync = ?stats.last_sync,
+                reserve = stats.reserve,
+                "closing the log"
+            );
+        }
         drop(jobs);
         let ended = match thread.join() {
             Ok(ended) => ended.map_err(|error| error.to_string()),

@@ -12,11 +12,14 @@ use registry_api::Result;
 use tokio::sync::oneshot;
 
 use crate::log::disk::{Disk, DiskFile, Folder};
-use crate::log::{self, Identity, Job, Log, OnFatal, Options};
+use crate::log::{self, Identity, Job, Log, OnFatal, Options, Place};
 use crate::types::{LogEntry, LogId, TypeConfig, Vote};
 
 /// The most bytes of entries that are read for one message to another member.
 const READ_BYTES: u64 = 2 << 20;
+
+/// An entry that is to be read: from memory, or from its file.
+type Found = (LogId, Option<LogEntry>, Option<(Place, Arc<dyn DiskFile>)>);
 
 /// A member's log. Cloning shares it.
 #[derive(Clone, Debug)]
@@ -62,8 +65,7 @@ impl LogStore {
             }
         }
         // Files are read without the lock.
-        let read = |(id, entry, place): (LogId, Option<LogEntry>, Option<(_, Arc<dyn DiskFile>)>)| match (entry, place)
-        {
+        let read = |(id, entry, place): Found| match (entry, place) {
             (Some(entry), _) => Ok(entry),
             (None, Some((place, file))) => log::read(&*file, id, place),
             (None, None) => Err(io::Error::other(format!(

@@ -72,7 +72,7 @@ async fn nothing_is_acknowledged_before_the_sync_and_all_in_order() {
     let (mut log, _) = open(&disk);
     until(|| has_reserve(&log));
     let segment = || disk.files()["wal-0000000000000001.log"].clone();
-    let syncing = disk.hold_syncs();
+    disk.hold_syncs();
     let mut flushed = append(&mut log, 0).await;
     // It is written, and readable, and not acknowledged.
     until(|| segment()[512..].windows(200).any(|window| window == [b'x'; 200]));
@@ -85,7 +85,7 @@ async fn nothing_is_acknowledged_before_the_sync_and_all_in_order() {
     });
     tokio::task::yield_now().await;
     assert!(later.try_recv().is_err() && !voter.is_finished());
-    drop(syncing);
+    disk.let_syncs_go();
     voter.await.unwrap().unwrap();
     // One stream: what was handed in before the vote was acknowledged before it.
     assert!(flushed.try_recv().unwrap().is_ok() && later.try_recv().unwrap().is_ok());
@@ -166,10 +166,10 @@ async fn a_flipped_bit_at_the_end_is_cut_and_never_served() {
     let name = "wal-0000000000000001.log";
     let good = disk.files()[name].clone();
     let end = good.iter().rposition(|&byte| byte != 0).unwrap() + 1;
-    for at in end - 200..end {
+    for (at, byte) in good.iter().enumerate().take(end).skip(end - 200) {
         let bad = disk.killed();
         let file = super::disk::Disk::open(&bad, name).unwrap();
-        file.write_at(&[good[at] ^ 1], at as u64).unwrap();
+        file.write_at(&[byte ^ 1], at as u64).unwrap();
         let (mut log, _) = open(&bad);
         // It can't be told from a torn one: nothing follows that proves it was acknowledged.
         assert_eq!(log.try_get_log_entries(..).await.unwrap(), [entry(0), entry(1)]);

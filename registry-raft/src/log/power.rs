@@ -194,9 +194,7 @@ fn run(seed: u64) -> usize {
         match open(&disk, &fatal) {
             Ok(mut log) => runtime.block_on(async {
                 let found = Model::of(&mut log).await;
-                let known = history.states[history.acknowledged..]
-                    .iter()
-                    .any(|state| *state == found);
+                let known = history.states[history.acknowledged..].contains(&found);
                 assert!(
                     known,
                     "seed {seed}: {found:?} is none of the {} states since what was acknowledged, {:?}",

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex};
 
 use super::{Disk, DiskFile};
 
@@ -41,8 +41,8 @@ struct Shared {
     left: AtomicU64,
     /// How many bytes there is room for.
     room: AtomicU64,
-    /// Held to hold up every sync.
-    syncs: Mutex<()>,
+    /// Whether every sync of a file is held up.
+    held: (Mutex<bool>, Condvar),
     failing: AtomicU64,
 }
 
@@ -52,7 +52,7 @@ impl Default for Shared {
             directory: Mutex::default(),
             left: AtomicU64::new(u64::MAX),
             room: AtomicU64::new(u64::MAX),
-            syncs: Mutex::default(),
+            held: Default::default(),
             failing: AtomicU64::new(0),
         }
     }
@@ -121,9 +121,14 @@ impl Faulty {
         self.0.room.store(bytes, Ordering::SeqCst);
     }
 
-    /// No sync ends before the guard is dropped.
-    pub(crate) fn hold_syncs(&self) -> MutexGuard<'_, ()> {
-        self.0.syncs.lock()
+    /// No sync of a file ends before [`Faulty::let_syncs_go`].
+    pub(crate) fn hold_syncs(&self) {
+        *self.0.held.0.lock() = true;
+    }
+
+    pub(crate) fn let_syncs_go(&self) {
+        *self.0.held.0.lock() = false;
+        self.0.held.1.notify_all();
     }
 
     /// The files as they are seen.
@@ -311,7 +316,8 @@ impl DiskFile for OpenFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let _held = self.disk.0.syncs.lock();
+        let (held, go) = &self.disk.0.held;
+        go.wait_while(&mut held.lock(), |held| *held);
         self.disk.spend()?;
         let mut content = self.content.lock();
         let failing = &self.disk.0.failing;
