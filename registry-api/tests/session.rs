@@ -37,7 +37,10 @@ impl Store {
     }
 
     fn unavailable() -> Error {
-        Error::Unavailable { backend: "test", source: "as told".into() }
+        Error::Unavailable {
+            backend: "test",
+            source: "as told".into(),
+        }
     }
 
     async fn answer(&self) -> Result<()> {
@@ -55,7 +58,11 @@ impl SessionStore for Store {
     async fn open(&self) -> Result<Grant> {
         self.answer().await?;
         let session = SessionId(self.opened.fetch_add(1, Ordering::SeqCst) + 1);
-        Ok(Grant { session, ttl: TTL, margin: Duration::ZERO })
+        Ok(Grant {
+            session,
+            ttl: TTL,
+            margin: Duration::ZERO,
+        })
     }
 
     async fn keep_alive(&self, session: SessionId) -> Result<()> {
@@ -81,7 +88,9 @@ async fn open(store: &Arc<Store>) -> Session {
 async fn until(session: &Session, wanted: SessionState) {
     let mut states = session.states();
     let reached = tokio::time::timeout(5 * TTL, states.wait_for(|state| *state == wanted)).await;
-    reached.unwrap_or_else(|_| panic!("{wanted:?} never came, it is {:?}", session.state())).unwrap();
+    reached
+        .unwrap_or_else(|_| panic!("{wanted:?} never came, it is {:?}", session.state()))
+        .unwrap();
 }
 
 #[tokio::test]
@@ -106,7 +115,11 @@ async fn silence_suspends_then_expires_before_the_ttl_and_a_new_session_comes() 
         assert!(session.is_valid(id));
         until(&session, SessionState::Expired(id)).await;
         // The last answered keep-alive was sent before the silence began.
-        assert!(silent.elapsed() < TTL, "told after {:?}, when another may hold what this one held", silent.elapsed());
+        assert!(
+            silent.elapsed() < TTL,
+            "told after {:?}, when another may hold what this one held",
+            silent.elapsed()
+        );
         assert!(!session.is_valid(id) && session.valid_until(id).is_none() && session.live().is_err());
         store.mood.send_replace(Mood::Answers);
         until(&session, SessionState::Connected(SessionId(id.0 + 1))).await;
@@ -133,7 +146,11 @@ async fn the_stores_word_ends_a_session_at_once() {
     session.ended(SessionId(1)).await;
     store.mood.send_replace(Mood::Answers);
     let mut states = session.states();
-    let next = states.wait_for(|state| matches!(state, SessionState::Connected(id) if id.0 > 1)).await.unwrap().id();
+    let next = states
+        .wait_for(|state| matches!(state, SessionState::Connected(id) if id.0 > 1))
+        .await
+        .unwrap()
+        .id();
     session.told_expired(SessionId(1));
     assert_eq!(session.state(), SessionState::Connected(next));
     session.told_expired(next);
@@ -157,7 +174,10 @@ async fn close_that_gets_no_answer_says_so_and_closes_all_the_same() {
     let store = Store::new();
     let session = open(&store).await;
     store.mood.send_replace(Mood::Silent);
-    assert!(matches!(session.close(TTL / 3).await, Err(Error::OutcomeUnknown { .. })));
+    assert!(matches!(
+        session.close(TTL / 3).await,
+        Err(Error::OutcomeUnknown { .. })
+    ));
     assert_eq!(session.state(), SessionState::Closed(SessionId(1)));
 }
 
@@ -169,7 +189,10 @@ async fn dropping_the_last_handle_ends_the_session() {
     assert!(session.is_valid(SessionId(1)));
     drop(session);
     let mut closed = store.closed.subscribe();
-    tokio::time::timeout(5 * TTL, closed.wait_for(|closed| *closed == [SessionId(1)])).await.unwrap().unwrap();
+    tokio::time::timeout(5 * TTL, closed.wait_for(|closed| *closed == [SessionId(1)]))
+        .await
+        .unwrap()
+        .unwrap();
 }
 
 #[tokio::test]
@@ -177,7 +200,10 @@ async fn a_store_that_is_down_is_an_error_in_time() {
     let store = Store::new();
     store.mood.send_replace(Mood::Silent);
     let asked = Instant::now();
-    assert!(matches!(Session::open("test", store.clone(), TTL).await, Err(Error::Unavailable { .. })));
+    assert!(matches!(
+        Session::open("test", store.clone(), TTL).await,
+        Err(Error::Unavailable { .. })
+    ));
     assert!(asked.elapsed() < 3 * TTL);
 }
 
