@@ -75,7 +75,7 @@ impl Commit<'_> {
                 None => {
                     self.look(None).await?;
                     match self.plan.judge(&self.state)? {
-                        Judgement::Clear => self.plan.guarded(&self.state),
+                        Judgement::Clear => self.plan.guarded_request(&self.state),
                         Judgement::Evict(keys) => {
                             self.evict(keys).await?;
                             continue;

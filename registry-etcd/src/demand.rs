@@ -5,6 +5,8 @@ use std::collections::HashMap;
 use etcd_client::proto::{PbTxnOpResponse, PbTxnResponse};
 use etcd_client::{Compare, CompareOp, GetOptions, TxnOp};
 
+use crate::names::after;
+
 /// What etcd is to verify.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Demand {
@@ -42,6 +44,18 @@ pub(crate) struct State {
 }
 
 impl Demand {
+    /// The names it is about.
+    pub(crate) fn range(&self) -> (Vec<u8>, Vec<u8>) {
+        match self {
+            Self::Empty(start, end) | Self::Untouched(start, end, _) => (start.clone(), end.clone()),
+            Self::Absent(key)
+            | Self::Present(key)
+            | Self::Modified(key, _)
+            | Self::Created(key, _)
+            | Self::Lease(key, _) => (key.clone(), after(key.clone())),
+        }
+    }
+
     pub(crate) fn compare(self) -> Compare {
         match self {
             Self::Absent(key) => Compare::create_revision(key, CompareOp::Equal, 0),

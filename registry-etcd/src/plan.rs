@@ -16,7 +16,7 @@ use registry_api::{
 };
 
 use crate::demand::{Demand, Found, Probe, State};
-use crate::names::{Names, after, compared, lease, revision, session};
+use crate::names::{Names, compared, lease, revision, session};
 
 /// The most comparisons, and the most operations, that etcd takes in one transaction (`--max-txn-ops`).
 pub(crate) const MAX_OPS: usize = 128;
@@ -74,31 +74,25 @@ impl<'t> Plan<'t> {
         (demands.len() <= MAX_OPS).then(|| self.build(demands, self.operations()))
     }
 
-    /// The request with few comparisons, for keys that were seen to allow it: conditions are compared as they are, and
-    /// of everything else it is demanded that nothing was put since. Keys near each other share a comparison.
-    pub(crate) fn guarded(&self, seen: &State) -> Request {
+    /// The request with few comparisons, for keys that were seen to allow it.
+    pub(crate) fn guarded_request(&self, seen: &State) -> Request {
+        self.build(self.guarded(seen), self.operations())
+    }
+
+    /// Conditions are compared as they are, and of everything else it is demanded that nothing was put since. Keys near
+    /// each other share a comparison.
+    fn guarded(&self, seen: &State) -> BTreeSet<Demand> {
         let mut exact = BTreeSet::new();
         self.demand_conditions(&mut exact);
-        let mut ranges: Vec<_> = self
-            .demands(&BTreeMap::new())
-            .into_iter()
-            .filter(|demand| !exact.contains(demand))
-            .map(|demand| match demand {
-                Demand::Empty(start, end) | Demand::Untouched(start, end, _) => (start, end),
-                Demand::Absent(key)
-                | Demand::Present(key)
-                | Demand::Modified(key, _)
-                | Demand::Created(key, _)
-                | Demand::Lease(key, _) => (key.clone(), after(key)),
-            })
-            .collect();
+        let rest = self.demands(&BTreeMap::new());
+        let mut ranges: Vec<_> = rest.difference(&exact).map(Demand::range).collect();
         ranges.sort();
         let share = ranges.len().div_ceil(MAX_OPS - exact.len()).max(1);
         for group in ranges.chunks(share) {
             let end = group.iter().map(|(_, end)| end).max().cloned().unwrap_or_default();
             exact.insert(Demand::Untouched(group[0].0.clone(), end, seen.revision + 1));
         }
-        self.build(exact, self.operations())
+        exact
     }
 
     /// The request that deletes keys which are to be made anew, under every demand of the transaction.
@@ -335,4 +329,53 @@ fn refused(key: &Key, refusal: Refusal) -> Error {
 /// What a finished transaction says of its revision.
 pub(crate) fn committed_at(response: &PbTxnResponse) -> Revision {
     revision(response.header.as_ref().map_or(0, |header| header.revision))
+}
+
+#[cfg(test)]
+mod tests {
+    use registry_api::Namespace;
+
+    use super::*;
+
+    fn key(path: &str) -> Key {
+        Key::parse(path).expect("a key of the test")
+    }
+
+    #[test]
+    fn ancestors_are_shared() {
+        let names = Names(Namespace::default());
+        let txn = (0..64).fold(Txn::new(), |txn, number| txn.put(&key(&format!("/a/b/c/{number}")), ""));
+        let plan = Plan::new(&names, &txn, None);
+        assert_eq!(plan.demands(&BTreeMap::new()).len(), 64 + 3);
+        assert!(plan.request().is_some());
+    }
+
+    #[test]
+    fn the_largest_transaction_fits_when_it_is_guarded() {
+        let names = Names(Namespace::default());
+        let deep = |number: usize| key(&format!("/{number}{}", "/d".repeat(31)));
+        let txn = (0..64).fold(Txn::new(), |txn, number| {
+            txn.put_ephemeral(&deep(number), "")
+                .when(&key(&format!("/c{number}")), Expect::Present)
+        });
+        let mut plan = Plan::new(&names, &txn, Some(SessionId(7)));
+        assert!(plan.request().is_none());
+        let seen = State {
+            revision: 9,
+            ..State::default()
+        };
+        let guarded = plan.guarded(&seen);
+        assert!(guarded.len() <= MAX_OPS);
+        // Whatever is demanded is either compared as it is or lies in a range that is guarded.
+        for demand in plan.demands(&BTreeMap::new()) {
+            let (start, end) = demand.range();
+            let within = |guard: &Demand| {
+                let (from, to) = guard.range();
+                matches!(guard, Demand::Untouched(_, _, 10)) && from <= start && end <= to
+            };
+            assert!(guarded.contains(&demand) || guarded.iter().any(within), "{demand:?}");
+        }
+        // Nothing is there, so the conditions fail.
+        assert!(matches!(plan.judge(&seen), Err(Error::Conflict { .. })));
+    }
 }

@@ -179,12 +179,11 @@ impl Servers {
     pub async fn ready(&self) {
         for member in self.members.iter().filter(|member| member.process.is_some()) {
             let client = client(&format!("127.0.0.1:{}", member.client)).await;
-            until("a member is ready", async || {
-                let mut kv = client.kv_client();
-                let get = kv.get("ready", None);
-                matches!(tokio::time::timeout(Duration::from_secs(1), get).await, Ok(Ok(_)))
-            })
-            .await;
+            let began = Instant::now();
+            while !answers(&client).await {
+                assert!(began.elapsed() < Duration::from_secs(30), "etcd is not ready in 30 s");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
         }
     }
 
@@ -240,6 +239,12 @@ impl Drop for Servers {
     fn drop(&mut self) {
         self.kill_all();
     }
+}
+
+async fn answers(client: &Client) -> bool {
+    let mut kv = client.kv_client();
+    let get = kv.get("ready", None);
+    matches!(tokio::time::timeout(Duration::from_secs(1), get).await, Ok(Ok(_)))
 }
 
 async fn client(endpoint: &str) -> Client {
