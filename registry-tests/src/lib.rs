@@ -120,3 +120,9 @@ macro_rules! names_of {
         [$($(concat!(stringify!($subject), "::", stringify!($property)),)+)+]
     };
 }
+
+/// The names of all properties, as the book's page on guarantees gives them.
+pub fn names() -> Vec<&'static str> {
+    let faults = properties!(faults names_of, ());
+    properties!(names_of, ()).into_iter().chain(faults).collect()
+}
