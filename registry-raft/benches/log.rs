@@ -21,7 +21,7 @@ async fn main() -> Result<()> {
 }
 
 async fn run(dir: &std::path::Path) -> Result<()> {
-    println!("{ROUNDS} rounds, medians; entries of 256 bytes");
+    println!("{ROUNDS} rounds, medians; entries of 256 bytes, more than a segment of them from 16 under way on");
     let mut disk = (Vec::new(), Vec::new());
     let mut ours = [1, 16, 64, 256].map(|under_way| (under_way, Vec::new(), Vec::new(), Vec::new()));
     for round in 0..ROUNDS {
@@ -37,7 +37,7 @@ async fn run(dir: &std::path::Path) -> Result<()> {
             let took = append(
                 &log(*under_way),
                 *under_way,
-                if *under_way == 1 { 2000 } else { 50_000 },
+                if *under_way == 1 { 2000 } else { 250_000 },
             )
             .await?;
             rate.push(took.rate());

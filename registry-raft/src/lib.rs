@@ -111,5 +111,7 @@ pub async fn status(config: &RaftConfig, options: &Options) -> Result<Status> {
 /// As [`status`]. A session that is not there is no error.
 pub async fn end_session(config: &RaftConfig, options: &Options, session: SessionId) -> Result<()> {
     config.check()?;
-    Sessions::new(Arc::new(Remote::new(config.endpoints.clone())), options).close(session).await
+    Sessions::new(Arc::new(Remote::new(config.endpoints.clone())), options)
+        .close(session)
+        .await
 }

@@ -91,9 +91,6 @@ pub(crate) struct State {
     pub(crate) vote: Option<Vote>,
     pub(crate) committed: Option<LogId>,
     pub(crate) purged: Option<LogId>,
-    /// The bytes of all entries, and of those in memory.
-    bytes: u64,
-    cached: usize,
     /// How many slots from the front are not in memory.
     evicted: usize,
     /// The segments by their number, open: who reads an entry does so though it is purged meanwhile.
@@ -106,6 +103,8 @@ pub(crate) struct State {
 pub(crate) struct Slot {
     pub(crate) id: LogId,
     pub(crate) bytes: u32,
+    /// The bytes of all entries up to this one, counted from some earlier one on: a difference is what a range takes.
+    end: u64,
     /// In memory, unless it is old and on disk.
     pub(crate) entry: Option<LogEntry>,
     /// Where it was written.
@@ -141,11 +140,11 @@ impl State {
             )));
         }
         let bytes = record::entry_bytes(&entry);
-        self.bytes += u64::from(bytes);
-        self.cached += bytes as usize;
+        let end = self.slots.back().map_or(0, |last| last.end) + u64::from(bytes);
         self.slots.push_back(Slot {
             id: entry.log_id,
             bytes,
+            end,
             entry: Some(entry),
             place,
         });
@@ -154,31 +153,27 @@ impl State {
 
     /// Drops everything after `last`.
     pub(crate) fn truncate_after(&mut self, last: Option<LogId>) {
-        while self
+        let keep = self
             .slots
-            .back()
-            .is_some_and(|slot| last.is_none_or(|last| slot.id.index > last.index))
-        {
-            let slot = self.slots.pop_back().expect("it was looked at");
-            self.forget(&slot);
-        }
-        self.evicted = self.evicted.min(self.slots.len());
+            .partition_point(|slot| last.is_some_and(|last| slot.id.index <= last.index));
+        self.slots.truncate(keep);
+        self.evicted = self.evicted.min(keep);
     }
 
-    /// Drops everything up to `upto`.
-    pub(crate) fn purge(&mut self, upto: LogId) {
-        while self.slots.front().is_some_and(|slot| slot.id.index <= upto.index) {
-            let slot = self.slots.pop_front().expect("it was looked at");
-            self.forget(&slot);
-            self.evicted = self.evicted.saturating_sub(1);
-        }
+    /// Takes out everything up to `upto`. The caller lets go of it where that holds nobody up: it may be a million.
+    pub(crate) fn purge(&mut self, upto: LogId) -> VecDeque<Slot> {
+        let gone = self.slots.partition_point(|slot| slot.id.index <= upto.index);
+        let left = self.slots.split_off(gone);
+        self.evicted = self.evicted.saturating_sub(gone);
         self.purged = self.purged.max(Some(upto));
+        std::mem::replace(&mut self.slots, left)
     }
 
-    fn forget(&mut self, slot: &Slot) {
-        self.bytes -= u64::from(slot.bytes);
-        if slot.entry.is_some() {
-            self.cached -= slot.bytes as usize;
+    /// The bytes of the entries from that slot on.
+    fn bytes_from(&self, slot: usize) -> u64 {
+        match (self.slots.get(slot), self.slots.back()) {
+            (Some(first), Some(last)) => last.end - first.end + u64::from(first.bytes),
+            _ => 0,
         }
     }
 
@@ -190,13 +185,11 @@ impl State {
     }
 
     pub(crate) fn evict(&mut self, cache_bytes: usize) {
-        while self.cached > cache_bytes {
+        while self.bytes_from(self.evicted) > cache_bytes as u64 {
             let Some(slot) = self.slots.get_mut(self.evicted).filter(|slot| slot.place.is_some()) else {
                 return;
             };
-            if slot.entry.take().is_some() {
-                self.cached -= slot.bytes as usize;
-            }
+            slot.entry = None;
             self.evicted += 1;
         }
     }
@@ -295,7 +288,7 @@ impl Log {
 
     /// The bytes of all entries that are not purged.
     pub(crate) fn bytes(&self) -> u64 {
-        self.state.lock().bytes
+        self.state.lock().bytes_from(0)
     }
 
     /// Nothing for a log in memory.

@@ -173,7 +173,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn purge(&mut self, upto: LogId) -> io::Result<()> {
-        self.0.state.lock().purge(upto);
+        let gone = self.0.state.lock().purge(upto);
+        // A snapshot may purge a million entries, and openraft waits here.
+        tokio::task::spawn_blocking(move || drop(gone));
         self.0.submit(Job::Purge(upto)).map(|_| ())
     }
 }

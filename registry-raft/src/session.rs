@@ -41,7 +41,10 @@ impl Sessions {
             match self.link.command(Command::new(change.clone()), left).await {
                 Ok(reply) => return reply.result.ok_or_else(not_understood),
                 Err(Error::Unavailable { source, .. } | Error::OutcomeUnknown { source, .. }) if left <= backoff => {
-                    return Err(Error::Unavailable { backend: BACKEND, source });
+                    return Err(Error::Unavailable {
+                        backend: BACKEND,
+                        source,
+                    });
                 }
                 Err(Error::Unavailable { source, .. } | Error::OutcomeUnknown { source, .. }) => {
                     tracing::debug!(error = %source, "a session can't be opened or closed yet");

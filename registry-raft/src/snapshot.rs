@@ -9,6 +9,7 @@ use std::io::{self, BufReader, BufWriter, Cursor, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -27,6 +28,8 @@ const MAGIC: &[u8; 8] = b"REGSNAP\0";
 const FORMAT: u32 = 1;
 /// How much of keys and values goes into one frame.
 const FRAME: usize = 256 << 10;
+/// How much of a file is written before it is synced.
+const PACE: usize = 1 << 20;
 /// No frame is larger: one value, and room.
 const MAX_FRAME: usize = 16 << 20;
 
@@ -171,14 +174,21 @@ impl Snapshots {
                     beside.clone(),
                     OpenOptions::new().create(true).truncate(true).write(true),
                 )?;
-                let mut out = BufWriter::with_capacity(1 << 20, file);
+                let mut out = BufWriter::with_capacity(
+                    1 << 20,
+                    Paced {
+                        file,
+                        unsynced: 0,
+                        since: Instant::now(),
+                    },
+                );
                 write(&mut out)?;
-                let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
+                let file = out.into_inner().map_err(io::IntoInnerError::into_error)?.file;
                 file.sync_all()?;
                 fs::rename(&beside, &path)?;
                 File::open(directory)?.sync_all()?;
                 for older in files(directory, ".snap")?.into_iter().filter(|older| *older < path) {
-                    fs::remove_file(older)?;
+                    remove(&older)?;
                 }
                 let size = file.metadata()?.len();
                 (SnapshotData::File(path), size)
@@ -317,6 +327,44 @@ fn write(out: &mut dyn Write, identity: &Identity, frozen: &Frozen) -> io::Resul
         }),
     )?;
     out.flush()
+}
+
+/// Removes a large file piece by piece: its blocks freed at once would hold up the log's writes.
+fn remove(path: &Path) -> io::Result<()> {
+    let file = File::options().write(true).open(path)?;
+    let mut left = file.metadata()?.len();
+    while left > 0 {
+        left = left.saturating_sub(8 * PACE as u64);
+        file.set_len(left)?;
+        file.sync_data()?;
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    fs::remove_file(path)
+}
+
+/// A file that is synced as it grows, and written half of the time only. Hundreds of megabytes at once would hold up the
+/// log's small writes, which share its disk and its processors.
+struct Paced {
+    file: File,
+    unsynced: usize,
+    since: Instant,
+}
+
+impl Write for Paced {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.unsynced += written;
+        if self.unsynced >= PACE {
+            self.file.sync_data()?;
+            std::thread::sleep(self.since.elapsed());
+            (self.unsynced, self.since) = (0, Instant::now());
+        }
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
 }
 
 fn put(out: &mut dyn Write, frame: Frame) -> io::Result<()> {

@@ -167,7 +167,7 @@ impl Recovered {
             Record::Vote(vote) => state.vote = Some(wire::vote_from(vote)),
             Record::Committed(id) => state.committed = Some(wire::log_id_from(id)),
             Record::Truncate(truncate) => state.truncate_after(truncate.last.map(wire::log_id_from)),
-            Record::Purged(id) => state.purge(wire::log_id_from(id)),
+            Record::Purged(id) => drop(state.purge(wire::log_id_from(id))),
         }
         Ok(None)
     }

@@ -46,6 +46,8 @@ pub(super) struct Writer {
     heads: Heads,
     /// Whether this segment has what older ones hold alone, so that they may go.
     headed: bool,
+    /// Whether older segments may go now.
+    removing: bool,
 }
 
 /// The newest of the records that older segments hold alone.
@@ -111,6 +113,7 @@ impl Writer {
             // Not known: its first records may have been torn off. Written before an older one goes, not now: the disk
             // may be full.
             headed: false,
+            removing: false,
         };
         writer.segments.largest.entry(sequence).or_default();
         Ok(writer)
@@ -127,8 +130,16 @@ impl Writer {
     }
 
     fn work(&mut self, queue: &Receiver<Job>) -> io::Result<()> {
-        while let Ok(job) = queue.recv() {
-            let mut batch = vec![job];
+        loop {
+            let mut batch = match queue.try_recv() {
+                Ok(job) => vec![job],
+                // There is work of its own.
+                Err(_) if self.removing => Vec::new(),
+                Err(_) => match queue.recv() {
+                    Ok(job) => vec![job],
+                    Err(_) => return Ok(()),
+                },
+            };
             let mut bytes = 0;
             while bytes < MAX_BATCH {
                 let Ok(job) = queue.try_recv() else { break };
@@ -143,10 +154,10 @@ impl Writer {
             let done = self.carry_out(&batch);
             let (batch, done) = match done {
                 Ok(()) => {
-                    let purge = batch.iter().any(|job| matches!(job, Job::Purge(_)));
+                    self.removing |= batch.iter().any(|job| matches!(job, Job::Purge(_)));
                     batch.into_iter().for_each(succeed);
-                    // Nobody waits for it.
-                    (Vec::new(), if purge { self.remove_purged() } else { Ok(()) })
+                    // Nobody waits for it, and who comes next waits for one removal at most.
+                    (Vec::new(), self.remove_oldest())
                 }
                 Err(error) => (batch, Err(error)),
             };
@@ -160,7 +171,6 @@ impl Writer {
                 return Err(error);
             }
         }
-        Ok(())
     }
 
     fn carry_out(&mut self, batch: &[Job]) -> io::Result<()> {
@@ -283,31 +293,32 @@ impl Writer {
         Ok(())
     }
 
-    /// Removes the oldest segments that hold nothing but what is purged, each durably before the next: with a hole in
+    /// Removes the oldest segment if it holds nothing but what is purged, durably before the next goes: with a hole in
     /// their numbers the log is refused.
-    fn remove_purged(&mut self) -> io::Result<()> {
-        let Some(purged) = self.heads.purged.map(|purged| purged.index) else {
+    fn remove_oldest(&mut self) -> io::Result<()> {
+        let purged = self.heads.purged.map(|purged| purged.index).filter(|_| self.removing);
+        let oldest = self
+            .segments
+            .largest
+            .first_key_value()
+            .map(|(sequence, largest)| (*sequence, *largest));
+        let gone = oldest.zip(purged).filter(|((sequence, largest), purged)| {
+            *sequence != self.sequence && largest.is_none_or(|largest| largest <= *purged)
+        });
+        let Some(((sequence, _), _)) = gone else {
+            self.removing = false;
             return Ok(());
         };
-        let mut safe = false;
-        while let Some((&sequence, largest)) = self.segments.largest.first_key_value() {
-            if sequence == self.sequence || largest.is_some_and(|largest| largest > purged) {
-                break;
-            }
-            if !safe {
-                if !self.headed {
-                    self.put_heads()?;
-                    self.start = HEADER as u64;
-                }
-                self.write()?;
-                self.sync()?;
-                safe = true;
-            }
-            self.disk.remove(&segment::name(sequence))?;
-            self.disk.sync()?;
-            self.segments.largest.remove(&sequence);
-            self.state.lock().files.remove(&sequence);
+        if !self.headed {
+            self.put_heads()?;
+            self.start = HEADER as u64;
         }
+        self.write()?;
+        self.sync()?;
+        self.disk.remove(&segment::name(sequence))?;
+        self.disk.sync()?;
+        self.segments.largest.remove(&sequence);
+        self.state.lock().files.remove(&sequence);
         Ok(())
     }
 }
