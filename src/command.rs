@@ -23,7 +23,7 @@ use output::Output;
 
 type Outcome = Result<ExitCode, Failure>;
 
-/// Keys, ephemeral keys, watches, locks and elections, over an embedded Raft store, etcd, ZooKeeper or MySQL.
+/// Keys, ephemeral keys, watches, locks and elections, over an embedded Raft store, etcd or ZooKeeper.
 #[derive(Debug, Parser)]
 #[command(
     version,

@@ -17,12 +17,10 @@ pub const BACKENDS: &[&str] = &[
     "etcd",
     #[cfg(feature = "zk")]
     "zk",
-    #[cfg(feature = "mysql")]
-    "mysql",
 ];
 
 /// Every backend there is.
-const ALL: [&str; 4] = ["raft", "etcd", "zk", "mysql"];
+const ALL: [&str; 3] = ["raft", "etcd", "zk"];
 
 /// A store, and its settings.
 #[derive(Clone, Debug)]
@@ -37,9 +35,6 @@ pub enum Backend {
     /// ZooKeeper.
     #[cfg(feature = "zk")]
     Zk(registry_zk::ZkConfig),
-    /// MySQL or MariaDB.
-    #[cfg(feature = "mysql")]
-    MySql(registry_mysql::MySqlConfig),
 }
 
 /// All settings of a handle: what every backend shares, and the backend.
@@ -120,8 +115,6 @@ pub async fn connect(config: &Config) -> Result<Arc<dyn Registry>> {
         Backend::Etcd(etcd) => registry_etcd::connect(etcd, &config.options).await,
         #[cfg(feature = "zk")]
         Backend::Zk(zk) => registry_zk::connect(zk, &config.options).await,
-        #[cfg(feature = "mysql")]
-        Backend::MySql(mysql) => registry_mysql::connect(mysql, &config.options).await,
     }
 }
 
@@ -147,7 +140,6 @@ struct Table {
     raft: RaftTable,
     etcd: EtcdTable,
     zk: ZkTable,
-    mysql: MySqlTable,
 }
 
 #[cfg(feature = "raft")]
@@ -162,17 +154,13 @@ type EtcdTable = NotCompiledIn;
 type ZkTable = Option<registry_zk::ZkConfig>;
 #[cfg(not(feature = "zk"))]
 type ZkTable = NotCompiledIn;
-#[cfg(feature = "mysql")]
-type MySqlTable = Option<registry_mysql::MySqlConfig>;
-#[cfg(not(feature = "mysql"))]
-type MySqlTable = NotCompiledIn;
 
 /// The table of a backend that this build knows nothing of.
-#[cfg(not(all(feature = "raft", feature = "etcd", feature = "zk", feature = "mysql")))]
+#[cfg(not(all(feature = "raft", feature = "etcd", feature = "zk")))]
 #[derive(Debug, Default)]
 struct NotCompiledIn;
 
-#[cfg(not(all(feature = "raft", feature = "etcd", feature = "zk", feature = "mysql")))]
+#[cfg(not(all(feature = "raft", feature = "etcd", feature = "zk")))]
 impl<'de> Deserialize<'de> for NotCompiledIn {
     fn deserialize<D: Deserializer<'de>>(table: D) -> Result<Self, D::Error> {
         serde::de::IgnoredAny::deserialize(table).map(|_| Self)
@@ -192,7 +180,6 @@ impl Default for Table {
             raft: RaftTable::default(),
             etcd: EtcdTable::default(),
             zk: ZkTable::default(),
-            mysql: MySqlTable::default(),
         }
     }
 }
@@ -206,7 +193,7 @@ impl Table {
             request_timeout: self.request_timeout,
             connect_timeout: self.connect_timeout,
         };
-        #[cfg(any(feature = "etcd", feature = "zk", feature = "mysql"))]
+        #[cfg(any(feature = "etcd", feature = "zk"))]
         let missing = |table: &str| {
             refused(
                 place,
@@ -220,8 +207,6 @@ impl Table {
             "etcd" => Backend::Etcd(self.etcd.ok_or_else(|| missing("etcd"))?),
             #[cfg(feature = "zk")]
             "zk" => Backend::Zk(self.zk.ok_or_else(|| missing("zk"))?),
-            #[cfg(feature = "mysql")]
-            "mysql" => Backend::MySql(self.mysql.ok_or_else(|| missing("mysql"))?),
             known if ALL.contains(&known) => {
                 let reason = format!(
                     "registry.type = {known:?} is not compiled into this program, which has: {}",

@@ -107,11 +107,23 @@ impl From<SessionTtl> for String {
 
 /// What to do when the store grants another TTL than was asked (S1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(try_from = "String", rename_all = "lowercase")]
 pub enum TtlBounds {
     /// Opening the handle fails and says the store's bounds.
     #[default]
     Refuse,
     /// The granted TTL is used, and reported by [`crate::Session::ttl`].
     Accept,
+}
+
+impl TryFrom<String> for TtlBounds {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.as_str() {
+            "refuse" => Ok(Self::Refuse),
+            "accept" => Ok(Self::Accept),
+            _ => Err(format!("{text:?} is neither `refuse` nor `accept`")),
+        }
+    }
 }

@@ -1,0 +1,444 @@
+//! The command as a user runs it: a served member, and every subcommand against it, with wrong inputs too.
+
+#![cfg(feature = "raft")]
+
+use std::path::Path;
+use std::process::Output;
+use std::time::Duration;
+
+use registry_tests::{Process, process, within};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Shell {
+    dir: TempDir,
+    port: u16,
+}
+
+impl Shell {
+    fn new() -> Self {
+        Self {
+            dir: TempDir::new().unwrap(),
+            port: process::free_port(),
+        }
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_registry"));
+        command
+            .args(arguments)
+            .current_dir(self.dir.path())
+            .env_remove("REGISTRY_CONFIG")
+            .kill_on_drop(true);
+        command
+            .env("REGISTRY__RAFT__LISTEN", format!("127.0.0.1:{}", self.port))
+            .env("REGISTRY__SESSION_TTL", "1s");
+        command
+    }
+
+    async fn serve(&self) -> Process {
+        Process::start(self.command(&["serve"]), |line| line.contains("ready").then_some(()))
+            .await
+            .0
+    }
+
+    async fn run(&self, arguments: &[&str]) -> Output {
+        within(PATIENCE, self.command(arguments).output()).await.unwrap()
+    }
+
+    /// What it prints, having ended with that code.
+    async fn says(&self, code: i32, arguments: &[&str]) -> String {
+        let output = self.run(arguments).await;
+        let (out, err) = (
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+        );
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {out}{err}");
+        format!("{out}{err}")
+    }
+
+    async fn json(&self, arguments: &[&str]) -> Vec<Value> {
+        let said = self.says(0, &[&["--json"], arguments].concat()).await;
+        said.lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{line}: {e}")))
+            .collect()
+    }
+
+    /// Starts what goes on until it is told to stop, and waits for its first line.
+    async fn starts(
+        &self,
+        arguments: &[&str],
+    ) -> (Child, tokio::io::Lines<BufReader<tokio::process::ChildStdout>>, String) {
+        let mut child = self
+            .command(arguments)
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let first = line(&mut lines).await;
+        (child, lines, first)
+    }
+}
+
+async fn line(lines: &mut tokio::io::Lines<BufReader<tokio::process::ChildStdout>>) -> String {
+    within(PATIENCE, lines.next_line()).await.unwrap().expect("it goes on")
+}
+
+async fn interrupt(child: &mut Child) -> Option<i32> {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    within(PATIENCE, child.wait()).await.unwrap().code()
+}
+
+#[tokio::test]
+async fn keys_are_put_read_listed_and_deleted() {
+    let shell = Shell::new();
+    let _member = shell.serve().await;
+    assert_eq!(shell.says(0, &["put", "/app/config", "v1"]).await, "revision 1\n");
+    assert_eq!(shell.says(0, &["get", "/app/config"]).await, "v1");
+    assert!(
+        shell
+            .says(4, &["put", "/app/config", "x", "--if-absent"])
+            .await
+            .contains("is at revision 1")
+    );
+    assert_eq!(
+        shell.says(0, &["put", "/app/config", "v2", "--if-revision", "1"]).await,
+        "revision 2\n"
+    );
+    std::fs::write(shell.dir.path().join("value"), [0, 255, 10]).unwrap();
+    shell.says(0, &["put", "/app/bytes", "--file", "value"]).await;
+    assert_eq!(shell.run(&["get", "/app/bytes"]).await.stdout, [0, 255, 10]);
+    assert_eq!(shell.says(0, &["ls", "/app"]).await, "bytes\nconfig\n");
+    assert!(shell.says(0, &["ls", "-l", "-r"]).await.contains("/app/config  v2"));
+    let entry = &shell.json(&["get", "/app/bytes"]).await[0];
+    assert_eq!(
+        (&entry["value_base64"], &entry["mod_revision"]),
+        (&Value::from("AP8K"), &Value::from(3))
+    );
+    assert!(
+        shell
+            .says(4, &["txn", "--when", "/app/config=1", "--put", "/a=1"])
+            .await
+            .contains("should be at revision 1")
+    );
+    shell
+        .says(
+            0,
+            &[
+                "txn",
+                "--when",
+                "/app/config=2",
+                "--put",
+                "/a=1",
+                "--put",
+                "/b=2",
+                "--delete",
+                "/app/bytes",
+            ],
+        )
+        .await;
+    shell.says(3, &["get", "/app/bytes"]).await;
+    shell.says(3, &["delete", "/none"]).await;
+    assert_eq!(shell.says(0, &["delete", "/", "--prefix"]).await, "deleted 3\n");
+    assert_eq!(shell.says(0, &["ls"]).await, "");
+    assert!(shell.says(0, &["status"]).await.contains("member a"));
+    assert_eq!(shell.json(&["status"]).await[1]["status"]["keys"], 0);
+}
+
+#[tokio::test]
+async fn wrong_inputs_say_what_is_wrong() {
+    let shell = Shell::new();
+    let mut member = shell.serve().await;
+    assert!(shell.says(2, &["get", "app"]).await.contains("a key begins with `/`"));
+    assert!(
+        shell
+            .says(2, &["get", "/a/../b"])
+            .await
+            .contains("`.` and `..` are no segments")
+    );
+    std::fs::write(shell.dir.path().join("big"), vec![0; 2_000_000]).unwrap();
+    assert!(
+        shell
+            .says(2, &["put", "/a", "--file", "big"])
+            .await
+            .contains("2000000 bytes is too large, at most 900000")
+    );
+    assert!(
+        shell
+            .says(2, &["put", "/a", "--file", "none"])
+            .await
+            .contains("none: No such file")
+    );
+    assert!(
+        shell
+            .says(2, &["--set", "raft.data=x", "get", "/a"])
+            .await
+            .contains("unknown field `data`")
+    );
+    assert!(
+        shell
+            .says(2, &["--set", "type=foo", "get", "/a"])
+            .await
+            .contains("this program has: raft")
+    );
+    assert!(
+        shell
+            .says(2, &["txn", "--when", "/a=soon", "--put", "/a=1"])
+            .await
+            .contains("neither absent, present")
+    );
+    assert!(
+        shell
+            .says(2, &["txn", "--when", "/a=absent"])
+            .await
+            .contains("needs an operation")
+    );
+    assert!(
+        shell
+            .says(1, &["serve"])
+            .await
+            .contains("another process has this directory open")
+    );
+    let error: Value = serde_json::from_str(&shell.says(3, &["--json", "get", "/none"]).await).unwrap();
+    assert_eq!(error["code"], 3);
+    assert_eq!(member.stop().await.unwrap().code(), Some(0));
+    let said = shell.says(5, &["--set", "connect_timeout=1s", "get", "/a"]).await;
+    assert!(
+        said.contains(&shell.port.to_string()) && said.contains("registry serve"),
+        "{said}"
+    );
+}
+
+#[tokio::test]
+async fn what_is_ephemeral_goes_with_its_command() {
+    let shell = Shell::new();
+    let _member = shell.serve().await;
+    let (mut watch, mut told, first) = shell.starts(&["watch", "/w"]).await;
+    assert!(first.starts_with("synced"));
+    let (mut put, _, _) = shell.starts(&["put", "/w/put", "1", "--ephemeral"]).await;
+    assert!(line(&mut told).await.starts_with("created 1 /w/put  1"));
+    let (mut register, _, said) = shell.starts(&["register", "/w/registered", "2"]).await;
+    assert_eq!(said, "/w/registered: registered");
+    assert!(line(&mut told).await.contains("/w/registered"));
+    assert_eq!(interrupt(&mut put).await, Some(0));
+    assert!(line(&mut told).await.starts_with("expired"));
+    assert_eq!(interrupt(&mut register).await, Some(0));
+    assert!(line(&mut told).await.starts_with("deleted"));
+    let (mut killed, _, _) = shell.starts(&["put", "/w/killed", "3", "--ephemeral"]).await;
+    assert!(line(&mut told).await.contains("/w/killed"));
+    killed.kill().await.unwrap();
+    assert!(line(&mut told).await.starts_with("expired"));
+    assert_eq!(interrupt(&mut watch).await, Some(0));
+}
+
+#[tokio::test]
+async fn a_command_runs_under_a_lock_and_a_leadership() {
+    let shell = Shell::new();
+    let _member = shell.serve().await;
+    let said = shell
+        .says(
+            9,
+            &[
+                "lock",
+                "/l",
+                "--",
+                "sh",
+                "-c",
+                "echo $REGISTRY_NAME $REGISTRY_TOKEN; exit 9",
+            ],
+        )
+        .await;
+    assert_eq!(said, "/l 1\n");
+    let (mut holder, _, said) = shell.starts(&["lock", "/l", "--label", "me"]).await;
+    assert!(said.starts_with("holding /l with token"), "{said}");
+    assert!(shell.says(0, &["lock", "/l", "--show"]).await.contains("holds"));
+    assert!(
+        shell
+            .says(5, &["lock", "/l", "--try", "--", "true"])
+            .await
+            .contains("/l is taken")
+    );
+    assert!(
+        shell
+            .says(5, &["lock", "/l", "--wait", "200ms", "--", "true"])
+            .await
+            .contains("not within")
+    );
+    assert_eq!(interrupt(&mut holder).await, Some(0));
+    shell.says(0, &["lock", "/l", "--wait", "10s", "--", "true"]).await;
+    assert!(
+        shell
+            .says(2, &["lock", "/l", "--", "no-such-program"])
+            .await
+            .contains("no-such-program")
+    );
+    shell.says(3, &["lock", "/l", "--show"]).await;
+
+    let (mut observer, mut told, first) = shell.starts(&["elect", "/e", "--observe"]).await;
+    assert_eq!(first, "no leader");
+    let (mut leader, _, _) = shell.starts(&["elect", "/e", "--value", "me"]).await;
+    assert!(line(&mut told).await.ends_with("  me"));
+    assert_eq!(interrupt(&mut leader).await, Some(0));
+    assert_eq!(line(&mut told).await, "no leader");
+    assert_eq!(
+        shell
+            .says(0, &["elect", "/e", "--value", "x", "--", "echo", "led"])
+            .await,
+        "led\n"
+    );
+    assert_eq!(interrupt(&mut observer).await, Some(0));
+}
+
+#[tokio::test]
+async fn a_lost_lock_ends_its_command() {
+    let shell = Shell::new();
+    let mut member = shell.serve().await;
+    let mut holder = shell.command(&[
+        "lock",
+        "/l",
+        "--",
+        "sh",
+        "-c",
+        "echo running; trap 'exit 0' TERM; while :; do sleep 0.1; done",
+    ]);
+    let mut holder = holder
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(holder.stdout.take().unwrap()).lines();
+    assert_eq!(line(&mut lines).await, "running");
+    member.kill().await;
+    let ended = within(PATIENCE, holder.wait()).await.unwrap();
+    assert_eq!(ended.code(), Some(7));
+}
+
+fn packages(path: &Path, keys: usize) {
+    let lines = (0..keys).map(|n| serde_json::json!({ "key": format!("/packages/p{n:05}"), "value": format!("description {n}\n{}", "x".repeat(n % 300)) }));
+    let text: String = lines.map(|line| format!("{line}\n")).collect();
+    std::fs::write(path, text).unwrap();
+}
+
+#[tokio::test]
+async fn what_is_imported_is_exported_also_after_a_crash_in_the_middle() {
+    let shell = Shell::new();
+    let mut member = shell.serve().await;
+    let file = shell.dir.path().join("all.jsonl");
+    packages(&file, 20_000);
+    let import = shell
+        .command(&["import", "all.jsonl"])
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let count = async {
+        loop {
+            let keys = shell.json(&["status"]).await[1]["status"]["keys"].as_u64().unwrap();
+            if keys > 500 {
+                return keys;
+            }
+        }
+    };
+    let seen = within(PATIENCE, count).await;
+    member.kill().await;
+    let import = within(PATIENCE, import.wait_with_output()).await.unwrap();
+    let finished = import.status.success();
+    assert!(
+        finished || String::from_utf8_lossy(&import.stderr).contains("import the file again"),
+        "{import:?}"
+    );
+    let _member = shell.serve().await;
+    let keys = shell.json(&["status"]).await[1]["status"]["keys"].as_u64().unwrap();
+    assert!(keys >= seen, "{seen} keys were seen, {keys} are left");
+    assert!(
+        shell
+            .says(0, &["import", "all.jsonl"])
+            .await
+            .contains("imported 20000 keys")
+    );
+    let exported = shell.run(&["export", "/packages"]).await;
+    let text = std::fs::read_to_string(&file).unwrap();
+    let [a, b] = [text.as_str(), &String::from_utf8_lossy(&exported.stdout)].map(|text| {
+        text.lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap())
+            .collect::<Vec<_>>()
+    });
+    assert!(a == b, "the export differs from what was imported");
+
+    std::fs::write(
+        &file,
+        "{\"key\": \"/ok\", \"value\": \"1\"}\n\n{\"key\": \"bad\", \"value\": \"1\"}\n",
+    )
+    .unwrap();
+    assert!(
+        shell
+            .says(2, &["import", "all.jsonl"])
+            .await
+            .contains("line 3: bad key")
+    );
+    std::fs::write(&file, "{\"key\": \"/ok\"}\n").unwrap();
+    assert!(
+        shell
+            .says(2, &["import", "all.jsonl"])
+            .await
+            .contains("line 1: a line has either")
+    );
+}
+
+#[tokio::test]
+async fn the_demo_shows_what_it_says() {
+    let shell = Shell::new();
+    let output = within(
+        PATIENCE,
+        Command::new(env!("CARGO_BIN_EXE_registry"))
+            .arg("demo")
+            .current_dir(shell.dir.path())
+            .output(),
+    )
+    .await
+    .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && said.contains("All of it was checked"),
+        "{output:?}"
+    );
+    assert_eq!(
+        std::fs::read_dir(shell.dir.path()).unwrap().count(),
+        0,
+        "it leaves nothing behind"
+    );
+}
+
+#[tokio::test]
+async fn every_command_has_an_example_and_completions_are_made() {
+    let shell = Shell::new();
+    let help = shell.says(0, &["--help"]).await;
+    for command in [
+        "serve",
+        "demo",
+        "get",
+        "put",
+        "delete",
+        "ls",
+        "watch",
+        "txn",
+        "lock",
+        "elect",
+        "register",
+        "import",
+        "export",
+        "status",
+        "completions",
+    ] {
+        assert!(help.contains(command));
+        assert!(
+            shell.says(0, &[command, "--help"]).await.contains("Example"),
+            "{command}"
+        );
+    }
+    assert!(shell.says(0, &["completions", "bash"]).await.contains("_registry"));
+}

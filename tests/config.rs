@@ -1,0 +1,156 @@
+//! The config: every key changes what it says or is refused by name.
+
+use std::io::Write;
+use std::time::Duration;
+
+use registry::{Backend, Config, TtlBounds};
+use tempfile::{Builder, NamedTempFile};
+
+fn file(ending: &str, text: &str) -> NamedTempFile {
+    let mut file = Builder::new().suffix(ending).tempfile().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
+
+fn load(text: &str) -> registry::Result<Config> {
+    Config::load(Some(file(".toml", text).path()), &Vec::new())
+}
+
+fn refusal(text: &str) -> String {
+    let error = load(text).expect_err(text);
+    assert!(matches!(error, registry::Error::Config { .. }), "{error:?}");
+    error.to_string()
+}
+
+#[test]
+fn no_file_is_the_embedded_store() {
+    let config = Config::load(None, &Vec::new()).unwrap();
+    assert_eq!(config.options.namespace.as_str(), "/registry");
+    assert_eq!(config.options.session_ttl.get(), Duration::from_secs(10));
+    assert_eq!(
+        (config.options.request_timeout, config.options.connect_timeout),
+        (Duration::from_secs(5), Duration::from_secs(5))
+    );
+    assert_eq!(config.options.session_ttl_bounds, TtlBounds::Refuse);
+    assert!(matches!(config.backend, Backend::Raft(raft) if !raft.is_remote()));
+}
+
+#[test]
+fn every_shared_key_is_taken() {
+    let config = load(
+        "[registry]\ntype = \"raft\"\nnamespace = \"/app\"\nsession_ttl = \"3s\"\nsession_ttl_bounds = \"accept\"\n\
+         request_timeout = \"700ms\"\nconnect_timeout = \"2m\"\n[registry.raft]\nmember = \"m\"\ndata_dir = \"d\"\n\
+         listen = \"127.0.0.1:1\"\nsnapshot_log_bytes = 2000000",
+    )
+    .unwrap();
+    let options = &config.options;
+    assert_eq!(
+        (options.namespace.as_str(), options.session_ttl.get()),
+        ("/app", Duration::from_secs(3))
+    );
+    assert_eq!(options.session_ttl_bounds, TtlBounds::Accept);
+    assert_eq!(
+        (options.request_timeout, options.connect_timeout),
+        (Duration::from_millis(700), Duration::from_secs(120))
+    );
+    let Backend::Raft(raft) = &config.backend else {
+        panic!("{config:?}")
+    };
+    assert_eq!(
+        (raft.member.as_deref(), raft.listen.as_deref()),
+        (Some("m"), Some("127.0.0.1:1"))
+    );
+    assert_eq!(
+        (raft.data_dir.as_deref(), raft.snapshot_log_bytes),
+        (Some("d".as_ref()), Some(2_000_000))
+    );
+}
+
+#[test]
+fn the_three_formats_say_the_same() {
+    let yaml = file(
+        ".yaml",
+        "registry:\n  namespace: /app\n  raft:\n    endpoints: [\"h:1\", \"i:2\"]\n",
+    );
+    let json = file(
+        ".json",
+        r#"{"registry": {"namespace": "/app", "raft": {"endpoints": ["h:1", "i:2"]}}}"#,
+    );
+    let toml = file(
+        ".toml",
+        "registry.namespace = \"/app\"\nregistry.raft.endpoints = [\"h:1\", \"i:2\"]",
+    );
+    for file in [yaml, json, toml] {
+        let config = Config::load(Some(file.path()), &Vec::new()).unwrap();
+        assert_eq!(config.options.namespace.as_str(), "/app");
+        assert!(matches!(config.backend, Backend::Raft(raft) if raft.endpoints == ["h:1", "i:2"]));
+    }
+}
+
+#[test]
+fn overrides_come_last() {
+    let file = file(".toml", "[registry]\nnamespace = \"/file\"\nsession_ttl = \"3s\"");
+    let overrides = vec![
+        ("namespace".into(), "/over".into()),
+        ("raft.endpoints".into(), "h:1,i:2".into()),
+    ];
+    let config = Config::load(Some(file.path()), &overrides).unwrap();
+    assert_eq!(
+        (config.options.namespace.as_str(), config.options.session_ttl.get()),
+        ("/over", Duration::from_secs(3))
+    );
+    assert!(matches!(config.backend, Backend::Raft(raft) if raft.endpoints == ["h:1", "i:2"]));
+}
+
+#[test]
+fn wrong_settings_are_refused_naming_key_file_and_what_is_allowed() {
+    let cases = [
+        ("[registry]\nnamespce = \"/a\"", "unknown field `namespce`"),
+        ("[registry.raft]\ndatadir = \"d\"", "unknown field `datadir`"),
+        ("[regisrty]\n", "unknown field `regisrty`"),
+        ("[registry]\ntype = \"zookeeper\"", "is unknown; this program has: raft"),
+        ("[registry]\nnamespace = \"/a/b\"", "one segment only"),
+        ("[registry]\nnamespace = \"a\"", "begins with `/`"),
+        ("[registry]\nsession_ttl = \"500ms\"", "not between 1s and 1h"),
+        ("[registry]\nsession_ttl = 10", "session_ttl"),
+        (
+            "[registry]\nsession_ttl_bounds = \"clamp\"",
+            "neither `refuse` nor `accept`",
+        ),
+        ("[registry]\nrequest_timeout = \"0s\"", "not between 1ms and 1h"),
+        ("[registry]\nconnect_timeout = \"soon\"", "no time such as"),
+        ("[registry\n", "TOML"),
+    ];
+    for (text, why) in cases {
+        let said = refusal(text);
+        assert!(said.contains(why) && said.contains(".toml"), "{text}: {said}");
+    }
+    let missing = Config::load(Some("/none/registry.toml".as_ref()), &Vec::new())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        missing.contains("/none/registry.toml") && missing.contains("can't be read"),
+        "{missing}"
+    );
+    let ending = file(".ini", "");
+    let said = Config::load(Some(ending.path()), &Vec::new()).unwrap_err().to_string();
+    assert!(said.contains(".toml, .yaml, .yml or .json"), "{said}");
+}
+
+#[cfg(not(feature = "zk"))]
+#[test]
+fn a_backend_that_is_not_compiled_in_is_refused_naming_those_that_are() {
+    let said = refusal("[registry]\ntype = \"zk\"");
+    assert!(
+        said.contains("\"zk\" is not compiled into this program, which has: raft"),
+        "{said}"
+    );
+}
+
+#[cfg(feature = "etcd")]
+#[test]
+fn a_backend_without_its_table_is_refused() {
+    assert!(refusal("[registry]\ntype = \"etcd\"").contains("needs the table [registry.etcd]"));
+    let config = load("[registry]\ntype = \"etcd\"\n[registry.etcd]\nendpoints = [\"127.0.0.1:2379\"]").unwrap();
+    assert!(matches!(config.backend, Backend::Etcd(_)));
+}
