@@ -1,5 +1,7 @@
 //! The command as a user runs it: a served member, and every subcommand against it, with wrong inputs too.
 
+// A test may fail.
+#![allow(clippy::unwrap_used)]
 #![cfg(feature = "raft")]
 
 use std::path::Path;

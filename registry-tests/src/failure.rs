@@ -284,7 +284,7 @@ pub async fn a_watch_goes_on_over_a_restart(cluster: &impl Cluster) -> Result<()
         registry.put(&key(&format!("/w/{n}")), "before").await?;
     }
     let mut watch = registry
-        .watch(WatchRequest::new(&key("/w"), WatchScope::Subtree))
+        .watch(WatchRequest::new(key("/w"), WatchScope::Subtree))
         .await?;
     let mut picture = Picture::default();
     picture.until(&mut watch, |picture| picture.synced.is_some()).await?;
@@ -312,7 +312,7 @@ pub async fn a_watch_bridges_a_cut(cluster: &impl Cluster) -> Result<()> {
         other.put(&key(&format!("/w/{n}")), "before").await?;
     }
     let mut watch = registry
-        .watch(WatchRequest::new(&key("/w"), WatchScope::Subtree))
+        .watch(WatchRequest::new(key("/w"), WatchScope::Subtree))
         .await?;
     let mut picture = Picture::default();
     picture.until(&mut watch, |picture| picture.synced.is_some()).await?;

@@ -196,7 +196,7 @@ pub async fn below_goes_by_whole_segments(cluster: &impl Cluster) -> Result<()> 
     for path in ["/a", "/a/b", "/a/b/c", "/ab", "/a!", "/a.b", "/a0", "/b"] {
         registry.put(&key(path), path).await?;
     }
-    let listed = registry.list_all(List::new(&key("/a"))).await?;
+    let listed = registry.list_all(List::new(key("/a"))).await?;
     assert_eq!(
         listed.iter().map(|entry| entry.key.as_str()).collect::<Vec<_>>(),
         ["/a", "/a/b", "/a/b/c"]
@@ -355,7 +355,7 @@ pub async fn lists_come_in_pages(cluster: &impl Cluster) -> Result<()> {
     for limit in [1, 7, 75, 1000] {
         let mut list = List {
             limit,
-            ..List::new(&key("/p"))
+            ..List::new(key("/p"))
         };
         let mut found = Vec::new();
         loop {
@@ -372,7 +372,7 @@ pub async fn lists_come_in_pages(cluster: &impl Cluster) -> Result<()> {
     let none = registry
         .list(List {
             limit: 0,
-            ..List::new(&key("/p"))
+            ..List::new(key("/p"))
         })
         .await;
     assert!(matches!(none, Err(Error::InvalidRequest(_))), "{none:?}");
@@ -389,7 +389,7 @@ pub async fn a_list_of_children_has_their_values(cluster: &impl Cluster) -> Resu
         let list = List {
             depth: Depth::Children,
             limit,
-            ..List::new(&key("/p"))
+            ..List::new(key("/p"))
         };
         let listed = registry.list_all(list).await?;
         let found: Vec<_> = listed

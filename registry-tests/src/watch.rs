@@ -346,7 +346,7 @@ pub async fn after_a_revision(cluster: &impl Cluster) -> Result<()> {
     registry.put(&key("/r/b"), "3").await?;
     let from = |from| WatchRequest {
         from,
-        ..WatchRequest::new(&key("/r"), WatchScope::Subtree)
+        ..WatchRequest::new(key("/r"), WatchScope::Subtree)
     };
     let resumed = registry.watch(from(WatchFrom::After(first))).await;
     if registry.capabilities().watch_from_revision {
