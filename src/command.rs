@@ -1,5 +1,6 @@
 //! The command line: what there is to say, and what is done then.
 
+#[cfg(feature = "raft")]
 mod demo;
 mod election;
 mod failure;
@@ -7,7 +8,9 @@ mod kv;
 mod lock;
 mod output;
 mod process;
+#[cfg(feature = "raft")]
 mod serve;
+mod status;
 mod transfer;
 mod watch;
 
@@ -55,11 +58,13 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Runs a member until it is told to stop.
+    #[cfg(feature = "raft")]
     #[command(
         after_help = "Example: registry serve --set raft.data_dir=/var/lib/registry --set raft.listen=127.0.0.1:7480"
     )]
     Serve,
     /// Shows what a registry does, in a temporary directory, in a few seconds.
+    #[cfg(feature = "raft")]
     #[command(after_help = "Example: registry demo")]
     Demo,
     /// Prints the value of a key.
@@ -108,6 +113,7 @@ enum Command {
         /// Which shell.
         shell: clap_complete::Shell,
     },
+    #[cfg(feature = "raft")]
     #[command(hide = true)]
     DemoWorker(demo::Worker),
 }
@@ -119,14 +125,17 @@ pub(crate) async fn run(cli: Cli) -> Outcome {
         overrides: cli.settings,
     };
     match cli.command {
+        #[cfg(feature = "raft")]
         Command::Serve => serve::run(&settings, out).await,
+        #[cfg(feature = "raft")]
         Command::Demo => demo::run().await,
+        #[cfg(feature = "raft")]
         Command::DemoWorker(worker) => worker.run().await,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "registry", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
         }
-        Command::Status => serve::status(&settings, out).await,
+        Command::Status => status::run(&settings, out).await,
         Command::Get(get) => get.run(&settings.connect().await?, out).await,
         Command::Put(put) => put.run(&settings, out).await,
         Command::Delete(delete) => delete.run(&settings.connect().await?, out).await,
@@ -156,6 +165,7 @@ impl Settings {
     /// The settings of a command that asks a store: with the embedded one, of a remote handle on the member that runs
     /// where the settings say.
     fn remote(&self) -> Result<Config, Failure> {
+        #[cfg_attr(not(feature = "raft"), allow(unused_mut))]
         let mut config = self.load()?;
         #[cfg(feature = "raft")]
         if let registry::Backend::Raft(raft) = &mut config.backend
@@ -167,8 +177,6 @@ impl Settings {
                 .unwrap_or_else(|| registry::raft::DEFAULT_ADDRESS.into());
             *raft = registry::raft::RaftConfig::remote([listen]);
         }
-        #[cfg(not(feature = "raft"))]
-        let _ = &mut config;
         Ok(config)
     }
 

@@ -18,26 +18,9 @@ pub(crate) struct Worker {
     election: Option<String>,
 }
 
-#[cfg(not(feature = "raft"))]
-pub(crate) async fn run() -> Outcome {
-    Err(Failure::usage(
-        "the demo needs the embedded store, which is not compiled into this program",
-    ))
-}
-
-#[cfg(not(feature = "raft"))]
-impl Worker {
-    pub(crate) async fn run(self) -> Outcome {
-        run().await
-    }
-}
-
-#[cfg(feature = "raft")]
 const TTL: &str = "1s";
-#[cfg(feature = "raft")]
 const PATIENCE: Duration = Duration::from_secs(10);
 
-#[cfg(feature = "raft")]
 fn config(raft: registry::raft::RaftConfig) -> Result<registry::Config, Failure> {
     let mut config = registry::Config::load(None, &vec![("session_ttl".into(), TTL.into())])?;
     config.options.namespace = registry::Namespace::default();
@@ -45,7 +28,6 @@ fn config(raft: registry::raft::RaftConfig) -> Result<registry::Config, Failure>
     Ok(config)
 }
 
-#[cfg(feature = "raft")]
 impl Worker {
     /// Registers, stands if asked, and goes on until it is killed.
     pub(crate) async fn run(self) -> Outcome {
@@ -63,7 +45,6 @@ impl Worker {
     }
 }
 
-#[cfg(feature = "raft")]
 pub(crate) async fn run() -> Outcome {
     let start = Instant::now();
     let dir = tempfile::tempdir().map_err(|error| Failure::io("no temporary directory", &error))?;
@@ -89,7 +70,6 @@ pub(crate) async fn run() -> Outcome {
 }
 
 /// Refuses to show what is not so.
-#[cfg(feature = "raft")]
 fn check(holds: bool, what: &str) -> Result<(), Failure> {
     if holds {
         Ok(())
@@ -98,12 +78,10 @@ fn check(holds: bool, what: &str) -> Result<(), Failure> {
     }
 }
 
-#[cfg(feature = "raft")]
 fn key(path: &str) -> Result<Key, Failure> {
     Ok(Key::parse(path).map_err(registry::Error::from)?)
 }
 
-#[cfg(feature = "raft")]
 async fn keys(registry: &Arc<dyn Registry>) -> Result<(), Failure> {
     println!("\n2. Keys and values, with revisions.");
     let first = registry.put(&key("/app/config")?, "v1").await?;
@@ -134,7 +112,6 @@ async fn keys(registry: &Arc<dyn Registry>) -> Result<(), Failure> {
 }
 
 /// The events of a watch, one at a time.
-#[cfg(feature = "raft")]
 async fn event(watch: &mut Watch) -> Result<Event, Failure> {
     let next = async {
         loop {
@@ -151,7 +128,6 @@ async fn event(watch: &mut Watch) -> Result<Event, Failure> {
         .unwrap_or_else(|_| Err(Failure::new(1, "the event did not come")))
 }
 
-#[cfg(feature = "raft")]
 fn spawn(arguments: &[&str]) -> Result<tokio::process::Child, Failure> {
     let program = std::env::current_exe().map_err(|error| Failure::io("this program's file", &error))?;
     let mut command = tokio::process::Command::new(program);
@@ -166,7 +142,6 @@ fn spawn(arguments: &[&str]) -> Result<tokio::process::Child, Failure> {
         .map_err(|error| Failure::io("can't start a worker", &error))
 }
 
-#[cfg(feature = "raft")]
 async fn kill(mut child: tokio::process::Child) -> Result<Instant, Failure> {
     let killed = Instant::now();
     child
@@ -176,7 +151,6 @@ async fn kill(mut child: tokio::process::Child) -> Result<Instant, Failure> {
     Ok(killed)
 }
 
-#[cfg(feature = "raft")]
 async fn workers(registry: &Arc<dyn Registry>, address: &str) -> Result<(), Failure> {
     println!("\n3. Who is alive: two processes register, and one is killed (kill -9).");
     let mut watch = registry
@@ -200,7 +174,6 @@ async fn workers(registry: &Arc<dyn Registry>, address: &str) -> Result<(), Fail
     kill(second).await.map(|_| ())
 }
 
-#[cfg(feature = "raft")]
 async fn locks(registry: &Arc<dyn Registry>, member: &registry::raft::Member) -> Result<(), Failure> {
     println!("\n4. A lock, taken in turn by three handles, with fencing tokens that only grow.");
     let name = key("/app/nightly")?;
@@ -241,7 +214,6 @@ async fn locks(registry: &Arc<dyn Registry>, member: &registry::raft::Member) ->
     Ok(())
 }
 
-#[cfg(feature = "raft")]
 async fn elections(registry: &Arc<dyn Registry>, address: &str) -> Result<(), Failure> {
     println!("\n5. An election of two processes; the leader is killed.");
     let election = registry.election(&key("/app/scheduler")?);
@@ -275,7 +247,6 @@ async fn elections(registry: &Arc<dyn Registry>, address: &str) -> Result<(), Fa
     kill(second).await.map(|_| ())
 }
 
-#[cfg(feature = "raft")]
 async fn next_leader(course: &mut registry::Campaign) -> Result<registry::Leader, Failure> {
     let next = async {
         loop {
@@ -292,7 +263,6 @@ async fn next_leader(course: &mut registry::Campaign) -> Result<registry::Leader
         .unwrap_or_else(|_| Err(Failure::new(1, "no leader came")))
 }
 
-#[cfg(feature = "raft")]
 async fn restart(
     registry: Arc<dyn Registry>,
     member: registry::raft::Member,

@@ -1,0 +1,315 @@
+//! Real ZooKeeper servers on loopback.
+
+#![allow(missing_docs, unreachable_pub, dead_code, clippy::unwrap_used)]
+
+pub mod suite;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use registry_api::{Key, Options, Registry, SessionId, SessionTtl};
+use registry_tests::process::free_port;
+use registry_zk::ZkConfig;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use zookeeper_client::{Acls, Client, CreateMode, CreateOptions};
+
+/// What tests ask for: four ticks.
+pub const TTL: Duration = Duration::from_secs(1);
+/// A mark, as other tests of the mapping know it.
+pub const MARK: &[u8] = b"\0registry\0/";
+
+/// Ends with the test: servers are killed, their data is deleted.
+pub struct Servers {
+    servers: Vec<Server>,
+    data: tempfile::TempDir,
+}
+
+struct Server {
+    data: PathBuf,
+    client: u16,
+    process: Option<Child>,
+}
+
+impl Servers {
+    /// One server, or an ensemble.
+    pub async fn start(servers: usize) -> Self {
+        Self::start_with(servers, "").await
+    }
+
+    /// With further lines of configuration.
+    pub async fn start_with(servers: usize, lines: &str) -> Self {
+        let data = tempfile::tempdir().unwrap();
+        let ports: Vec<_> = (0..servers).map(|_| (free_port(), free_port(), free_port())).collect();
+        let ensemble: String = match servers {
+            1 => String::new(),
+            _ => (1..)
+                .zip(&ports)
+                .map(|(id, (_, peer, election))| format!("server.{id}=127.0.0.1:{peer}:{election}\n"))
+                .collect(),
+        };
+        let mut started = Vec::new();
+        for (id, (client, ..)) in (1..).zip(&ports) {
+            let dir = data.path().join(id.to_string());
+            fs::create_dir(&dir).unwrap();
+            fs::write(dir.join("myid"), format!("{id}\n")).unwrap();
+            let config = format!(
+                "tickTime=250\ninitLimit=40\nsyncLimit=8\nmaxSessionTimeout=60000\ndataDir={}\nclientPort={client}\n\
+                 clientPortAddress=127.0.0.1\nadmin.enableServer=false\n4lw.commands.whitelist=*\nmaxClientCnxns=0\n\
+                 {ensemble}{lines}",
+                dir.display()
+            );
+            fs::write(dir.join("zoo.cfg"), config).unwrap();
+            started.push(Server {
+                data: dir,
+                client: *client,
+                process: None,
+            });
+        }
+        let mut servers = Self { servers: started, data };
+        servers.spawn_all();
+        servers.ready().await;
+        servers
+    }
+
+    pub fn spawn_all(&mut self) {
+        for number in 0..self.servers.len() {
+            self.spawn(number);
+        }
+    }
+
+    pub fn spawn(&mut self, number: usize) {
+        let server = &mut self.servers[number];
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(server.data.join("log"))
+            .unwrap();
+        let process = Command::new("java")
+            .args(["-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp"])
+            .arg(jars())
+            .arg("org.apache.zookeeper.server.quorum.QuorumPeerMain")
+            .arg(server.data.join("zoo.cfg"))
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn();
+        server.process = Some(process.expect("java is missing: apt-get install default-jre-headless"));
+    }
+
+    pub fn kill(&mut self, number: usize) {
+        if let Some(mut process) = self.servers[number].process.take() {
+            process.kill().unwrap();
+            process.wait().unwrap();
+        }
+    }
+
+    pub fn kill_all(&mut self) {
+        for number in 0..self.servers.len() {
+            self.kill(number);
+        }
+    }
+
+    pub fn signal(&self, number: usize, signal: Signal) {
+        if let Some(process) = &self.servers[number].process {
+            kill_process(Pid::from_child(process), signal).unwrap();
+        }
+    }
+
+    pub fn signal_all(&self, signal: Signal) {
+        for number in 0..self.servers.len() {
+            self.signal(number, signal);
+        }
+    }
+
+    /// Waits until every server that runs serves.
+    pub async fn ready(&self) {
+        let began = Instant::now();
+        for server in self.servers.iter().filter(|server| server.process.is_some()) {
+            while mode(server.client).await.is_none() {
+                assert!(
+                    began.elapsed() < Duration::from_secs(40),
+                    "ZooKeeper is not ready in 40 s: {}",
+                    fs::read_to_string(server.data.join("log")).unwrap()
+                );
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+    }
+
+    /// The number of the server that leads.
+    pub async fn leader(&self) -> usize {
+        for (number, server) in self.servers.iter().enumerate() {
+            if mode(server.client).await.as_deref() == Some("leader") {
+                return number;
+            }
+        }
+        panic!("no leader");
+    }
+
+    pub fn address(&self, number: usize) -> String {
+        format!("127.0.0.1:{}", self.servers[number].client)
+    }
+
+    pub fn addresses(&self) -> String {
+        let all: Vec<_> = (0..self.servers.len()).map(|number| self.address(number)).collect();
+        all.join(",")
+    }
+
+    /// A client that goes straight to a server.
+    pub async fn raw(&self) -> Client {
+        Client::connect(&self.addresses()).await.unwrap()
+    }
+
+    /// What a server says to one of the words it knows.
+    pub async fn ask(&self, number: usize, word: &str) -> String {
+        ask(self.servers[number].client, word).await.unwrap()
+    }
+
+    /// Closes a session as its owner would, at one server after the other until one does.
+    pub async fn close_session(&self, session: SessionId) {
+        for server in &self.servers {
+            if close_session(server.client, session).await.is_some() {
+                return;
+            }
+        }
+        panic!("no server closes session {session}");
+    }
+}
+
+impl Drop for Servers {
+    fn drop(&mut self) {
+        self.kill_all();
+    }
+}
+
+fn jars() -> String {
+    const WANTED: [&str; 7] = [
+        "zookeeper.jar",
+        "zookeeper-jute.jar",
+        "slf4j-api.jar",
+        "slf4j-simple.jar",
+        "snappy-java.jar",
+        "metrics-core.jar",
+        "netty-all.jar",
+    ];
+    let netty = |name: &str| name.starts_with("netty-") && name.ends_with(".jar");
+    let dir = Path::new("/usr/share/java");
+    let files = fs::read_dir(dir).expect("ZooKeeper is missing: apt-get install zookeeper");
+    let names = files.filter_map(|file| file.ok()?.file_name().into_string().ok());
+    let jars: Vec<_> = names
+        .filter(|name| WANTED.contains(&name.as_str()) || netty(name))
+        .collect();
+    assert!(
+        jars.iter().any(|name| name == "zookeeper.jar"),
+        "ZooKeeper is missing: apt-get install zookeeper"
+    );
+    let paths: Vec<_> = jars.iter().map(|name| dir.join(name).display().to_string()).collect();
+    paths.join(":")
+}
+
+/// What a server is, once it serves.
+async fn mode(port: u16) -> Option<String> {
+    let answer = ask(port, "srvr").await?;
+    let mode = answer.lines().find_map(|line| line.strip_prefix("Mode: "))?;
+    Some(mode.to_owned())
+}
+
+async fn ask(port: u16, word: &str) -> Option<String> {
+    let asking = async {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).await.ok()?;
+        stream.write_all(word.as_bytes()).await.ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.ok()?;
+        Some(answer)
+    };
+    tokio::time::timeout(Duration::from_secs(2), asking).await.ok()?
+}
+
+/// Speaks the protocol itself: a client library hands out no session of another's.
+async fn close_session(port: u16, session: SessionId) -> Option<()> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).await.ok()?;
+    // Version, last zxid, timeout, session, password, no read-only server.
+    let mut connect = Vec::new();
+    connect.extend(0i32.to_be_bytes());
+    connect.extend(0i64.to_be_bytes());
+    connect.extend(1000i32.to_be_bytes());
+    connect.extend(session.0.to_be_bytes());
+    connect.extend(16i32.to_be_bytes());
+    connect.extend(password(session));
+    connect.push(0);
+    send(&mut stream, &connect).await?;
+    let answer = receive(&mut stream).await?;
+    let granted = u64::from_be_bytes(answer.get(8..16)?.try_into().ok()?);
+    if granted != session.0 {
+        return None;
+    }
+    // The request's number and the code of `closeSession`.
+    let mut close = Vec::new();
+    close.extend(1i32.to_be_bytes());
+    close.extend((-11i32).to_be_bytes());
+    send(&mut stream, &close).await?;
+    receive(&mut stream).await.map(drop)
+}
+
+async fn send(stream: &mut TcpStream, frame: &[u8]) -> Option<()> {
+    let length = i32::try_from(frame.len()).ok()?;
+    stream.write_all(&length.to_be_bytes()).await.ok()?;
+    stream.write_all(frame).await.ok()
+}
+
+async fn receive(stream: &mut TcpStream) -> Option<Vec<u8>> {
+    let length = stream.read_i32().await.ok()?;
+    let mut frame = vec![0; usize::try_from(length).ok()?];
+    stream.read_exact(&mut frame).await.ok()?;
+    Some(frame)
+}
+
+/// The password of a session: sixteen bytes of Java's random numbers, from a seed that ZooKeeper keeps in its source.
+fn password(session: SessionId) -> Vec<u8> {
+    const MASK: u64 = (1 << 48) - 1;
+    let mut state = ((session.0 ^ 0xB341_5C00) ^ 0x5_DEEC_E66D) & MASK;
+    let mut password = Vec::new();
+    for _ in 0..4 {
+        state = state.wrapping_mul(0x5_DEEC_E66D).wrapping_add(0xB) & MASK;
+        password.extend(((state >> 16) as u32).to_le_bytes());
+    }
+    password
+}
+
+pub fn key(path: &str) -> Key {
+    Key::parse(path).unwrap()
+}
+
+pub fn anyone() -> CreateOptions<'static> {
+    CreateMode::Persistent.with_acls(Acls::anyone_all())
+}
+
+pub fn config(servers: &str) -> ZkConfig {
+    ZkConfig::new(registry_zk::Servers::new(servers).unwrap())
+}
+
+pub fn options() -> Options {
+    Options {
+        session_ttl: SessionTtl::new(TTL).unwrap(),
+        ..Options::default()
+    }
+}
+
+pub async fn connect(servers: &str) -> Arc<dyn Registry> {
+    registry_zk::connect(&config(servers), &options()).await.unwrap()
+}
+
+/// Asks again until the answer is yes.
+pub async fn until(what: &str, limit: Duration, mut ask: impl AsyncFnMut() -> bool) {
+    let asking = async {
+        while !ask().await {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let asked = tokio::time::timeout(limit, asking).await;
+    asked.unwrap_or_else(|_| panic!("not within {limit:?}: {what}"));
+}
