@@ -11,6 +11,7 @@ mod process;
 #[cfg(feature = "raft")]
 mod serve;
 mod status;
+mod stop;
 mod transfer;
 mod watch;
 
@@ -200,17 +201,4 @@ fn key(text: &str) -> Result<Key, String> {
 
 fn prefix(text: &str) -> Result<Prefix, String> {
     Prefix::parse(text).map_err(|error| error.to_string())
-}
-
-/// Waits for Ctrl-C or SIGTERM.
-async fn asked_to_stop() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let Ok(mut terminate) = signal(SignalKind::terminate()) else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        // Without the handler the signal ends the process anyway.
-        _ = tokio::signal::ctrl_c() => {}
-        _ = terminate.recv() => {}
-    }
 }

@@ -10,7 +10,8 @@ use serde_json::json;
 use super::kv::close;
 use super::output::{Output, value_json, value_line};
 use super::process::run_while;
-use super::{Failure, Outcome, asked_to_stop, key};
+use super::stop::Stop;
+use super::{Failure, Outcome, key};
 
 #[derive(Debug, Args)]
 pub(crate) struct Elect {
@@ -34,9 +35,10 @@ impl Elect {
             return self.observe(registry, out).await;
         }
         let election = registry.election(&self.name);
+        let stop = Stop::listen()?;
         let leadership = tokio::select! {
             won = election.campaign(self.value.unwrap_or_default()) => won?,
-            () = asked_to_stop() => {
+            () = stop.asked() => {
                 close(registry).await;
                 return Ok(ExitCode::from(130));
             }
@@ -48,11 +50,11 @@ impl Elect {
                 || json!({ "name": self.name.as_str(), "token": token.0 }),
             )?;
             tokio::select! {
-                () = asked_to_stop() => Ok(ExitCode::SUCCESS),
+                () = stop.asked() => Ok(ExitCode::SUCCESS),
                 () = leadership.lost() => Err(Failure::new(Failure::LOST, format!("the lead of {} was lost", self.name))),
             }
         } else {
-            run_while(&self.command, self.name.as_str(), token, leadership.lost()).await
+            run_while(&self.command, self.name.as_str(), token, leadership.lost(), &stop).await
         };
         if outcome.is_ok() {
             leadership.resign().await?;
@@ -62,11 +64,12 @@ impl Elect {
     }
 
     async fn observe(&self, registry: &Arc<dyn Registry>, out: Output) -> Outcome {
+        let stop = Stop::listen()?;
         let mut campaign = registry.election(&self.name).observe().await?;
         loop {
             let leader = tokio::select! {
                 leader = campaign.next() => leader,
-                () = asked_to_stop() => break,
+                () = stop.asked() => break,
             };
             match leader {
                 Some(leader) => print(leader?, out)?,
@@ -109,6 +112,7 @@ impl Register {
             true => Registration::taking_over(registry, &self.key, self.value).await?,
             false => registry.register(&self.key, self.value).await?,
         };
+        let stop = Stop::listen()?;
         let mut states = registration.state();
         loop {
             let state = *states.borrow_and_update();
@@ -123,7 +127,7 @@ impl Register {
             )?;
             tokio::select! {
                 changed = states.changed() => if changed.is_err() { return Err(Failure::new(1, "the registration has ended")) },
-                () = asked_to_stop() => break,
+                () = stop.asked() => break,
             }
         }
         registration.unregister().await?;

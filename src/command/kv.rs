@@ -11,7 +11,8 @@ use registry::{Committed, Depth, Expect, Key, List, Prefix, Read, Registry, Revi
 use serde_json::json;
 
 use super::output::{Output, entry_json, value_line};
-use super::{Failure, Outcome, Settings, asked_to_stop, key, pair, prefix};
+use super::stop::Stop;
+use super::{Failure, Outcome, Settings, key, pair, prefix};
 
 #[derive(Debug, Args)]
 pub(crate) struct Get {
@@ -84,14 +85,15 @@ impl Put {
         txn.check()?;
         let registry = settings.connect().await?;
         let Committed { revision, .. } = registry.commit(txn).await?;
+        let stop = self.ephemeral.then(Stop::listen).transpose()?;
         out.line(
             || format!("revision {revision}"),
             || json!({ "key": self.key.as_str(), "revision": revision.0 }),
         )?;
-        if self.ephemeral {
+        if let Some(stop) = stop {
             let session = registry.session().live()?;
             tokio::select! {
-                () = asked_to_stop() => {}
+                () = stop.asked() => {}
                 () = registry.session().ended(session) => {
                     return Err(Failure::new(Failure::LOST, format!("session {session} has expired, and {} with it", self.key)));
                 }

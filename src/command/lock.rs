@@ -11,7 +11,8 @@ use serde_json::json;
 use super::kv::close;
 use super::output::Output;
 use super::process::run_while;
-use super::{Failure, Outcome, asked_to_stop, key};
+use super::stop::Stop;
+use super::{Failure, Outcome, key};
 
 #[derive(Debug, Args)]
 pub(crate) struct Lock {
@@ -40,9 +41,10 @@ impl Lock {
         if self.show {
             return self.show(registry, out).await;
         }
+        let stop = Stop::listen()?;
         let held = tokio::select! {
             held = self.acquire(registry) => held?,
-            () = asked_to_stop() => {
+            () = stop.asked() => {
                 close(registry).await;
                 return Ok(ExitCode::from(130));
             }
@@ -54,11 +56,11 @@ impl Lock {
                 || json!({ "name": self.name.as_str(), "token": token.0 }),
             )?;
             tokio::select! {
-                () = asked_to_stop() => Ok(ExitCode::SUCCESS),
+                () = stop.asked() => Ok(ExitCode::SUCCESS),
                 () = held.lost() => Err(Failure::new(Failure::LOST, format!("{} was lost", self.name))),
             }
         } else {
-            run_while(&self.command, self.name.as_str(), token, held.lost()).await
+            run_while(&self.command, self.name.as_str(), token, held.lost(), &stop).await
         };
         if outcome.is_ok() {
             held.release().await?;

@@ -8,7 +8,8 @@ use registry::Revision;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::process::{Child, Command};
 
-use super::{Failure, Outcome, asked_to_stop};
+use super::stop::Stop;
+use super::{Failure, Outcome};
 
 /// How long a command may take to end by itself after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);
@@ -20,6 +21,7 @@ pub(super) async fn run_while(
     name: &str,
     token: Revision,
     lost: impl Future<Output = ()>,
+    stop: &Stop,
 ) -> Outcome {
     let [program, arguments @ ..] = command else {
         return Err(Failure::usage("no command to run"));
@@ -34,7 +36,7 @@ pub(super) async fn run_while(
         .map_err(|error| Failure::usage(format!("{program}: {error}")))?;
     tokio::select! {
         ended = child.wait() => passed_on(ended.map_err(|error| Failure::io(program, &error))?),
-        () = asked_to_stop() => {
+        () = stop.asked() => {
             let ended = end(&mut child).await.map_err(|error| Failure::io(program, &error))?;
             passed_on(ended)
         }

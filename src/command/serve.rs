@@ -6,7 +6,8 @@ use registry::Backend;
 use serde_json::json;
 
 use super::output::Output;
-use super::{Failure, Outcome, Settings, asked_to_stop};
+use super::stop::Stop;
+use super::{Failure, Outcome, Settings};
 
 pub(crate) async fn run(settings: &Settings, out: Output) -> Outcome {
     let config = settings.load()?;
@@ -19,6 +20,7 @@ pub(crate) async fn run(settings: &Settings, out: Output) -> Outcome {
     let Some(address) = member.address() else {
         return Err(Failure::usage("a member in memory listens nowhere; give it a data_dir"));
     };
+    let stop = Stop::listen()?;
     let name = member
         .status()
         .members
@@ -34,7 +36,7 @@ pub(crate) async fn run(settings: &Settings, out: Output) -> Outcome {
         },
         || json!({ "ready": true, "address": address.to_string(), "member": name, "data_dir": data }),
     )?;
-    asked_to_stop().await;
+    stop.asked().await;
     member.stop().await?;
     out.line(|| "registry has stopped".into(), || json!({ "ready": false }))?;
     Ok(ExitCode::SUCCESS)

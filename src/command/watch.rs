@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 
 use super::kv::close;
 use super::output::{Output, entry_json, value_line};
-use super::{Failure, Outcome, asked_to_stop, prefix};
+use super::stop::Stop;
+use super::{Failure, Outcome, prefix};
 
 #[derive(Debug, Args)]
 pub(crate) struct Watch {
@@ -37,6 +38,7 @@ impl Watch {
         let from = self
             .after
             .map_or(WatchFrom::Now, |revision| WatchFrom::After(Revision(revision)));
+        let stop = Stop::listen()?;
         let mut watch = registry
             .watch(WatchRequest {
                 from,
@@ -46,7 +48,7 @@ impl Watch {
         loop {
             let item = tokio::select! {
                 item = watch.next() => item,
-                () = asked_to_stop() => break,
+                () = stop.asked() => break,
             };
             match item {
                 Some(item) => print(item?, out)?,
