@@ -411,7 +411,7 @@ enum Reason {
 #[non_exhaustive]
 pub enum NamespaceError {
     /// It is not even a key.
-    #[error(transparent)]
+    #[error("bad namespace: {0}")]
     Key(#[from] KeyError),
     /// It has more than one segment.
     #[error("bad namespace {0}: one segment only, so that no namespace lies within another")]

@@ -286,11 +286,10 @@ impl SessionClock {
     }
 
     fn left(&self, session: SessionId) -> Option<Duration> {
+        // Read before the state is: a thread that stood still between the two must not take the next session's for its own.
+        let valid_until = self.valid_until.load(Ordering::Acquire);
         (self.state.borrow().live() == Some(session)).then_some(())?;
-        let left = self
-            .valid_until
-            .load(Ordering::Acquire)
-            .checked_sub(nanos(boottime()))?;
+        let left = valid_until.checked_sub(nanos(boottime()))?;
         (left > 0).then(|| Duration::from_nanos(left))
     }
 }

@@ -53,7 +53,8 @@ impl Lock {
     /// # Errors
     /// [`Error::SessionExpired`] if the session ended while waiting: the place in the queue is gone with it.
     /// [`Error::HoldLost`] if another hand removed the place. [`Error::Unavailable`] if the store could not be reached
-    /// to enter the queue; once in it, an outage is waited out as long as the session lives.
+    /// to enter the queue; once in it, an outage is waited out as long as the session lives. [`Error::OutcomeUnknown`] if
+    /// no answer to the entry came for half a minute; what it may have left in the queue is taken back in the background.
     ///
     /// # Cancel safety
     /// Dropping the future leaves the queue, at the latest when the session ends.
@@ -149,7 +150,7 @@ impl Held {
     ///
     /// # Errors
     /// [`Error::HoldLost`] if it was lost before, or the session ended before the release got through: nothing of
-    /// another's was changed. An outage is waited out as long as the session lives.
+    /// another's was changed. [`Error::OutcomeUnknown`] if no answer came for half a minute; it goes on in the background.
     ///
     /// # Cancel safety
     /// Dropping the future releases in the background.

@@ -20,6 +20,8 @@ use crate::{
 
 const MIN_BACKOFF: Duration = Duration::from_millis(10);
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
+/// How long a store that does not answer is asked to enter or to leave, whatever the session's TTL.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// A put that was under way when the session ended may have landed under the next.
 const LEAVE_AFTER_END: Duration = Duration::from_secs(60);
 
@@ -131,22 +133,45 @@ impl Queue {
             }),
         };
         let (mut place, entered) = entering.done().await;
-        match entered {
+        match entered.place {
             Ok((token, first)) => {
                 place.token = Some(token);
                 Ok((place, first))
             }
             Err(error) => {
                 // What is known to have failed left nothing to clean up.
-                place.kept = !matches!(error, Error::OutcomeUnknown { .. });
+                place.kept = !entered.doubt;
                 Err(error)
             }
         }
     }
 
+    /// Puts the contender's key, within a deadline.
+    async fn put(&self, key: &Key, value: Bytes, session: SessionId, enter: Enter) -> Entered {
+        let mut doubt = false;
+        let put = self.try_put(key, value, session, enter, &mut doubt);
+        match tokio::time::timeout(PATIENCE, put).await {
+            Ok(place) => Entered { place, doubt },
+            Err(elapsed) => Entered {
+                place: Err(Error::OutcomeUnknown {
+                    operation: "entering a queue",
+                    source: elapsed.into(),
+                }),
+                doubt: true,
+            },
+        }
+    }
+
     /// Puts the contender's key, once, whatever the outcome of each try (L7): the key's name is unique, so a try that
-    /// finds it there has found its own.
-    async fn put(&self, key: &Key, value: Bytes, session: SessionId, enter: Enter) -> Result<(Revision, bool)> {
+    /// finds it there has found its own. `doubt` is set from the first try on of which nobody knows what became.
+    async fn try_put(
+        &self,
+        key: &Key,
+        value: Bytes,
+        session: SessionId,
+        enter: Enter,
+        doubt: &mut bool,
+    ) -> Result<(Revision, bool)> {
         // The common case of an empty queue takes one request: nobody is there, so this place is the first.
         let txn = || Txn::new().when(key, Expect::Absent).put_ephemeral(key, value.clone());
         let mut empty = true;
@@ -170,6 +195,7 @@ impl Queue {
                     continue;
                 }
                 Err(Error::OutcomeUnknown { operation, source }) => {
+                    *doubt = true;
                     if !self.registry.session().is_valid(session) {
                         return Err(Error::OutcomeUnknown { operation, source });
                     }
@@ -210,15 +236,23 @@ enum Enter {
     IfEmpty,
 }
 
+/// What became of an entry.
+struct Entered {
+    /// The place, and whether it is known to be the first.
+    place: Result<(Revision, bool)>,
+    /// Whether a key may have been put, whatever `place` says.
+    doubt: bool,
+}
+
 /// A contender on its way into the queue. Dropped in the middle, the put goes on apart, so that what there is to clean up
 /// is known when it has ended; undisturbed, it costs no task of its own.
 struct Entering {
-    put: Option<BoxFuture<'static, Result<(Revision, bool)>>>,
+    put: Option<BoxFuture<'static, Entered>>,
     place: Option<Place>,
 }
 
 impl Entering {
-    async fn done(&mut self) -> (Place, Result<(Revision, bool)>) {
+    async fn done(&mut self) -> (Place, Entered) {
         let entered = self.put.as_mut().expect("entered once").await;
         self.put = None;
         (self.place.take().expect("entered once"), entered)
@@ -469,7 +503,15 @@ impl Hold {
         let session = self.queue.registry.session();
         let released = tokio::select! {
             biased;
-            released = leave(&self.queue, &self.key, self.session) => released,
+            released = tokio::time::timeout(PATIENCE, leave(&self.queue, &self.key, self.session)) => {
+                // It goes on in the background, as after a drop.
+                released.unwrap_or_else(|elapsed| {
+                    Err(Error::OutcomeUnknown {
+                        operation: "a release",
+                        source: elapsed.into(),
+                    })
+                })
+            }
             () = session.ended(self.session) => Err(self.hold_lost()),
         };
         self.released = released.is_ok();

@@ -21,11 +21,10 @@ use crate::{
 /// Dropping it deletes the key in the background; [`Registration::unregister`] says when that is done.
 #[derive(Debug)]
 pub struct Registration {
-    registry: Arc<dyn Registry>,
     key: Key,
     value: watch::Sender<Bytes>,
     state: watch::Receiver<Registered>,
-    task: JoinHandle<()>,
+    task: JoinHandle<Result<()>>,
 }
 
 /// How a registration stands.
@@ -47,7 +46,7 @@ impl Registration {
         existing: Existing,
     ) -> Result<Self> {
         let mut keeper = Keeper {
-            registry: registry.clone(),
+            registry,
             key: key.clone(),
             owner: None,
         };
@@ -56,7 +55,6 @@ impl Registration {
         let (states, state) = watch::channel(there);
         let task = tokio::spawn(keeper.keep(values, states));
         Ok(Self {
-            registry,
             key: key.clone(),
             value,
             state,
@@ -92,32 +90,15 @@ impl Registration {
     ///
     /// # Errors
     /// As [`Registry::commit`].
+    ///
+    /// # Cancel safety
+    /// Dropping the future deletes the key in the background.
     pub async fn unregister(self) -> Result<()> {
-        self.task.abort();
-        // Aborted, or ended by the handle's closing: either way it puts nothing any more.
-        let _ = self.task.await;
-        match self.registry.session().live() {
-            Ok(session) => delete_own(&*self.registry, &self.key, session).await,
-            // The key went with its session.
-            Err(_) => Ok(()),
-        }
-    }
-}
-
-/// Deletes the key if it is this session's.
-async fn delete_own(registry: &dyn Registry, key: &Key, session: SessionId) -> Result<()> {
-    let Some(entry) = registry.get(key, Read::Linearizable).await? else {
-        return Ok(());
-    };
-    if entry.session != Some(session) {
-        return Ok(());
-    }
-    match registry
-        .delete_if(key, Expect::CreateRevision(entry.create_revision))
-        .await
-    {
-        Ok(_) | Err(Error::Conflict { .. }) => Ok(()),
-        Err(error) => Err(error),
+        let Self { value, task, .. } = self;
+        // The keeper ends the put that it is at, and then deletes: nothing it sent comes after.
+        drop(value);
+        // It neither panics nor is aborted, but with the runtime.
+        task.await.unwrap_or(Err(Error::Closed))
     }
 }
 
@@ -130,40 +111,42 @@ struct Keeper {
 }
 
 impl Keeper {
-    async fn keep(mut self, mut values: watch::Receiver<Bytes>, states: watch::Sender<Registered>) {
+    async fn keep(mut self, mut values: watch::Receiver<Bytes>, states: watch::Sender<Registered>) -> Result<()> {
         let mut sessions = self.registry.session().states();
         let mut watch = None;
         let mut backoff = Backoff::default();
         loop {
             tokio::select! {
                 changed = values.changed() => if changed.is_err() { return self.leave().await },
-                connected = connected_as_other_than(&mut sessions, self.owner) => if !connected { break },
+                () = ended(&mut sessions, self.owner) => {}
                 () = removed(&*self.registry, &self.key, self.owner, &mut watch) => {}
             }
             loop {
                 let value = values.borrow_and_update().clone();
                 match self.put(&value, Existing::Keep).await {
                     Ok(there) => {
-                        states.send_replace(there);
+                        tell(&states, there);
                         backoff = Backoff::default();
                         break;
                     }
                     Err(error) => {
                         tracing::debug!(key = %self.key, %error, "not registered yet");
                         let refused = matches!(error, Error::Refused { .. } | Error::Conflict { .. });
-                        states.send_replace(if refused { Registered::Refused } else { Registered::Lost });
+                        tell(&states, if refused { Registered::Refused } else { Registered::Lost });
+                        // The key went with the session.
                         if matches!(error, Error::Closed) {
-                            return;
+                            return Ok(());
                         }
                     }
                 }
                 tokio::select! {
                     () = backoff.wait() => {}
+                    // A new session is not kept waiting. An error says that the handle is gone, as the put will.
+                    _ = sessions.changed() => {}
                     changed = values.changed() => if changed.is_err() { return self.leave().await },
                 }
             }
         }
-        states.send_replace(Registered::Lost);
     }
 
     /// Puts the key; one that the handle's own earlier session left behind is taken over.
@@ -190,10 +173,24 @@ impl Keeper {
         Ok(Registered::There(session, committed.revision))
     }
 
-    async fn leave(self) {
-        if let Some(owner) = self.owner {
-            // On failure the key goes with its session.
-            let _ = delete_own(&*self.registry, &self.key, owner).await;
+    /// Deletes the key if it is this handle's: put by the session known for it, or by a try of unknown outcome under the
+    /// present one.
+    async fn leave(self) -> Result<()> {
+        let left = async {
+            let Some(entry) = self.registry.get(&self.key, Read::Linearizable).await? else {
+                return Ok(());
+            };
+            let present = self.registry.session().live().ok();
+            if entry.session.is_none() || (entry.session != self.owner && entry.session != present) {
+                return Ok(());
+            }
+            let expect = Expect::CreateRevision(entry.create_revision);
+            self.registry.delete_if(&self.key, expect).await.map(|_| ())
+        };
+        match left.await {
+            // Made anew by another hand meanwhile, or gone with the session.
+            Err(Error::Conflict { .. } | Error::Closed) => Ok(()),
+            left => left,
         }
     }
 }
@@ -231,15 +228,13 @@ async fn removed(registry: &dyn Registry, key: &Key, owner: Option<SessionId>, w
     }
 }
 
-/// Waits for a connected session other than the one the key was put under; `false` when the handle is closed.
-async fn connected_as_other_than(sessions: &mut watch::Receiver<SessionState>, owner: Option<SessionId>) -> bool {
-    let wanted = |state: &SessionState| match state {
-        SessionState::Connected(session) => Some(*session) != owner,
-        SessionState::Closed(_) => true,
-        SessionState::Suspended(_) | SessionState::Expired(_) => false,
-    };
-    sessions
-        .wait_for(wanted)
-        .await
-        .is_ok_and(|state| !matches!(*state, SessionState::Closed(_)))
+/// Tells how it stands, if that is news.
+fn tell(states: &watch::Sender<Registered>, now: Registered) {
+    states.send_if_modified(|state| std::mem::replace(state, now) != now);
+}
+
+/// Waits until the session that put the key has ended.
+async fn ended(sessions: &mut watch::Receiver<SessionState>, owner: Option<SessionId>) {
+    // An error says that the handle is gone, and its session with it.
+    let _ = sessions.wait_for(|state| state.live() != owner).await;
 }

@@ -108,6 +108,10 @@ impl Queue {
         if state.reader_gone {
             return;
         }
+        // Marks of a connection that comes and goes, with nothing between, are one.
+        if let (WatchItem::Synced(_), Some(WatchItem::Synced(_))) = (&item, state.items.back()) {
+            state.items.pop_back();
+        }
         state.count(&item, usize::wrapping_add);
         state.items.push_back(item);
         let (events, bytes) = state.folded;
