@@ -1,0 +1,257 @@
+//! Each property of the conformance suite fails when its sentence is broken on purpose, and says why.
+//!
+//! A property that can't fail keeps no promise. Here each runs on a store with one fault, and what it says is what the
+//! fault is about: not a deadline that ran out elsewhere.
+
+// A test may fail.
+#![allow(clippy::unwrap_used)]
+#![cfg(feature = "raft")]
+
+mod store;
+mod unknown;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt, stream};
+use registry::raft::{Member, RaftConfig};
+use registry::{Namespace, Options, Registry, Result, SessionId, SessionTtl};
+use registry_tests::{Cluster, Wire};
+use store::{Broken, Fault};
+use tokio::sync::OnceCell;
+
+/// How many run at once.
+const AT_ONCE: usize = 24;
+
+/// A namespace of a member that all share, seen through a fault.
+struct BrokenCluster {
+    member: Arc<Member>,
+    fault: Fault,
+    namespace: Namespace,
+    shared: OnceCell<Arc<dyn Registry>>,
+}
+
+impl BrokenCluster {
+    fn new(member: &Arc<Member>, fault: Fault) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let namespace = Namespace::parse(&format!("/n{}", NEXT.fetch_add(1, Ordering::Relaxed))).unwrap();
+        Self {
+            member: member.clone(),
+            fault,
+            namespace,
+            shared: OnceCell::new(),
+        }
+    }
+}
+
+#[async_trait]
+impl Cluster for BrokenCluster {
+    async fn start() -> Self {
+        unreachable!("each is made with its fault")
+    }
+
+    fn options(&self) -> Options {
+        Options {
+            namespace: self.namespace.clone(),
+            session_ttl: SessionTtl::new(Duration::from_secs(3)).unwrap(),
+            ..Options::default()
+        }
+    }
+
+    async fn connect_with(&self, mut options: Options) -> Result<Arc<dyn Registry>> {
+        match self.fault {
+            Fault::NamespacesAreOne => options.namespace = self.namespace.clone(),
+            Fault::TtlIsAnother => options.session_ttl = SessionTtl::default(),
+            _ => {}
+        }
+        let open = async || Ok(Arc::new(Broken::new(self.member.connect(&options).await?, self.fault)) as _);
+        match self.fault {
+            Fault::SessionsAreShared => self.shared.get_or_try_init(open).await.cloned(),
+            _ => open().await,
+        }
+    }
+
+    async fn connect_through(&self, _: Options) -> Result<(Arc<dyn Registry>, Wire)> {
+        unreachable!("there is no wire within a process")
+    }
+
+    async fn kill(&self) {
+        unreachable!("its process is the test's")
+    }
+
+    async fn restart(&self) {
+        unreachable!("its process is the test's")
+    }
+
+    async fn pause(&self) {
+        unreachable!("its process is the test's")
+    }
+
+    async fn resume(&self) {
+        unreachable!("its process is the test's")
+    }
+
+    async fn revoke(&self, _: SessionId) {
+        unreachable!("sessions end by their handles alone")
+    }
+}
+
+/// A property, what is broken under it, and a part of what it must say: one of several, where it depends on time.
+struct Case {
+    property: &'static str,
+    fault: Fault,
+    says: &'static str,
+    run: fn(BrokenCluster) -> BoxFuture<'static, Result<()>>,
+}
+
+macro_rules! cases {
+    ($($subject:ident::$property:ident: $fault:ident, $says:literal;)+) => {
+        vec![$(Case {
+            property: concat!(stringify!($subject), "::", stringify!($property)),
+            fault: Fault::$fault,
+            says: $says,
+            run: |cluster| async move { registry_tests::$subject::$property(&cluster).await }.boxed(),
+        }),+]
+    };
+}
+
+fn cases() -> Vec<Case> {
+    cases! {
+        keys::odd_keys_are_plain: PercentIsWild, "right: 1";
+        keys::keys_differ_by_bytes: KeysFoldCase, "should be absent";
+        keys::values_are_any_bytes: EmptyIsNothing, "0 bytes came back otherwise";
+        keys::too_large_is_refused_before_anything_is_sent: LargeIsCut, "Ok(";
+        keys::namespaces_never_meet: NamespacesAreOne, "right";
+        keys::parents_need_not_exist: ParentsHaveValues, "right: None";
+        keys::nothing_is_left_behind: ChildrenNeverGo, "not within";
+        keys::below_goes_by_whole_segments: BelowGoesByBytes, "/a!";
+        keys::delete_leaves_what_is_below: DeleteTakesWhatIsBelow, "left: None";
+        keys::delete_of_what_is_missing_is_no_error: DeleteOfNothingIsTrue, "!registry.delete";
+        keys::ephemeral_keys_are_leaves: EphemeralStays, "Ok(";
+        keys::kind_and_owner_never_change_in_silence: KindIsIgnored, "Ok(";
+        keys::a_take_over_makes_the_key_anew: TakeOverKeepsTheRevision, "create_revision > before";
+        keys::children_are_sorted_and_direct: ChildrenAreUnsorted, "right";
+        keys::lists_come_in_pages: PagesOverlap, "by 7";
+        keys::a_list_of_children_has_their_values: ListOfChildrenIsDeep, "deep";
+        keys::count_counts: CountLeavesOutTheKey, "right: (3, 2, 0)";
+        keys::recipes_are_not_in_the_users_tree: RecipesLeak, "right: 1";
+
+        revisions::revisions_grow: RevisionIsStuck, "after";
+        revisions::entries_carry_their_revisions: ModRevisionIsZero, "Revision(0)";
+        revisions::conditions_are_checked: ConditionsAreIgnored, "present: Ok";
+        revisions::an_old_key_never_passes_for_a_new_one: AnyRevisionWillDo, "Ok(";
+        revisions::a_transaction_happens_wholly_or_not_at_all: TransactionsAreSplit, "is_none()";
+        revisions::a_transaction_has_one_revision: TransactionsAreSplit, "right";
+        revisions::bad_transactions_are_refused: TransactionsAreSplit, "Ok(";
+        revisions::conditions_on_children: ConditionsAreIgnored, "Ok(";
+        revisions::one_counter_by_many: ConditionsAreIgnored, "80";
+        revisions::reads_see_every_acknowledged_write: ReadsAreOld, "left: b";
+        revisions::a_stale_read_never_goes_back: StaleReadsGoBack, "mod_revision >= last";
+
+        session::the_granted_ttl_is_reported: TtlIsAnother, "left: 10s";
+        session::keep_alives_need_no_call: SessionsDie, "not within";
+        session::a_dropped_handle_ends_its_session: HandlesLeak, "not within";
+        session::close_frees_the_keys_before_it_returns: CloseDoesNothing, "/e/1";
+        session::a_closed_handle_refuses_calls: CloseDoesNothing, "Err(Error::Closed)";
+        session::sessions_have_their_own_ids: SessionsAreShared, "left != right";
+        session::an_old_sessions_end_leaves_a_newer_key: CloseTakesWhatOthersPut, "the newer session's";
+
+        watch::begins_with_the_present_then_follows: FirstIsLost, "right";
+        watch::a_missing_key_can_be_watched: NeverSynced, "not within";
+        watch::scopes_cover_what_they_say: ScopeIsIgnored, "/a/b/c";
+        watch::a_delete_does_not_end_it_and_carries_the_last_value: LastValueIsLost, "deleted";
+        watch::an_expiry_is_told_once_with_the_last_value: EventsComeTwice, "created twice";
+        watch::several_watches_on_one_key: OneWatchAtATime, "a watch goes on";
+        watch::one_transaction_comes_together: EventsComeAlone, "right: 3";
+        watch::every_change_in_order: EventsComeTwice, "twice";
+        watch::after_a_revision: RevisionIsIgnored, "updated";
+        watch::a_slow_reader_sees_the_end: SlowReadersLose, "what was to come did not";
+        watch::a_picture_equals_the_store: FirstIsLost, "never created|right";
+        watch::ends_with_the_handle: CloseDoesNothing, "not within";
+
+        lock::one_holds_at_a_time: ConditionsAreIgnored, "two hold it|right: 1";
+        lock::waiters_come_in_their_order: QueuesAreTurnedRound, "not within 10s";
+        lock::try_acquire_never_waits: ConditionsAreIgnored, "is_none()";
+        lock::a_deadline_leaves_the_queue: DeleteDoesNothing, "not within 10s";
+        lock::a_dropped_wait_leaves_the_queue: DeleteDoesNothing, "not within 10s";
+        lock::tokens_only_grow: RevisionIsStuck, "held.token() > last";
+        lock::a_lost_lock_writes_nothing: ConditionsAreIgnored, "Ok(";
+        lock::one_handle_is_two_contenders: ConditionsAreIgnored, "Ok(";
+        lock::a_reentrant_lock_counts: ConditionsAreIgnored, "frees nothing";
+        lock::dropping_releases: DeleteDoesNothing, "not within 10s";
+        lock::closing_releases: CloseDoesNothing, "is_lost()";
+        lock::removed_by_another_hand_is_lost: WatchesSayNothing, "not within 10s";
+        lock::release_of_a_lost_lock_touches_nothing: QueuesAreTurnedRound, "right";
+        lock::labels_are_seen: LabelsAreLost, "right";
+        lock::locks_below_locks_are_apart: BelowGoesByBytes, "right: 1";
+
+        election::one_leads_in_order: QueuesAreTurnedRound, "right: \\\"first";
+        election::the_leader_publishes: ConditionsAreIgnored, "Ok(";
+        election::observe_ends_in_the_newest: DeletesAreMissed, "not within 10s";
+        election::resign_hands_over: DeleteDoesNothing, "not within 10s";
+        election::a_removed_leader_key_ends_the_leadership: WatchesSayNothing, "not within 10s";
+        election::a_candidate_that_stops_leaves_no_trace: DeleteDoesNothing, "not within 10s";
+        election::close_with_a_candidate_waiting_returns: CloseDoesNothing, "not within 10s";
+        election::equal_values_are_other_candidates: QueuesAreTurnedRound, "the predecessor still leads|right";
+        election::a_leader_can_lead_again: RevisionIsStuck, "leadership.token() > last";
+
+        recipe::a_registration_stays_and_goes: KindIsIgnored, "Ok(";
+        recipe::a_registration_comes_back_when_deleted: WatchesSayNothing, "not within 10s";
+        recipe::a_registration_takes_over_when_asked: TakeOverIsRefused, "it belongs to session";
+        recipe::a_mirror_is_current: FirstIsLost, "it is there";
+
+        failure::health_answers: HealthSaysNothing, "endpoint";
+        failure::wait_connected_returns: CloseDoesNothing, "Err(Error::Closed)";
+        failure::connect_again_finds_all: WritesAreForgotten, "right: 50";
+    }
+}
+
+/// Why a property did not hold, if it did not.
+async fn failure(member: &Arc<Member>, case: &Case) -> Option<String> {
+    match tokio::spawn((case.run)(BrokenCluster::new(member, case.fault))).await {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(error.to_string()),
+        Err(panicked) => Some(panicked.to_string()),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_property_fails_when_its_sentence_is_broken() {
+    let member = Arc::new(Member::start(&RaftConfig::in_memory()).await.unwrap());
+    let judged = stream::iter(cases()).map(|case| {
+        let member = &member;
+        async move {
+            match failure(member, &case).await {
+                None => Some(format!("{} holds under {:?}", case.property, case.fault)),
+                Some(said) if case.says.split('|').any(|says| said.contains(says)) => None,
+                Some(said) => Some(format!(
+                    "{} under {:?} says {said:?}, not {:?}",
+                    case.property, case.fault, case.says
+                )),
+            }
+        }
+    });
+    let wrong: Vec<_> = judged
+        .buffer_unordered(AT_ONCE)
+        .filter_map(std::future::ready)
+        .collect()
+        .await;
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_property_that_needs_no_server_is_broken() {
+    // Parsing asks no store: broken by the tests of the type itself, in registry-api.
+    let apart = BTreeSet::from(["keys::bad_keys_are_refused_before_anything_is_sent"]);
+    let broken: BTreeSet<_> = cases().iter().map(|case| case.property).collect();
+    let faults = registry_tests::properties!(faults names_of, ());
+    let left: Vec<_> = registry_tests::names()
+        .into_iter()
+        .filter(|name| !broken.contains(name) && !apart.contains(name) && !faults.contains(name))
+        .collect();
+    assert!(left.is_empty(), "never seen to fail: {left:?}");
+}
