@@ -37,7 +37,7 @@ and every other command asks that address.
 
 Exit codes: 0 done; 1 failed; 2 wrong usage or settings; 3 not found; 4 a condition did not hold, or the put was refused; \
 5 unavailable, nothing changed; 6 outcome unknown, read back before retrying; 7 lock, leadership or session lost; \
-8 access denied. `lock` and `elect` pass on the code of the command they run.
+8 access denied; 130 stopped while waiting; 141 nobody reads on. `lock` and `elect` pass on the code of the command they run.
 
 Settings come from the file (--config or REGISTRY_CONFIG; TOML, YAML or JSON), then REGISTRY__... in the environment \
 (REGISTRY__TYPE, REGISTRY__RAFT__DATA_DIR), then --set. RUST_LOG=info shows what happens beneath."
@@ -149,6 +149,21 @@ pub(crate) async fn run(cli: Cli) -> Outcome {
         Command::Import(import) => import.run(&settings, out).await,
         Command::Export(export) => export.run(&settings.connect().await?, out).await,
     }
+}
+
+/// What clap has to say: help and version, or what is wrong with the arguments.
+pub(crate) fn misused(error: &clap::Error) -> ExitCode {
+    let json = std::env::args_os()
+        .take_while(|argument| argument != "--")
+        .any(|argument| argument == "--json");
+    if json && error.use_stderr() {
+        let text = error.to_string();
+        let text = text.strip_prefix("error: ").unwrap_or(&text).trim_end();
+        return Failure::usage(text).report(json);
+    }
+    // Standard error may be closed; the code tells all the same.
+    let _ = error.print();
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
 }
 
 /// Where the settings come from.

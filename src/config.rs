@@ -202,7 +202,11 @@ impl Table {
         };
         let backend = match self.r#type.as_str() {
             #[cfg(feature = "raft")]
-            "raft" => Backend::Raft(self.raft),
+            "raft" => {
+                // Here and not only when it is opened, so that the file is named too.
+                self.raft.check().map_err(|error| refused(place, error.to_string()))?;
+                Backend::Raft(self.raft)
+            }
             #[cfg(feature = "etcd")]
             "etcd" => Backend::Etcd(self.etcd.ok_or_else(|| missing("etcd"))?),
             #[cfg(feature = "zk")]

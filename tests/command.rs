@@ -206,8 +206,21 @@ async fn wrong_inputs_say_what_is_wrong() {
             .await
             .contains("another process has this directory open")
     );
-    let error: Value = serde_json::from_str(&shell.says(3, &["--json", "get", "/none"]).await).unwrap();
-    assert_eq!(error["code"], 3);
+    for (code, arguments) in [(3, ["--json", "get", "/none"]), (2, ["--json", "get", "none"])] {
+        let error: Value = serde_json::from_str(&shell.says(code, &arguments).await).unwrap();
+        assert_eq!(error["code"], code);
+    }
+    std::fs::write(
+        shell.dir.path().join("half.toml"),
+        "[registry]\nnamespace = \"/a\"\n[registry.raft\n",
+    )
+    .unwrap();
+    let said = shell.says(2, &["--config", "half.toml", "get", "/a"]).await;
+    assert!(said.contains("half.toml") && said.contains("line 3"), "{said}");
+    let said = shell.says(2, &["--set", "raft.listen=here", "get", "/a"]).await;
+    assert!(said.contains("the settings: registry.raft.listen: \"here\""), "{said}");
+    let said = shell.says(2, &["--set", "namespace=a", "get", "/a"]).await;
+    assert!(said.contains("bad namespace"), "{said}");
     assert_eq!(member.stop().await.unwrap().code(), Some(0));
     let said = shell.says(5, &["--set", "connect_timeout=1s", "get", "/a"]).await;
     assert!(
@@ -279,7 +292,12 @@ async fn a_command_runs_under_a_lock_and_a_leadership() {
             .await
             .contains("no-such-program")
     );
-    shell.says(3, &["lock", "/l", "--show"]).await;
+    assert!(
+        shell
+            .says(3, &["lock", "/l", "--show"])
+            .await
+            .contains("nobody holds /l")
+    );
 
     let (mut observer, mut told, first) = shell.starts(&["elect", "/e", "--observe"]).await;
     assert_eq!(first, "no leader");
@@ -318,6 +336,33 @@ async fn a_lost_lock_ends_its_command() {
     member.kill().await;
     let ended = within(PATIENCE, holder.wait()).await.unwrap();
     assert_eq!(ended.code(), Some(7));
+}
+
+#[tokio::test]
+async fn a_registration_is_told_lost_and_comes_back() {
+    let shell = Shell::new();
+    let mut member = shell.serve().await;
+    let (mut register, mut told, said) = shell.starts(&["register", "/w", "1"]).await;
+    assert_eq!(said, "/w: registered");
+    member.kill().await;
+    assert_eq!(line(&mut told).await, "/w: lost, putting it back");
+    let _member = shell.serve().await;
+    assert_eq!(line(&mut told).await, "/w: registered");
+    assert_eq!(shell.says(0, &["get", "/w"]).await, "1");
+    assert_eq!(interrupt(&mut register).await, Some(0));
+    shell.says(3, &["get", "/w"]).await;
+}
+
+#[tokio::test]
+async fn a_reader_that_has_gone_ends_the_command() {
+    let shell = Shell::new();
+    let _member = shell.serve().await;
+    packages(&shell.dir.path().join("all.jsonl"), 5_000);
+    shell.says(0, &["import", "all.jsonl"]).await;
+    // More than a pipe holds is still to be printed when its reader goes.
+    let (mut export, told, _) = shell.starts(&["export", "/"]).await;
+    drop(told);
+    assert_eq!(within(PATIENCE, export.wait()).await.unwrap().code(), Some(141));
 }
 
 fn packages(path: &Path, keys: usize) {

@@ -79,7 +79,10 @@ impl RaftConfig {
     }
 
     /// Refuses what contradicts itself.
-    pub(crate) fn check(&self) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::Config`] names the setting, and what is allowed.
+    pub fn check(&self) -> Result<()> {
         if self.is_remote() {
             let of_member = [
                 ("member", self.member.is_some()),

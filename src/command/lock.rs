@@ -101,11 +101,10 @@ impl Lock {
                 || json!({ "role": role, "token": contender.token.0, "session": session, "label": label }),
             )?;
         }
-        Ok(if contenders.is_empty() {
-            ExitCode::from(Failure::NOT_FOUND)
-        } else {
-            ExitCode::SUCCESS
-        })
+        match contenders.is_empty() {
+            true => Err(Failure::new(Failure::NOT_FOUND, format!("nobody holds {}", self.name))),
+            false => Ok(ExitCode::SUCCESS),
+        }
     }
 }
 

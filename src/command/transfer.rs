@@ -150,7 +150,10 @@ impl Export {
         }
         bar.finish_and_clear();
         close(registry).await;
-        eprintln!("exported {count} keys, left out {left_out} ephemeral ones");
+        match out.json {
+            true => eprintln!("{}", json!({ "exported": count, "left_out": left_out })),
+            false => eprintln!("exported {count} keys, left out {left_out} ephemeral ones"),
+        }
         Ok(ExitCode::SUCCESS)
     }
 }
