@@ -8,10 +8,12 @@ use futures_util::future::join_all;
 use registry_api::{Error, Grant, Result, SessionId, SessionStore};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
-use zookeeper_client::{AddWatchMode, Client, Error as ClientError, SessionState, TlsOptions};
+use zookeeper_client::{
+    AddWatchMode, Client, Error as ClientError, SessionInfo, SessionState, StateWatcher, TlsOptions,
+};
 
 use crate::config::{Tls, config};
-use crate::error::{self, BACKEND, Trouble, Verdict};
+use crate::error::{self, Trouble, Verdict};
 use crate::names::{GUARDS, MARK};
 use crate::store::{Conn, Slot, Store};
 
@@ -19,13 +21,26 @@ use crate::store::{Conn, Slot, Store};
 const BOUNDS: &str = "ZooKeeper grants 2 to 20 of its ticks: 4 s to 40 s as shipped";
 /// How long a server may keep silent before another is tried; less where the TTL is short.
 const MAX_SILENCE: Duration = Duration::from_secs(4);
+/// The end of a session is not waited for longer than half of this without a connection: the next one is to be opened.
+const MIN_PATIENCE: Duration = Duration::from_secs(1);
+const MAX_PATIENCE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(100);
 
 /// Opens, keeps and closes the sessions of one handle.
 pub(crate) struct Sessions {
     store: Arc<Store>,
-    /// The connection of the session that is kept alive.
-    held: Mutex<Option<Arc<Conn>>>,
+    held: Mutex<Option<Held>>,
+}
+
+/// The newest session, until ZooKeeper says that it is over.
+#[derive(Clone)]
+struct Held {
+    session: SessionId,
+    /// The connection that keeps it alive; none once it was given up.
+    conn: Option<Arc<Conn>>,
+    states: StateWatcher,
+    /// With which another connection takes it up.
+    ticket: SessionInfo,
 }
 
 impl Sessions {
@@ -36,22 +51,32 @@ impl Sessions {
         }
     }
 
-    fn held(&self) -> MutexGuard<'_, Option<Arc<Conn>>> {
+    fn held(&self) -> MutexGuard<'_, Option<Held>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A new session, ready for use.
     async fn dial(&self) -> Result<Client> {
+        let client = self.connect(None).await?.map_err(error::read)?;
+        prepare(&self.store, &client).await?;
+        Ok(client)
+    }
+
+    /// A connection with a new session, or with that one.
+    async fn connect(&self, ticket: Option<SessionInfo>) -> Result<Result<Client, ClientError>> {
         let ttl = self.store.options.session_ttl.get();
         let mut connector = Client::connector()
             .with_session_timeout(ttl)
             .with_connection_timeout((ttl * 2 / 5).min(MAX_SILENCE))
             .with_fail_eagerly();
+        if let Some(ticket) = ticket {
+            connector = connector.with_session(ticket);
+        }
         if let Some(auth) = &self.store.config.auth {
             connector = connector.with_auth("digest", format!("{}:{}", auth.user, auth.password).as_bytes());
         }
         let servers = self.store.config.servers.to_string();
-        let connected = match &self.store.config.tls {
+        Ok(match &self.store.config.tls {
             Some(tls) => {
                 connector
                     .with_tls(tls_options(tls).await?)
@@ -59,10 +84,34 @@ impl Sessions {
                     .await
             }
             None => connector.connect(&servers).await,
-        };
-        let client = connected.map_err(error::read)?;
-        prepare(&self.store, &client).await?;
-        Ok(client)
+        })
+    }
+
+    /// Sees a session to its end. One that no connection has any more is taken up again to be closed: only ZooKeeper says
+    /// that it is over, the client's own reckoning does not.
+    async fn end(&self, mut held: Held) -> Result<()> {
+        let patience = self.store.options.session_ttl.get().clamp(MIN_PATIENCE, MAX_PATIENCE) / 2;
+        let connected_by = Instant::now() + patience;
+        loop {
+            match held.states.peek_state() {
+                SessionState::Closed => return Ok(()),
+                // Being closed, which is the server's to answer.
+                SessionState::SyncConnected | SessionState::ConnectedReadOnly => drop(held.states.changed().await),
+                SessionState::Disconnected => {
+                    let changed = timeout_at(connected_by, held.states.changed()).await;
+                    changed.map_err(|_| error::unavailable(self.store.not_connected()))?;
+                }
+                SessionState::Expired | SessionState::AuthFailed => {
+                    let connected = timeout_at(connected_by, self.connect(Some(held.ticket.clone()))).await;
+                    match connected.map_err(|_| error::unavailable(self.store.not_connected()))?? {
+                        // Dropped, it closes its session.
+                        Ok(client) => held.states = client.state_watcher(),
+                        Err(ClientError::SessionExpired) => return Ok(()),
+                        Err(failure) => return Err(error::read(failure)),
+                    }
+                }
+            }
+        }
     }
 
     /// What stands in the way, server by server.
@@ -194,7 +243,12 @@ impl SessionStore for Sessions {
         let ttl = self.store.options.accept_ttl(client.session_timeout(), BOUNDS)?;
         let conn = Arc::new(Conn::new(client));
         let session = conn.session;
-        *self.held() = Some(conn.clone());
+        *self.held() = Some(Held {
+            session,
+            states: conn.client.state_watcher(),
+            ticket: conn.client.session().clone(),
+            conn: Some(conn.clone()),
+        });
         self.store.put(Slot::Open(conn));
         Ok(Grant {
             session,
@@ -206,8 +260,8 @@ impl SessionStore for Sessions {
     }
 
     async fn keep_alive(&self, session: SessionId) -> Result<()> {
-        let held = self.held().clone().filter(|conn| conn.session == session);
-        let Some(conn) = held else {
+        let held = self.held().clone().filter(|held| held.session == session);
+        let Some(conn) = held.and_then(|held| held.conn) else {
             return Err(Error::SessionExpired { session });
         };
         // Answered only by a server that the leader answers: one that is cut off from it would be believed in vain.
@@ -221,36 +275,22 @@ impl SessionStore for Sessions {
     }
 
     async fn close(&self, session: SessionId) -> Result<()> {
-        let held = self.held().take_if(|conn| conn.session == session);
-        let Some(conn) = held else {
+        let given_up = |held: &mut Held| {
+            // The client closes the session when its last user lets go of it, which calls do as their connection is replaced.
+            held.conn = None;
+            held.clone()
+        };
+        let held = self
+            .held()
+            .as_mut()
+            .filter(|held| held.session == session)
+            .map(given_up);
+        let Some(held) = held else {
             return Ok(());
         };
         self.store.put(Slot::Opening);
-        let mut states = conn.client.state_watcher();
-        // The client closes the session when its last user lets go of it, which calls do as their connection is replaced.
-        drop(conn);
-        let patience = self
-            .store
-            .options
-            .session_ttl
-            .get()
-            .clamp(Duration::from_secs(1), Duration::from_secs(10))
-            / 2;
-        let connected_by = Instant::now() + patience;
-        loop {
-            let state = states.peek_state();
-            match state {
-                SessionState::Closed | SessionState::Expired | SessionState::AuthFailed => return Ok(()),
-                SessionState::SyncConnected | SessionState::ConnectedReadOnly => drop(states.changed().await),
-                SessionState::Disconnected => {
-                    if timeout_at(connected_by, states.changed()).await.is_err() {
-                        return Err(Error::Unavailable {
-                            backend: BACKEND,
-                            source: self.store.not_connected().into(),
-                        });
-                    }
-                }
-            }
-        }
+        self.end(held).await?;
+        self.held().take_if(|held| held.session == session);
+        Ok(())
     }
 }
