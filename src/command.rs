@@ -1,5 +1,6 @@
 //! The command line: what there is to say, and what is done then.
 
+mod bench;
 #[cfg(feature = "raft")]
 mod demo;
 mod election;
@@ -105,6 +106,11 @@ enum Command {
     /// Writes the persistent keys at and below a prefix as JSON lines.
     #[command(after_help = "Example: registry export /app > app.jsonl")]
     Export(transfer::Export),
+    /// Measures the store: throughput and latency of each kind of work, with so many tasks at once.
+    #[command(
+        after_help = "Examples:\n  registry bench\n  registry bench put get --tasks 1,64,256 --duration 10s --plot bench.svg\n  registry bench --embedded --set raft.data_dir=/tmp/bench"
+    )]
+    Bench(bench::Bench),
     /// Shows how the store stands.
     #[command(after_help = "Example: registry status --json")]
     Status,
@@ -136,6 +142,7 @@ pub(crate) async fn run(cli: Cli) -> Outcome {
             clap_complete::generate(shell, &mut Cli::command(), "registry", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
         }
+        Command::Bench(bench) => bench.run(&settings, out).await,
         Command::Status => status::run(&settings, out).await,
         Command::Get(get) => get.run(&settings.connect().await?, out).await,
         Command::Put(put) => put.run(&settings, out).await,

@@ -489,3 +489,41 @@ async fn every_command_has_an_example_and_completions_are_made() {
     }
     assert!(shell.says(0, &["completions", "bash"]).await.contains("_registry"));
 }
+
+#[tokio::test]
+async fn a_bench_measures_every_kind_of_work_and_leaves_nothing() {
+    let shell = Shell::new();
+    let _member = shell.serve().await;
+    let plot = shell.dir.path().join("bench.svg");
+    let plot = plot.to_str().unwrap();
+    let bench = [
+        "bench",
+        "--tasks",
+        "1,3",
+        "--keys",
+        "50",
+        "--duration",
+        "300ms",
+        "--warm-up",
+        "50ms",
+        "--plot",
+        plot,
+    ];
+    let rows = shell.json(&bench).await;
+    assert_eq!(rows.len(), 18);
+    for row in &rows {
+        assert!(row["done"].as_u64() > Some(0), "{row}");
+        assert_eq!(row["failures"], 0, "{row}");
+        assert!(row["p50_us"].as_f64() <= row["max_us"].as_f64(), "{row}");
+    }
+    let drawn = std::fs::read_to_string(plot).unwrap();
+    assert!(drawn.starts_with("<svg") && drawn.contains("stale-get"), "{drawn}");
+    assert_eq!(shell.says(0, &["ls", "/"]).await, "");
+    assert!(
+        shell
+            .says(0, &["bench", "put", "--duration", "100ms", "--warm-up", "0s"])
+            .await
+            .starts_with("work ")
+    );
+    assert!(shell.says(2, &["bench", "dance"]).await.contains("possible values"));
+}
