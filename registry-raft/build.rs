@@ -2,7 +2,10 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
-    let descriptors = protox::compile(["log.proto", "registry.proto", "snapshot.proto"], ["proto"])?;
+    let descriptors = protox::compile(
+        ["log.proto", "peer.proto", "registry.proto", "snapshot.proto"],
+        ["proto"],
+    )?;
     tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
     Ok(())
 }

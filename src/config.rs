@@ -71,7 +71,7 @@ impl Config {
             .keep_prefix(true)
             .try_parsing(true);
         environment = environment.list_separator(",");
-        for list in ["raft.endpoints", "etcd.endpoints"] {
+        for list in ["raft.endpoints", "raft.join", "etcd.endpoints"] {
             environment = environment.with_list_parse_key(&format!("registry.{list}"));
         }
         builder = builder.add_source(environment);
@@ -79,7 +79,7 @@ impl Config {
         let wrong = |error: config::ConfigError| refused(&place, error.to_string());
         for (name, value) in overrides {
             let name = format!("registry.{name}");
-            builder = match name.ends_with(".endpoints") {
+            builder = match name.ends_with(".endpoints") || name.ends_with(".join") {
                 true => builder.set_override(name, value.split(',').map(str::to_owned).collect::<Vec<_>>()),
                 false => builder.set_override(name, value.as_str()),
             }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -33,7 +34,7 @@ const CAPABILITIES: Capabilities = Capabilities {
 };
 
 /// The longest pause between two tries of one request.
-const MAX_BACKOFF: Duration = Duration::from_millis(200);
+const MAX_BACKOFF: Duration = Duration::from_millis(50);
 
 /// A handle on the members of a group, whichever link it holds.
 #[derive(Debug)]
@@ -42,6 +43,8 @@ pub(crate) struct RaftRegistry {
     options: Options,
     session: Session,
     sequences: Mutex<Sequences>,
+    /// The newest revision that a read has told: no later one goes back behind it, whichever member answers.
+    seen: AtomicU64,
     /// The member that was started for this handle, and stops with it.
     member: Mutex<Option<Member>>,
 }
@@ -55,6 +58,7 @@ impl RaftRegistry {
             options: options.clone(),
             session,
             sequences: Mutex::default(),
+            seen: AtomicU64::new(0),
             member: Mutex::default(),
         })
     }
@@ -95,9 +99,18 @@ impl RaftRegistry {
                         source,
                     });
                 }
-                answered => return answered,
+                answered => {
+                    if let Ok(answer) = &answered {
+                        self.seen.fetch_max(revision(answer), Ordering::Relaxed);
+                    }
+                    return answered;
+                }
             }
         }
+    }
+
+    fn seen(&self) -> u64 {
+        self.seen.load(Ordering::Relaxed)
     }
 
     /// Carries out a change once, whatever happens to each try: the members remember what (session, sequence) did.
@@ -192,6 +205,7 @@ impl Registry for RaftRegistry {
         let get = proto::Get {
             key: self.qualify(key.as_str()),
             stale: read == Read::Stale,
+            at_least: self.seen(),
         };
         match self.ask(Call::Get(get)).await? {
             Answer::Get(answer) => answer
@@ -215,6 +229,7 @@ impl Registry for RaftRegistry {
                 .as_ref()
                 .map_or_else(String::new, |key| self.qualify(key.as_str())),
             stale: list.read == Read::Stale,
+            at_least: self.seen(),
         };
         let Answer::Page(page) = self.ask(Call::List(call)).await? else {
             return Err(not_understood());
@@ -236,6 +251,7 @@ impl Registry for RaftRegistry {
         let call = proto::Children {
             prefix: self.qualify(prefix.as_str()),
             stale: read == Read::Stale,
+            at_least: self.seen(),
         };
         match self.ask(Call::Children(call)).await? {
             Answer::Children(answer) => Ok(answer.names),
@@ -247,9 +263,10 @@ impl Registry for RaftRegistry {
         let call = proto::Count {
             prefix: self.qualify(prefix.as_str()),
             stale: read == Read::Stale,
+            at_least: self.seen(),
         };
         match self.ask(Call::Count(call)).await? {
-            Answer::Count(count) => Ok(count),
+            Answer::Count(answer) => Ok(answer.count),
             _ => Err(not_understood()),
         }
     }
@@ -284,6 +301,7 @@ impl Registry for RaftRegistry {
         let get = proto::Get {
             key: self.qualify("~/health"),
             stale: false,
+            at_least: 0,
         };
         match self.ask(Call::Get(get)).await? {
             Answer::Get(answer) => Ok(Health {
@@ -302,6 +320,17 @@ impl Registry for RaftRegistry {
             Some(member) => closed.and(member.stop().await),
             None => closed,
         }
+    }
+}
+
+/// The revision that the answer to a read tells.
+fn revision(answer: &Answer) -> u64 {
+    match answer {
+        Answer::Get(answer) => answer.revision,
+        Answer::Page(answer) => answer.revision,
+        Answer::Children(answer) => answer.revision,
+        Answer::Count(answer) => answer.revision,
+        Answer::Failure(_) | Answer::Reply(_) | Answer::Done(_) | Answer::Status(_) => 0,
     }
 }
 

@@ -1,5 +1,6 @@
 //! Settings of the Raft backend.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -28,10 +29,42 @@ pub struct RaftConfig {
     pub data_dir: Option<PathBuf>,
     /// The address the member answers remote handles on, `127.0.0.1:7480` if not given. Port 0 takes a free one.
     pub listen: Option<String>,
+    /// The members that found the group together, each name with its `host:port`, the same on each of them. It founds
+    /// only: the group keeps its membership itself from then on, and a later difference is a warning.
+    pub cluster: BTreeMap<String, String>,
+    /// Members of a running group that this one is to join, `host:port`. It becomes a learner, which has no vote until
+    /// it is promoted.
+    pub join: Vec<String>,
+    /// Where the other members reach this one, if not at `listen`.
+    pub advertise: Option<String>,
+    /// How soon the silence of the Raft leader is noticed, `default` if not given.
+    pub timers: Timers,
     /// Members to reach from elsewhere, `host:port`, in the order they are tried.
     pub endpoints: Vec<String>,
     /// How many bytes of log make a member take a snapshot and drop what it covers: 1 MiB or more, 64 MiB if not given.
     pub snapshot_log_bytes: Option<u64>,
+}
+
+/// How soon the silence of the Raft leader is noticed. The same on all members.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Timers {
+    /// Another leads within about a second: for any local network, and disks that are shared.
+    #[default]
+    Default,
+    /// In about half of that: for a quiet network and disks that sync within milliseconds.
+    Fast,
+}
+
+impl Timers {
+    /// The pause between heartbeats, and the bounds of the wait for one, in milliseconds.
+    pub(crate) fn millis(self) -> (u64, u64, u64) {
+        match self {
+            Self::Default => (100, 300, 600),
+            Self::Fast => (50, 150, 300),
+        }
+    }
 }
 
 impl RaftConfig {
@@ -70,12 +103,22 @@ impl RaftConfig {
         self.snapshot_log_bytes.unwrap_or(64 << 20)
     }
 
-    /// The address to listen on.
+    /// Its own entry of the founding list.
+    fn listed(&self) -> Option<&str> {
+        self.cluster.get(self.member_name()).map(String::as_str)
+    }
+
+    /// The address to listen on: if not given, its own of the founding list.
     pub(crate) fn address(&self) -> Result<SocketAddr> {
-        let listen = self.listen.as_deref().unwrap_or(DEFAULT_ADDRESS);
-        listen
-            .parse()
-            .map_err(|_| refused("listen", format!("{listen:?} is no address such as {DEFAULT_ADDRESS}")))
+        let listen = self.listen.as_deref().or(self.listed()).unwrap_or(DEFAULT_ADDRESS);
+        let wrong = || refused("listen", format!("{listen:?} is no address such as {DEFAULT_ADDRESS}"));
+        listen.parse().map_err(|_| wrong())
+    }
+
+    /// Where the others reach this member, which listens at `bound`.
+    pub(crate) fn advertised(&self, bound: SocketAddr) -> String {
+        let given = self.advertise.as_deref().or(self.listed());
+        given.map_or_else(|| bound.to_string(), str::to_owned)
     }
 
     /// Refuses what contradicts itself.
@@ -89,6 +132,10 @@ impl RaftConfig {
                 ("data_dir", self.data_dir.is_some()),
                 ("listen", self.listen.is_some()),
                 ("snapshot_log_bytes", self.snapshot_log_bytes.is_some()),
+                ("cluster", !self.cluster.is_empty()),
+                ("join", !self.join.is_empty()),
+                ("advertise", self.advertise.is_some()),
+                ("timers", self.timers != Timers::Default),
             ];
             if let Some((field, _)) = of_member.into_iter().find(|&(_, given)| given) {
                 return Err(refused(
@@ -96,22 +143,11 @@ impl RaftConfig {
                     "is a member's, and endpoints make this a remote handle; give one of them".into(),
                 ));
             }
-            return match self.endpoints.iter().find(|endpoint| !is_host_and_port(endpoint)) {
-                Some(bad) => Err(refused(
-                    "endpoints",
-                    format!("{bad:?} is no host and port such as {DEFAULT_ADDRESS}"),
-                )),
-                None => Ok(()),
-            };
+            let mut endpoints = self.endpoints.iter();
+            return endpoints.try_for_each(|endpoint| check_address("endpoints", endpoint));
         }
-        let name = self.member_name();
-        let word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        if name.is_empty() || name.len() > 64 || !name.chars().all(word) {
-            return Err(refused(
-                "member",
-                format!("{name:?} is no name: 1 to 64 letters, digits, `-`, `_` and `.`"),
-            ));
-        }
+        check_name("member", self.member_name())?;
+        self.check_group()?;
         if self.snapshot_log_bytes() < 1 << 20 {
             return Err(refused("snapshot_log_bytes", "at least 1048576 (1 MiB)".into()));
         }
@@ -123,6 +159,91 @@ impl RaftConfig {
         }
         self.address().map(|_| ())
     }
+
+    fn check_group(&self) -> Result<()> {
+        let name = self.member_name();
+        for (member, address) in &self.cluster {
+            check_name("cluster", member)?;
+            check_address("cluster", address)?;
+        }
+        for address in &self.join {
+            check_address("join", address)?;
+        }
+        if let Some(address) = &self.advertise {
+            check_address("advertise", address)?;
+        }
+        if !self.cluster.is_empty() && self.listed().is_none() {
+            let members: Vec<_> = self.cluster.keys().map(String::as_str).collect();
+            let reason = format!("member {name:?} is not on the list, which has {}", members.join(", "));
+            return Err(refused("cluster", reason));
+        }
+        if !self.cluster.is_empty() && !self.join.is_empty() {
+            return Err(refused(
+                "join",
+                "a member founds a group or joins one; give cluster or join".into(),
+            ));
+        }
+        if self.directory().is_none() && !(self.cluster.is_empty() && self.join.is_empty()) {
+            return Err(refused(
+                "data_dir",
+                "a member in memory is alone, and reached by nobody".into(),
+            ));
+        }
+        let advertised = self.advertise.as_deref().or(self.listed());
+        if let (Some(advertised), Some(listed)) = (&self.advertise, self.listed())
+            && advertised != listed
+        {
+            return Err(refused(
+                "advertise",
+                format!("the list has {listed:?} for member {name:?}; give one"),
+            ));
+        }
+        let mut others = self
+            .cluster
+            .values()
+            .chain(&self.join)
+            .map(String::as_str)
+            .chain(advertised);
+        let here = others.clone().filter(|address| is_loopback(address)).count();
+        match others.find(|address| here > 0 && !is_loopback(address)) {
+            Some(elsewhere) => Err(refused(
+                if self.cluster.is_empty() {
+                    "advertise"
+                } else {
+                    "cluster"
+                },
+                format!("{elsewhere:?} is another host, from which a loopback address reaches nobody"),
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+fn check_name(field: &str, name: &str) -> Result<()> {
+    let word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    match !name.is_empty() && name.len() <= 64 && name.chars().all(word) {
+        true => Ok(()),
+        false => Err(refused(
+            field,
+            format!("{name:?} is no name: 1 to 64 letters, digits, `-`, `_` and `.`"),
+        )),
+    }
+}
+
+fn check_address(field: &str, address: &str) -> Result<()> {
+    match is_host_and_port(address) {
+        true => Ok(()),
+        false => Err(refused(
+            field,
+            format!("{address:?} is no host and port such as {DEFAULT_ADDRESS}"),
+        )),
+    }
+}
+
+fn is_loopback(address: &str) -> bool {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 fn is_host_and_port(endpoint: &str) -> bool {

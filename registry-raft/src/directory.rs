@@ -19,14 +19,22 @@ const IDENTITY: &str = "identity";
 pub(crate) struct Directory {
     path: PathBuf,
     name: String,
-    identity: Identity,
-    founded: Mutex<bool>,
+    label: Mutex<Label>,
     _lock: File,
 }
 
+/// What the file says that tells whose the directory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Label {
+    identity: Identity,
+    founded: bool,
+    /// The group has gone on without it, for good.
+    removed: bool,
+}
+
 impl Directory {
-    /// Opens the directory, or makes it, for its owner only.
-    pub(crate) fn open(path: &Path, member: &str) -> Result<Self> {
+    /// Opens the directory, or makes it, for its owner only: a new one is that of `first`.
+    pub(crate) fn open(path: &Path, member: &str, first: impl FnOnce() -> Identity) -> Result<Self> {
         let failed = |what: &str| {
             let what = what.to_owned();
             move |error: io::Error| storage(path, format!("{what}: {error}"))
@@ -52,17 +60,27 @@ impl Directory {
             fs::create_dir_all(path.join(part)).map_err(failed("can't be made"))?;
         }
         let file = path.join(IDENTITY);
-        let (identity, founded) = match fs::read_to_string(&file) {
+        let label = match fs::read_to_string(&file) {
             Ok(text) => parse(&file, &text, member)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 refuse_orphans(path)?;
-                let identity = Identity::random();
-                write(path, &identity, member, false).map_err(failed("can't be written"))?;
-                (identity, false)
+                let label = Label {
+                    identity: first(),
+                    founded: false,
+                    removed: false,
+                };
+                write(path, &label, member).map_err(failed("can't be written"))?;
+                label
             }
             Err(error) => return Err(storage(&file, format!("can't be read: {error}"))),
         };
-        if founded && is_empty(&path.join("log")).map_err(failed("can't be read"))? {
+        if label.removed {
+            return Err(storage(
+                path,
+                format!("member {member:?} was removed from its group; to come back, join with an empty directory"),
+            ));
+        }
+        if label.founded && is_empty(&path.join("log")).map_err(failed("can't be read"))? {
             return Err(storage(
                 &path.join("log"),
                 "the log is gone, and with it what was acknowledged; restore a backup into a new directory".into(),
@@ -71,14 +89,13 @@ impl Directory {
         Ok(Self {
             path: path.into(),
             name: member.into(),
-            identity,
-            founded: Mutex::new(founded),
+            label: Mutex::new(label),
             _lock: lock,
         })
     }
 
     pub(crate) fn identity(&self) -> Identity {
-        self.identity
+        self.label.lock().identity
     }
 
     pub(crate) fn log(&self) -> PathBuf {
@@ -91,11 +108,27 @@ impl Directory {
 
     /// Notes that the group is made: from now on an empty log is a loss, not a beginning.
     pub(crate) fn founded(&self) -> Result<()> {
-        let mut founded = self.founded.lock();
-        if !*founded {
-            let written = write(&self.path, &self.identity, &self.name, true);
+        self.note(|label| label.founded = true)
+    }
+
+    /// Notes which group it is in.
+    pub(crate) fn belongs_to(&self, cluster: [u8; 16]) -> Result<()> {
+        self.note(|label| label.identity.cluster = cluster)
+    }
+
+    /// Notes that the group has removed this member: it never starts again.
+    pub(crate) fn removed(&self) -> Result<()> {
+        self.note(|label| label.removed = true)
+    }
+
+    fn note(&self, change: impl FnOnce(&mut Label)) -> Result<()> {
+        let mut label = self.label.lock();
+        let mut changed = *label;
+        change(&mut changed);
+        if changed != *label {
+            let written = write(&self.path, &changed, &self.name);
             written.map_err(|error| storage(&self.path, format!("can't be written: {error}")))?;
-            *founded = true;
+            *label = changed;
         }
         Ok(())
     }
@@ -120,17 +153,21 @@ fn is_empty(path: &Path) -> io::Result<bool> {
 }
 
 /// The file is text, for people too: a format line, the cluster, the member, and a checksum of the lines above.
-fn text(identity: &Identity, name: &str, founded: bool) -> String {
-    let body = format!(
-        "registry-raft {FORMAT}\ncluster {}\nmember {} {name}\nfounded {founded}\n",
-        uuid::Uuid::from_bytes(identity.cluster).simple(),
-        identity.member,
+fn text(label: &Label, name: &str) -> String {
+    let mut body = format!(
+        "registry-raft {FORMAT}\ncluster {}\nmember {} {name}\nfounded {}\n",
+        uuid::Uuid::from_bytes(label.identity.cluster).simple(),
+        label.identity.member,
+        label.founded,
     );
+    if label.removed {
+        body.push_str("removed true\n");
+    }
     let checksum = crc32fast::hash(body.as_bytes());
     format!("{body}checksum {checksum:08x}\n")
 }
 
-fn parse(file: &Path, text: &str, member: &str) -> Result<(Identity, bool)> {
+fn parse(file: &Path, text: &str, member: &str) -> Result<Label> {
     let damaged = || {
         storage(
             file,
@@ -168,22 +205,23 @@ fn parse(file: &Path, text: &str, member: &str) -> Result<(Identity, bool)> {
             ),
         ));
     }
-    Ok((
-        Identity {
+    Ok(Label {
+        identity: Identity {
             cluster: cluster.into_bytes(),
             member: id,
         },
         founded,
-    ))
+        removed: field("removed") == Some("true"),
+    })
 }
 
-fn write(path: &Path, identity: &Identity, name: &str, founded: bool) -> io::Result<()> {
+fn write(path: &Path, label: &Label, name: &str) -> io::Result<()> {
     let beside = path.join("identity.new");
     let mut file = owned(
         beside.clone(),
         OpenOptions::new().create(true).truncate(true).write(true),
     )?;
-    file.write_all(text(identity, name, founded).as_bytes())?;
+    file.write_all(text(label, name).as_bytes())?;
     file.sync_all()?;
     fs::rename(&beside, path.join(IDENTITY))?;
     File::open(path)?.sync_all()
@@ -212,18 +250,21 @@ mod tests {
     #[test]
     fn is_one_members_and_one_processs() {
         let dir = tempfile::tempdir().unwrap();
-        let open = Directory::open(dir.path(), "a").unwrap();
-        assert!(refusal(Directory::open(dir.path(), "a")).contains("another process"));
+        let open = Directory::open(dir.path(), "a", Identity::random).unwrap();
+        assert!(refusal(Directory::open(dir.path(), "a", Identity::random)).contains("another process"));
         let identity = open.identity();
         drop(open);
-        assert_eq!(Directory::open(dir.path(), "a").unwrap().identity(), identity);
-        assert!(refusal(Directory::open(dir.path(), "b")).contains("belongs to member \"a\""));
+        assert_eq!(
+            Directory::open(dir.path(), "a", Identity::random).unwrap().identity(),
+            identity
+        );
+        assert!(refusal(Directory::open(dir.path(), "b", Identity::random)).contains("belongs to member \"a\""));
     }
 
     #[test]
     fn damage_and_newer_formats_are_refused_and_left_alone() {
         let dir = tempfile::tempdir().unwrap();
-        drop(Directory::open(dir.path(), "a").unwrap());
+        drop(Directory::open(dir.path(), "a", Identity::random).unwrap());
         let file = dir.path().join(IDENTITY);
         let good = fs::read_to_string(&file).unwrap();
         let cases = [
@@ -234,7 +275,10 @@ mod tests {
         ];
         for (text, why) in cases {
             fs::write(&file, &text).unwrap();
-            assert!(refusal(Directory::open(dir.path(), "a")).contains(why), "{text:?}");
+            assert!(
+                refusal(Directory::open(dir.path(), "a", Identity::random)).contains(why),
+                "{text:?}"
+            );
             assert_eq!(fs::read_to_string(&file).unwrap(), text);
         }
     }
@@ -242,12 +286,12 @@ mod tests {
     #[test]
     fn a_lost_log_is_no_beginning() {
         let dir = tempfile::tempdir().unwrap();
-        let open = Directory::open(dir.path(), "a").unwrap();
+        let open = Directory::open(dir.path(), "a", Identity::random).unwrap();
         open.founded().unwrap();
         drop(open);
-        assert!(refusal(Directory::open(dir.path(), "a")).contains("the log is gone"));
+        assert!(refusal(Directory::open(dir.path(), "a", Identity::random)).contains("the log is gone"));
         fs::remove_file(dir.path().join(IDENTITY)).unwrap();
         fs::write(dir.path().join("log/wal"), "x").unwrap();
-        assert!(refusal(Directory::open(dir.path(), "a")).contains("identity is missing"));
+        assert!(refusal(Directory::open(dir.path(), "a", Identity::random)).contains("identity is missing"));
     }
 }

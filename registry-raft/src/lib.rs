@@ -24,12 +24,16 @@ mod command;
 mod config;
 mod directory;
 mod expiry;
+mod founding;
 mod history;
+mod leader;
 mod link;
 mod log;
 mod log_store;
 mod member;
 mod network;
+mod peer_service;
+mod peers;
 mod remote;
 mod service;
 mod session;
@@ -45,7 +49,7 @@ mod wire;
 
 use std::sync::Arc;
 
-use registry_api::{Options, Registry, Result, SessionId, SessionStore};
+use registry_api::{Error, Options, Registry, Result, SessionId, SessionStore};
 
 use crate::backend::RaftRegistry;
 use crate::remote::Remote;
@@ -54,7 +58,7 @@ use crate::session::Sessions;
 #[doc(hidden)]
 pub use log::measure;
 
-pub use config::{DEFAULT_ADDRESS, RaftConfig};
+pub use config::{DEFAULT_ADDRESS, RaftConfig, Timers};
 pub use member::Member;
 pub use status::{MemberStatus, Status};
 
@@ -68,6 +72,11 @@ pub(crate) mod proto {
         pub mod log {
             pub mod v1 {
                 tonic::include_proto!("registry.log.v1");
+            }
+        }
+        pub mod peer {
+            pub mod v1 {
+                tonic::include_proto!("registry.peer.v1");
             }
         }
         pub mod snapshot {
@@ -91,7 +100,20 @@ pub async fn connect(config: &RaftConfig, options: &Options) -> Result<Arc<dyn R
         let link = Arc::new(Remote::new(config.endpoints.clone()));
         return Ok(Arc::new(RaftRegistry::open(link, options).await?));
     }
-    Member::start(config).await?.into_handle(options).await
+    let starting = Member::start(config);
+    let member = match config.cluster.is_empty() && config.join.is_empty() {
+        true => starting.await?,
+        false => tokio::time::timeout(options.connect_timeout, starting)
+            .await
+            .map_err(|_| {
+                let reason = "the group's other members were not there within connect_timeout";
+                Error::Unavailable {
+                    backend: link::BACKEND,
+                    source: reason.into(),
+                }
+            })??,
+    };
+    member.into_handle(options).await
 }
 
 /// How the group stands, asked of the first of the config's `endpoints` that answers.

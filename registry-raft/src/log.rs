@@ -54,6 +54,21 @@ impl Identity {
             member: 1,
         }
     }
+
+    /// A member of a group that it is yet to find. Its id is drawn once for a disk, and so never given to another.
+    pub(crate) fn of_no_group() -> Self {
+        // 48 bits: programs that hold numbers as JavaScript does can still tell them apart.
+        let drawn = uuid::Uuid::new_v4().as_u128() >> 80;
+        Self {
+            cluster: [0; 16],
+            member: u64::try_from(drawn).unwrap_or_default().max(2),
+        }
+    }
+
+    /// Whether it has found its group.
+    pub(crate) fn has_group(&self) -> bool {
+        self.cluster != [0; 16]
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -286,9 +301,23 @@ impl Log {
         }
     }
 
-    /// The bytes of all entries that are not purged.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.state.lock().bytes_from(0)
+    /// The bytes of the entries after that one.
+    pub(crate) fn bytes_after(&self, index: Option<u64>) -> u64 {
+        let state = self.state.lock();
+        let from = state.slots.partition_point(|slot| Some(slot.id.index) <= index);
+        state.bytes_from(from)
+    }
+
+    /// Up to where the log may be purged when everything up to `covered` is in a snapshot, and the newest `keep` bytes of
+    /// that are kept for members that lag behind.
+    pub(crate) fn purge_point(&self, covered: u64, keep: u64) -> Option<u64> {
+        let state = self.state.lock();
+        let past = state.slots.partition_point(|slot| slot.id.index <= covered);
+        let end = state.slots.get(past.checked_sub(1)?)?.end;
+        let gone = state
+            .slots
+            .partition_point(|slot| slot.id.index <= covered && slot.end + keep <= end);
+        Some(state.slots.get(gone.checked_sub(1)?)?.id.index)
     }
 
     /// Nothing for a log in memory.

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver;
-use openraft::error::{ClientWriteError, LinearizableReadError, RaftError};
-use openraft::{Raft, ReadPolicy, SnapshotPolicy};
+use openraft::error::{ClientWriteError, InitializeError, RaftError};
+use openraft::{Raft, SnapshotPolicy};
 use registry_api::{BoxError, Error, Namespace, Options, Registry, Result, SessionId, Watch, WatchRequest};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Semaphore, oneshot, watch};
@@ -17,10 +17,15 @@ use crate::command::{Change, Command, Reply};
 use crate::config::RaftConfig;
 use crate::directory::Directory;
 use crate::expiry::{self, Expiry};
+use crate::founding::Door;
+use crate::leader::{self, Leader, Readers};
 use crate::link::{BACKEND, Link};
+use crate::log::Identity;
 use crate::log_store::LogStore;
-use crate::network::Alone;
+use crate::network::Network;
+use crate::peer_service::PeerService;
 use crate::proto;
+use crate::proto::registry::peer::v1::peers_server::PeersServer;
 use crate::proto::registry_server::RegistryServer;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
@@ -35,6 +40,10 @@ use crate::watchers::Target;
 
 /// How long a member may take to read its data and to lead a group of one.
 const START: Duration = Duration::from_secs(60);
+/// How long one of many waits at its start for a Raft leader.
+const QUORUM: Duration = Duration::from_secs(10);
+/// How many bytes of log that a snapshot covers are kept for members that lag behind.
+const KEPT: u64 = 32 << 20;
 /// How many bytes of changes may be on their way at once; more wait their turn.
 const IN_FLIGHT: usize = 64 << 20;
 const HOUSEKEEPING: Duration = Duration::from_millis(500);
@@ -46,6 +55,8 @@ const HOUSEKEEPING: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub struct Member {
     core: Core,
+    name: String,
+    ended: watch::Receiver<Option<String>>,
     address: Option<SocketAddr>,
     running: Option<Running>,
 }
@@ -53,10 +64,28 @@ pub struct Member {
 /// What a member is made of while it runs.
 #[derive(Debug)]
 struct Running {
-    runtime: Runtime,
+    threads: Threads,
     stop: watch::Sender<bool>,
     server: Option<tokio::task::JoinHandle<()>>,
-    directory: Option<Directory>,
+    directory: Option<Arc<Directory>>,
+}
+
+/// The member's threads. Dropped, as with a start that is given up, they end in the background.
+#[derive(Debug)]
+struct Threads(Option<Runtime>);
+
+impl Threads {
+    fn handle(&self) -> Result<&Runtime> {
+        self.0.as_ref().ok_or_else(|| unavailable("the member has stopped"))
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 impl Member {
@@ -64,8 +93,12 @@ impl Member {
     ///
     /// # Errors
     /// [`Error::Config`] for a bad setting; [`Error::Storage`] for a directory that is damaged, another member's, of a
-    /// newer version, or in use by another process: nothing is changed then. [`Error::Unavailable`] if the address
-    /// can't be listened on.
+    /// newer version, or in use by another process, and for an empty one under a name that the group knows: nothing is
+    /// changed then. [`Error::Unavailable`] if the address can't be listened on.
+    ///
+    /// # Cancel safety
+    /// Where a group is founded or joined it waits for the others, however long. Dropping the future gives the start up;
+    /// what is on disk by then is gone on with by the next.
     pub async fn start(config: &RaftConfig) -> Result<Self> {
         config.check()?;
         if config.is_remote() {
@@ -76,26 +109,41 @@ impl Member {
         }
         let mut builder = Builder::new_multi_thread();
         builder.worker_threads(2).thread_name("registry-raft").enable_all();
-        let runtime = builder.build().map_err(unavailable)?;
-        let config = config.clone();
+        let threads = Threads(Some(builder.build().map_err(unavailable)?));
+        let (config, name) = (config.clone(), config.member_name().to_owned());
         // Opening reads files and waits for disks: that is for the member's own threads.
-        let starting = runtime.spawn(async move { start(&config).await });
-        let started = starting.await.map_err(unavailable);
-        match started.and_then(|started| started) {
-            Ok((core, address, stop, server, directory)) => Ok(Self {
-                core,
-                address,
-                running: Some(Running {
-                    runtime,
-                    stop,
-                    server,
-                    directory,
-                }),
+        let starting = threads.handle()?.spawn(async move { start(&config).await });
+        let started = starting.await.map_err(unavailable)??;
+        Ok(Self {
+            core: started.core,
+            name,
+            ended: started.ended,
+            address: started.address,
+            running: Some(Running {
+                threads,
+                stop: started.stop,
+                server: started.server,
+                directory: started.directory,
             }),
-            Err(error) => {
-                runtime.shutdown_background();
-                Err(error)
-            }
+        })
+    }
+
+    /// Its name in the group.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Waits until the member has ended by itself, and tells why: the group has removed it, or its log failed. It answers
+    /// nobody any more, and is still to be stopped.
+    ///
+    /// # Cancel safety
+    /// Dropping the future changes nothing.
+    pub async fn ended(&self) -> String {
+        let mut ended = self.ended.clone();
+        match ended.wait_for(Option::is_some).await {
+            Ok(reason) => reason.clone().unwrap_or_default(),
+            // Nobody can tell any more: it was stopped.
+            Err(_) => std::future::pending().await,
         }
     }
 
@@ -171,10 +219,10 @@ impl Drop for Member {
 }
 
 impl Running {
-    fn stop(self, core: &Core) -> Result<()> {
+    fn stop(mut self, core: &Core) -> Result<()> {
         self.stop.send_replace(true);
         core.store.end_watches();
-        let closed = self.runtime.block_on(async {
+        let closed = self.threads.handle()?.block_on(async {
             if let Some(server) = self.server {
                 let grace = tokio::time::timeout(Duration::from_secs(1), server).await;
                 tracing::debug!(in_time = grace.is_ok(), "the server has stopped");
@@ -183,29 +231,31 @@ impl Running {
             let _ = core.raft.shutdown().await;
             core.log.log().close()
         });
-        self.runtime.shutdown_timeout(Duration::from_secs(1));
+        if let Some(runtime) = self.threads.0.take() {
+            runtime.shutdown_timeout(Duration::from_secs(1));
+        }
         // Only now may another process open it.
         drop(self.directory);
         closed
     }
 }
 
-type Started = (
-    Core,
-    Option<SocketAddr>,
-    watch::Sender<bool>,
-    Option<tokio::task::JoinHandle<()>>,
-    Option<Directory>,
-);
+struct Started {
+    core: Core,
+    address: Option<SocketAddr>,
+    ended: watch::Receiver<Option<String>>,
+    stop: watch::Sender<bool>,
+    server: Option<tokio::task::JoinHandle<()>>,
+    directory: Option<Arc<Directory>>,
+}
 
 async fn start(config: &RaftConfig) -> Result<Started> {
+    let alone = config.cluster.is_empty() && config.join.is_empty();
+    let first = if alone { Identity::random } else { Identity::of_no_group };
     let directory = config
         .directory()
-        .map(|path| Directory::open(path, config.member_name()))
+        .map(|path| Directory::open(path, config.member_name(), first).map(Arc::new))
         .transpose()?;
-    let identity = directory
-        .as_ref()
-        .map_or_else(crate::log::Identity::random, |directory| directory.identity());
     let listener = match config.directory() {
         Some(_) => Some(listen(config.address()?).await?),
         None => None,
@@ -214,6 +264,19 @@ async fn start(config: &RaftConfig) -> Result<Started> {
         .as_ref()
         .map(|listener| listener.local_addr().map_err(unavailable))
         .transpose()?;
+    let mut identity = directory.as_ref().map_or_else(first, |directory| directory.identity());
+    let door = Door::new(identity.member, config.member_name(), &config.cluster);
+    let (stop, stopping) = watch::channel(false);
+    // The others greet it, and vote, before it can answer anybody else.
+    let server = listener.map(|listener| tokio::spawn(serve(door.clone(), listener, stopping.clone())));
+    if let Some(directory) = directory.as_ref().filter(|_| !identity.has_group()) {
+        let group = match config.join.is_empty() {
+            true => door.found().await?,
+            false => door.group_at(&config.join).await?,
+        };
+        directory.belongs_to(group.cluster)?;
+        identity = directory.identity();
+    }
     let log = match &directory {
         Some(directory) => LogStore::open(
             &directory.log(),
@@ -229,47 +292,71 @@ async fn start(config: &RaftConfig) -> Result<Started> {
     )?);
     let store = Store::default();
     let machine = StateMachine::open(store.clone(), snapshots.clone())?;
-    let raft_config = openraft::Config {
-        cluster_name: "registry".into(),
-        heartbeat_interval: 100,
-        election_timeout_min: 300,
-        election_timeout_max: 600,
-        snapshot_policy: SnapshotPolicy::Never,
-        // What a snapshot covers is dropped from the log: a group of one has nobody who lags behind.
-        max_in_snapshot_log_to_keep: 0,
-        purge_batch_size: 1,
-        // A state machine in memory must not be led before it has caught up.
-        enable_leader_restore: Some(false),
-        enable_pre_vote: Some(true),
-        quorum_loss_probe_interval: Some(1200),
-        broadcast_submitted_on_append: Some(true),
-        ..openraft::Config::default()
-    };
-    let raft_config = raft_config.validate().map_err(|e| Error::Config {
-        field: "registry.raft".into(),
-        reason: e.to_string(),
-    })?;
-    let raft = Raft::new(identity.member, raft_config.into(), Alone, log.clone(), machine)
-        .await
-        .map_err(unavailable)?;
+    let network = Network::new(identity);
+    let raft_config = raft_config(config)?;
+    let raft = Raft::new(
+        identity.member,
+        raft_config.into(),
+        network.clone(),
+        log.clone(),
+        machine,
+    )
+    .await
+    .map_err(unavailable)?;
+    let (readers, waiting) = leader::readers();
     let core = Core {
-        id: identity.member,
+        identity,
         raft,
         store,
         log,
         snapshots,
+        network,
+        readers,
         expiry: Arc::default(),
         in_flight: Arc::new(Semaphore::new(IN_FLIGHT)),
     };
-    core.found(config, address).await?;
+    tokio::spawn(core.clone().serve_readers(waiting));
+    door.open(core.clone());
+    core.begin(config, &door, address).await?;
     if let Some(directory) = &directory {
         directory.founded()?;
     }
-    let (stop, stopping) = watch::channel(false);
     tokio::spawn(core.clone().keep_time(stopping.clone()));
+    let (end, ended) = watch::channel(None);
     tokio::spawn(core.clone().keep_house(config.snapshot_log_bytes(), stopping.clone()));
-    let server = listener.map(|listener| tokio::spawn(serve(core.clone(), listener, stopping)));
-    Ok((core, address, stop, server, directory))
+    tokio::spawn(core.clone().keep_company(door, directory.clone(), end, stopping));
+    Ok(Started {
+        core,
+        address,
+        ended,
+        stop,
+        server,
+        directory,
+    })
+}
+
+fn raft_config(config: &RaftConfig) -> Result<openraft::Config> {
+    let (heartbeat, least, most) = config.timers.millis();
+    let raft_config = openraft::Config {
+        cluster_name: "registry".into(),
+        heartbeat_interval: heartbeat,
+        election_timeout_min: least,
+        election_timeout_max: most,
+        snapshot_policy: SnapshotPolicy::Never,
+        // The log is purged by its bytes, which openraft does not count.
+        max_in_snapshot_log_to_keep: u64::MAX,
+        // A state machine in memory must not be led before it has caught up.
+        enable_leader_restore: Some(false),
+        enable_pre_vote: Some(true),
+        // A Raft leader that a majority does not hear must not keep the others from electing another.
+        quorum_loss_probe_interval: Some(2 * most),
+        broadcast_submitted_on_append: Some(true),
+        ..openraft::Config::default()
+    };
+    raft_config.validate().map_err(|e| Error::Config {
+        field: "registry.raft".into(),
+        reason: e.to_string(),
+    })
 }
 
 async fn listen(address: SocketAddr) -> Result<tokio::net::TcpListener> {
@@ -280,8 +367,11 @@ async fn listen(address: SocketAddr) -> Result<tokio::net::TcpListener> {
     listening.map_err(|e| unavailable(std::io::Error::new(e.kind(), format!("can't listen on {address}: {e}"))))
 }
 
-async fn serve(core: Core, listener: tokio::net::TcpListener, mut stopping: watch::Receiver<bool>) {
-    let service = RegistryServer::new(Service { core })
+async fn serve(door: Door, listener: tokio::net::TcpListener, mut stopping: watch::Receiver<bool>) {
+    let peers = PeersServer::new(PeerService { door: door.clone() })
+        .max_decoding_message_size(MAX_MESSAGE)
+        .max_encoding_message_size(MAX_MESSAGE);
+    let service = RegistryServer::new(Service { door })
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
     let stop = async move {
@@ -293,6 +383,7 @@ async fn serve(core: Core, listener: tokio::net::TcpListener, mut stopping: watc
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_service(service)
+        .add_service(peers)
         .serve_with_incoming_shutdown(incoming, stop)
         .await;
     if let Err(error) = served {
@@ -303,74 +394,146 @@ async fn serve(core: Core, listener: tokio::net::TcpListener, mut stopping: watc
 /// What answers requests: shared by the server and by the handles of this process.
 #[derive(Clone)]
 pub(crate) struct Core {
-    id: u64,
+    identity: Identity,
     raft: Raft<TypeConfig, StateMachine>,
     store: Store,
     log: LogStore,
     snapshots: Arc<Snapshots>,
+    network: Network,
+    readers: Readers,
     expiry: Arc<Expiry>,
     in_flight: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for Core {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Core").field("id", &self.id).finish_non_exhaustive()
+        f.debug_struct("Core")
+            .field("identity", &self.identity)
+            .finish_non_exhaustive()
     }
 }
 
 impl Core {
-    /// Makes the group if it is not made yet, and waits until this member leads and holds all that was acknowledged.
-    async fn found(&self, config: &RaftConfig, address: Option<SocketAddr>) -> Result<()> {
-        if !self.raft.is_initialized().await.map_err(unavailable)? {
-            let address = address.map_or_else(String::new, |address| address.to_string());
-            let peer = Peer {
-                name: config.member_name().into(),
-                address,
-            };
-            let members = BTreeMap::from([(self.id, peer)]);
-            self.raft.initialize(members).await.map_err(unavailable)?;
-        }
-        // A group of one need not wait for the silence of a leader that it would hear.
-        self.raft.trigger().elect(false).await.map_err(unavailable)?;
-        let deadline = Instant::now() + START;
-        while let Err(error) = self.barrier().await {
-            if Instant::now() > deadline {
-                return Err(error);
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        Ok(())
+    pub(crate) fn identity(&self) -> Identity {
+        self.identity
     }
 
-    /// Answers a call within `patience`.
+    pub(crate) fn raft(&self) -> &Raft<TypeConfig, StateMachine> {
+        &self.raft
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    pub(crate) fn snapshots(&self) -> &Snapshots {
+        &self.snapshots
+    }
+
+    pub(crate) fn network(&self) -> &Network {
+        &self.network
+    }
+
+    pub(crate) fn readers(&self) -> &Readers {
+        &self.readers
+    }
+
+    /// Makes the group if it is not made yet, or is taken in, and waits until this member holds all that was
+    /// acknowledged. Where there is no quorum, it goes on after a while: what needs none is served.
+    async fn begin(&self, config: &RaftConfig, door: &Door, address: Option<SocketAddr>) -> Result<()> {
+        let advertised = address.map_or_else(String::new, |address| config.advertised(address));
+        let peer = Peer {
+            name: config.member_name().into(),
+            address: advertised,
+        };
+        if !self.raft.is_initialized().await.map_err(unavailable)? {
+            match (config.cluster.is_empty(), config.join.is_empty()) {
+                (true, true) => {
+                    let members = BTreeMap::from([(self.identity.member, peer)]);
+                    self.raft.initialize(members).await.map_err(unavailable)?;
+                }
+                (false, _) => self.found(door).await?,
+                (true, false) => self.join(&config.join, &peer).await?,
+            }
+        }
+        let metrics = self.raft.metrics().borrow_watched().clone();
+        let voters = metrics.membership_config.membership().voter_ids().collect::<Vec<_>>();
+        let alone = voters == [self.identity.member];
+        // One alone need not wait for the silence of a leader that it would hear, and of many one goes first.
+        if alone || (metrics.current_term == 0 && voters.first() == Some(&self.identity.member)) {
+            self.raft.trigger().elect(false).await.map_err(unavailable)?;
+        }
+        let patience = if alone { START } else { QUORUM };
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match tokio::time::timeout(left, self.barrier()).await {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(_)) => tokio::time::sleep(Duration::from_millis(5)).await,
+                Err(_) if alone => return Err(unavailable("it does not come to lead itself")),
+                Err(_) => {
+                    tracing::warn!("there is no Raft leader yet: only stale reads are answered");
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Founds the group that the whole list knows of.
+    async fn found(&self, door: &Door) -> Result<()> {
+        let group = door.found().await?;
+        if group.cluster != self.identity.cluster {
+            return Err(Error::Config {
+                field: "registry.raft.cluster".into(),
+                reason: "the group that the others found is another one; one of them has lost its data".into(),
+            });
+        }
+        match self.raft.initialize(group.members).await {
+            // Another that founds the same group has come first, and leads or was voted for.
+            Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(()),
+            Err(error) => Err(unavailable(error)),
+        }
+    }
+
+    /// Answers a call within `patience`, here or by the Raft leader.
     pub(crate) async fn serve(&self, call: Call, patience: Duration) -> Result<Answer> {
         let write = matches!(call, Call::Command(_));
-        match tokio::time::timeout(patience, self.answer(call)).await {
-            Ok(answer) => answer,
-            Err(elapsed) if write => Err(Error::OutcomeUnknown {
-                operation: "a write",
-                source: elapsed.into(),
-            }),
-            Err(elapsed) => Err(unavailable(elapsed)),
-        }
+        within(patience, write, self.answer(call, Instant::now() + patience)).await
     }
 
-    async fn answer(&self, call: Call) -> Result<Answer> {
+    /// Answers a call that another member has passed on: it goes no further.
+    pub(crate) async fn serve_here(&self, call: Call, patience: Duration) -> Result<Answer> {
+        let write = matches!(call, Call::Command(_));
+        within(patience, write, self.answer_here(call)).await
+    }
+
+    async fn answer(&self, call: Call, until: Instant) -> Result<Answer> {
+        if matches!(call, Call::Command(_) | Call::KeepAlive(_)) {
+            let leader = self.leader().await?;
+            if leader != Leader::This {
+                let left = until.saturating_duration_since(Instant::now());
+                return self.forward(&leader, call, left).await;
+            }
+        }
+        self.answer_here(call).await
+    }
+
+    async fn answer_here(&self, call: Call) -> Result<Answer> {
         Ok(match call {
             Call::Get(get) => {
-                self.fresh(get.stale).await?;
+                self.fresh(get.stale, get.at_least).await?;
                 Answer::Get(self.store.get(&get.key))
             }
             Call::List(list) => {
-                self.fresh(list.stale).await?;
+                self.fresh(list.stale, list.at_least).await?;
                 Answer::Page(self.store.list(&list))
             }
             Call::Children(children) => {
-                self.fresh(children.stale).await?;
+                self.fresh(children.stale, children.at_least).await?;
                 Answer::Children(self.store.children(&children.prefix))
             }
             Call::Count(count) => {
-                self.fresh(count.stale).await?;
+                self.fresh(count.stale, count.at_least).await?;
                 Answer::Count(self.store.count(&count.prefix))
             }
             Call::Command(command) => Answer::Reply(self.propose(command).await?),
@@ -382,18 +545,23 @@ impl Core {
         })
     }
 
-    /// Waits until the local state holds all that was acknowledged, unless the reader does not care.
-    async fn fresh(&self, stale: bool) -> Result<()> {
-        if stale { Ok(()) } else { self.barrier().await }
+    /// Waits until the local state holds all that was acknowledged or, for a reader who does not care, what it has seen.
+    async fn fresh(&self, stale: bool, at_least: u64) -> Result<()> {
+        if !stale {
+            return self.barrier().await;
+        }
+        let mut applied = self.raft.data_metrics();
+        while self.store.read(|inner| inner.state.revision) < at_least {
+            applied.changed().await.map_err(unavailable)?;
+        }
+        Ok(())
     }
 
-    async fn barrier(&self) -> Result<()> {
-        match self.raft.ensure_linearizable(ReadPolicy::ReadIndex).await {
-            Ok(_) => Ok(()),
-            Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => {
-                Err(unavailable("there is no Raft leader"))
-            }
-            Err(error) => Err(unavailable(error)),
+    /// Where the Raft leader answers, if it is another member; empty otherwise.
+    pub(crate) fn leader_elsewhere(&self) -> String {
+        match self.known_leader() {
+            Some(Leader::Other(_, peer)) => peer.address,
+            Some(Leader::This) | None => String::new(),
         }
     }
 
@@ -452,13 +620,14 @@ impl Core {
     }
 
     fn status(&self) -> proto::StatusAnswer {
-        let (leader, term, applied) = {
+        let (leader, term, applied, covered) = {
             let metrics = self.raft.metrics();
             let metrics = metrics.borrow_watched();
             (
                 metrics.current_leader,
                 metrics.current_term,
                 metrics.last_applied.map_or(0, |applied| applied.index),
+                metrics.snapshot.map(|snapshot| snapshot.index),
             )
         };
         self.store.read(|inner| {
@@ -475,12 +644,12 @@ impl Core {
                 sessions: inner.state.sessions.len() as u64,
                 revision: inner.state.revision,
                 compacted: inner.history.compacted(),
-                log_bytes: self.log.log().bytes(),
+                log_bytes: self.log.log().bytes_after(covered),
                 snapshot_bytes: self.snapshots.bytes(),
                 term,
                 applied,
                 watches: self.store.watches() as u64,
-                answered_by: self.id,
+                answered_by: self.identity.member,
             }
         })
     }
@@ -489,7 +658,8 @@ impl Core {
     fn leads(&self) -> Option<u64> {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
-        (metrics.current_leader == Some(self.id) && metrics.state.is_leader()).then_some(metrics.current_term)
+        (metrics.current_leader == Some(self.identity.member) && metrics.state.is_leader())
+            .then_some(metrics.current_term)
     }
 
     /// Expires sessions as long as this member leads.
@@ -545,13 +715,43 @@ impl Core {
             }
             // As much log again as the snapshot is large: what is written for snapshots is bounded by what is logged.
             let enough = snapshot_log_bytes.max(self.snapshots.bytes());
-            if self.log.log().bytes() > enough
+            let (covered, alone) = {
+                let metrics = self.raft.metrics();
+                let metrics = metrics.borrow_watched();
+                let covered = metrics.snapshot.map(|snapshot| snapshot.index);
+                (covered, metrics.membership_config.membership().nodes().count() <= 1)
+            };
+            self.purge(covered, if alone { 0 } else { KEPT.min(snapshot_log_bytes / 2) })
+                .await;
+            if self.log.log().bytes_after(covered) > enough
                 && !self.snapshots.is_writing()
                 && let Err(error) = self.raft.trigger().snapshot().await
             {
                 tracing::warn!(%error, "no snapshot could be taken");
             }
         }
+    }
+
+    /// Drops the log that a snapshot covers, but for the newest bytes.
+    async fn purge(&self, covered: Option<u64>, keep: u64) {
+        let point = covered.and_then(|covered| self.log.log().purge_point(covered, keep));
+        if let Some(point) = point
+            && let Err(error) = self.raft.trigger().purge_log(point).await
+        {
+            tracing::warn!(%error, "the log could not be purged");
+        }
+    }
+}
+
+/// The answer, if it comes in time.
+async fn within(patience: Duration, write: bool, answer: impl Future<Output = Result<Answer>>) -> Result<Answer> {
+    match tokio::time::timeout(patience, answer).await {
+        Ok(answer) => answer,
+        Err(elapsed) if write => Err(Error::OutcomeUnknown {
+            operation: "a write",
+            source: elapsed.into(),
+        }),
+        Err(elapsed) => Err(unavailable(elapsed)),
     }
 }
 
@@ -574,7 +774,7 @@ impl Link for Core {
     }
 }
 
-fn unavailable(cause: impl Into<BoxError>) -> Error {
+pub(crate) fn unavailable(cause: impl Into<BoxError>) -> Error {
     Error::Unavailable {
         backend: BACKEND,
         source: cause.into(),

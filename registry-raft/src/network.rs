@@ -1,66 +1,446 @@
-//! What a member says to the others. A group of one says nothing.
+//! How a member reaches the others.
+//!
+//! Entries go over a stream that is not waited on, heartbeats, votes and questions over a connection of their own, and a
+//! snapshot over a third: neither a large batch nor a snapshot keeps a heartbeat waiting. Every question has a deadline
+//! of its own, since openraft ends none that hangs.
 
+use std::collections::HashMap;
 use std::future::Future;
+use std::io::Read;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
-use openraft::anyerror::AnyError;
-use openraft::error::{RPCError, ReplicationClosed, StreamingError, Unreachable};
-use openraft::network::RPCOption;
-use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse};
+use futures_util::future::BoxFuture;
+use futures_util::stream::BoxStream;
+use futures_util::{Stream, StreamExt, stream};
+use openraft::error::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::{Backoff, RPCOption, stream_append_sequential};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult, TransferLeaderRequest,
+    TransferLeaderResponse, VoteRequest, VoteResponse,
+};
 use openraft::{RaftNetworkFactory, RaftNetworkV2};
+use parking_lot::Mutex;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
 
+use crate::log::Identity;
+use crate::peers;
+use crate::proto::registry::peer::v1 as message;
+use crate::proto::registry::peer::v1::peers_client::PeersClient;
+use crate::remote::{MAX_MESSAGE, dial, root_cause};
 use crate::snapshot::SnapshotData;
 use crate::types::{Peer, Snapshot, TypeConfig, Vote};
+use crate::wire;
 
-/// The network of a group of one.
+/// How long entries that were sent may wait for an answer while none comes: several times what a slow disk takes.
+const STALLED: Duration = Duration::from_secs(2);
+/// How long a part of a snapshot may take, or its last one until it is installed.
+const PART: Duration = Duration::from_secs(10);
+const INSTALL: Duration = Duration::from_secs(600);
+/// How much of a snapshot is one message.
+const CHUNK: usize = 512 << 10;
+/// The pause after a member could not be reached.
+const BACKOFF: Duration = Duration::from_millis(50);
+
+/// One connection to a member, made when it is needed and again when it broke.
 #[derive(Debug)]
-pub(crate) struct Alone;
-
-fn nobody() -> Unreachable<TypeConfig> {
-    Unreachable::new(&AnyError::error("a group of one member has no other to reach"))
+pub(crate) struct Lane {
+    address: String,
+    channel: Mutex<Option<Channel>>,
 }
 
-impl RaftNetworkFactory<TypeConfig> for Alone {
-    type Network = Self;
+impl Lane {
+    pub(crate) fn new(address: &str) -> Self {
+        Self {
+            address: address.into(),
+            channel: Mutex::default(),
+        }
+    }
 
-    async fn new_client(&mut self, _target: u64, _node: &Peer) -> Self {
-        Self
+    pub(crate) async fn channel(&self) -> Result<Channel, Status> {
+        if let Some(channel) = &*self.channel.lock() {
+            return Ok(channel.clone());
+        }
+        let dialed = dial(&self.address).await;
+        let channel = dialed.map_err(|e| Status::unavailable(format!("{}: {}", self.address, root_cause(&e))))?;
+        *self.channel.lock() = Some(channel.clone());
+        Ok(channel)
+    }
+
+    /// It broke, or was too slow: the next question takes a new one.
+    pub(crate) fn reset(&self) {
+        *self.channel.lock() = None;
+    }
+
+    pub(crate) async fn peer(&self) -> Result<PeersClient<Channel>, Status> {
+        let client = PeersClient::new(self.channel().await?);
+        Ok(client
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE))
+    }
+
+    /// Asks within a deadline, on the member's own connection.
+    pub(crate) async fn ask<T, F>(
+        &self,
+        deadline: Duration,
+        ask: impl FnOnce(PeersClient<Channel>) -> F,
+    ) -> Result<T, Status>
+    where
+        F: Future<Output = Result<tonic::Response<T>, Status>>,
+    {
+        let asked = async { ask(self.peer().await?).await.map(tonic::Response::into_inner) };
+        let answer = match tokio::time::timeout(deadline, asked).await {
+            Ok(answer) => answer,
+            Err(_) => Err(Status::deadline_exceeded(format!(
+                "{}: no answer within {deadline:?}",
+                self.address
+            ))),
+        };
+        if let Err(status) = &answer
+            && matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled)
+        {
+            self.reset();
+        }
+        answer
     }
 }
 
-impl RaftNetworkV2<TypeConfig> for Alone {
+type Lanes = HashMap<(u64, String), Arc<Lane>>;
+
+/// The ways to the others.
+#[derive(Clone, Debug)]
+pub(crate) struct Network {
+    us: Identity,
+    lanes: Arc<Mutex<Lanes>>,
+}
+
+impl Network {
+    pub(crate) fn new(us: Identity) -> Self {
+        Self {
+            us,
+            lanes: Arc::default(),
+        }
+    }
+
+    /// The connection for what is short and must not wait.
+    pub(crate) fn lane(&self, target: u64, address: &str) -> Arc<Lane> {
+        let mut lanes = self.lanes.lock();
+        let lane = lanes.entry((target, address.into()));
+        lane.or_insert_with(|| Arc::new(Lane::new(address))).clone()
+    }
+
+    fn client(&self, target: u64, peer: &Peer, kind: Kind) -> PeerClient {
+        PeerClient {
+            us: self.us,
+            target,
+            short: self.lane(target, &peer.address),
+            bulk: Lane::new(&peer.address),
+            kind,
+        }
+    }
+}
+
+impl RaftNetworkFactory<TypeConfig> for Network {
+    type Network = PeerClient;
+
+    async fn new_client(&mut self, target: u64, peer: &Peer) -> PeerClient {
+        self.client(target, peer, Kind::Entries)
+    }
+
+    async fn new_heartbeat_client(&mut self, target: u64, peer: &Peer) -> PeerClient {
+        self.client(target, peer, Kind::Heartbeats)
+    }
+}
+
+/// What a client is for: entries have a stream, a heartbeat is one question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Entries,
+    Heartbeats,
+}
+
+/// The way to one member.
+#[derive(Debug)]
+pub(crate) struct PeerClient {
+    us: Identity,
+    target: u64,
+    short: Arc<Lane>,
+    /// For entries, or for a snapshot: each client has its own.
+    bulk: Lane,
+    kind: Kind,
+}
+
+impl PeerClient {
+    fn header(&self) -> Option<message::Header> {
+        self.us.header(self.target)
+    }
+
+    fn checked<T>(&self, answer: T, header: impl Fn(&T) -> Option<&message::Header>) -> Result<T, Status> {
+        self.us.check_answer(header(&answer), self.target)?;
+        Ok(answer)
+    }
+}
+
+/// What can't be reached is left alone for a moment, what broke is tried again at once.
+fn failed(status: &Status) -> RPCError<TypeConfig> {
+    match status.code() {
+        Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => {
+            RPCError::Network(NetworkError::from_string(status))
+        }
+        _ => RPCError::Unreachable(Unreachable::from_string(status)),
+    }
+}
+
+impl RaftNetworkV2<TypeConfig> for PeerClient {
     type SnapshotData = SnapshotData;
 
     async fn append_entries(
         &mut self,
-        _rpc: AppendEntriesRequest<TypeConfig>,
-        _option: RPCOption,
+        rpc: AppendEntriesRequest<TypeConfig>,
+        option: RPCOption,
     ) -> Result<AppendEntriesResponse<TypeConfig>, RPCError<TypeConfig>> {
-        Err(nobody().into())
+        let request = peers::append_to(self.header(), &rpc);
+        let asked = self.short.ask(option.soft_ttl(), |mut client| async move {
+            client.heartbeat(request).await
+        });
+        let answer = asked
+            .await
+            .and_then(|answer| self.checked(answer, |answer| answer.header.as_ref()));
+        Ok(peers::appended_from(answer.map_err(|status| failed(&status))?).into())
+    }
+
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        option: RPCOption,
+    ) -> BoxFuture<
+        's,
+        Result<BoxStream<'s, Result<StreamAppendResult<TypeConfig>, RPCError<TypeConfig>>>, RPCError<TypeConfig>>,
+    >
+    where
+        S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + Unpin + 'static,
+    {
+        if self.kind == Kind::Heartbeats {
+            return stream_append_sequential(self, input, option);
+        }
+        Box::pin(async move {
+            let on_their_way = Arc::new(OnTheirWay::default());
+            let (sent, header) = (on_their_way.clone(), self.header());
+            let requests = input.map(move |request| {
+                sent.sent.fetch_add(1, Ordering::Relaxed);
+                peers::append_to(header.clone(), &request)
+            });
+            let over = on_their_way.clone();
+            let requests = requests.chain(stream::poll_fn(move |_| {
+                over.ended.store(true, Ordering::Release);
+                std::task::Poll::Ready(None)
+            }));
+            let opened = self
+                .bulk
+                .ask(STALLED, |mut client| async move { client.append(requests).await });
+            let answers = opened.await.map_err(|status| failed(&status))?;
+            let state = Some((&*self, answers, on_their_way));
+            let answers = stream::unfold(state, |state| async move {
+                let (client, mut answers, on_their_way) = state?;
+                match client.next(&mut answers, &on_their_way).await {
+                    Ok(None) => None,
+                    Ok(Some(appended)) => Some((Ok(appended), Some((client, answers, on_their_way)))),
+                    Err(status) => {
+                        client.bulk.reset();
+                        Some((Err(failed(&status)), None))
+                    }
+                }
+            });
+            Ok(answers.boxed())
+        })
     }
 
     async fn vote(
         &mut self,
-        _rpc: VoteRequest<TypeConfig>,
-        _option: RPCOption,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
     ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
-        Err(nobody().into())
+        let request = peers::vote_request_to(self.header(), &rpc);
+        let asked = self.short.ask(
+            option.soft_ttl(),
+            |mut client| async move { client.vote(request).await },
+        );
+        let answer = asked
+            .await
+            .and_then(|answer| self.checked(answer, |answer| answer.header.as_ref()));
+        answer
+            .and_then(peers::vote_answer_from)
+            .map_err(|status| failed(&status))
     }
 
     async fn pre_vote(
         &mut self,
-        _rpc: VoteRequest<TypeConfig>,
-        _option: RPCOption,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
     ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
-        Err(nobody().into())
+        let request = peers::vote_request_to(self.header(), &rpc);
+        let asked = self.short.ask(
+            option.soft_ttl(),
+            |mut client| async move { client.pre_vote(request).await },
+        );
+        let answer = asked
+            .await
+            .and_then(|answer| self.checked(answer, |answer| answer.header.as_ref()));
+        answer
+            .and_then(peers::vote_answer_from)
+            .map_err(|status| failed(&status))
     }
 
     async fn full_snapshot(
         &mut self,
-        _vote: Vote,
-        _snapshot: Snapshot,
-        _cancel: impl Future<Output = ReplicationClosed> + Send + 'static,
+        vote: Vote,
+        snapshot: Snapshot,
+        cancel: impl Future<Output = ReplicationClosed> + Send + 'static,
         _option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
-        Err(nobody().into())
+        tokio::select! {
+            sent = self.send_snapshot(vote, snapshot) => {
+                let answer = sent.and_then(|answer| self.checked(answer, |answer| answer.header.as_ref()));
+                let answer = answer.inspect_err(|_| self.bulk.reset()).map_err(|status| failed(&status))?;
+                let vote = answer.vote.map(wire::vote_from).unwrap_or(vote);
+                Ok(SnapshotResponse::new(vote))
+            }
+            closed = cancel => {
+                self.bulk.reset();
+                Err(closed.into())
+            }
+        }
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        request: TransferLeaderRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<TypeConfig>, RPCError<TypeConfig>> {
+        let message = message::TransferRequest {
+            header: self.header(),
+            vote: Some(wire::vote_to(request.from_leader())),
+            last: request.last_log_id().map(wire::log_id_to),
+            next: *request.to_node_id(),
+        };
+        let asked = self.short.ask(option.soft_ttl(), |mut client| async move {
+            client.transfer_leader(message).await
+        });
+        let answer = asked
+            .await
+            .and_then(|answer| self.checked(answer, |answer| answer.header.as_ref()));
+        answer.map(|_| Ok(())).map_err(|status| failed(&status))
+    }
+
+    fn backoff(&self) -> Option<Backoff> {
+        Some(Backoff::new(std::iter::repeat(BACKOFF)))
+    }
+}
+
+/// What was sent on a stream and is not answered yet.
+#[derive(Debug, Default)]
+struct OnTheirWay {
+    sent: AtomicU64,
+    answered: AtomicU64,
+    /// Nothing more is sent.
+    ended: AtomicBool,
+}
+
+impl PeerClient {
+    /// The next answer on a stream. `None` when all is answered that was sent, and nothing more will be.
+    async fn next(
+        &self,
+        answers: &mut tonic::Streaming<message::AppendAnswer>,
+        on_their_way: &OnTheirWay,
+    ) -> Result<Option<peers::Appended>, Status> {
+        let mut waiting = false;
+        loop {
+            let Ok(answer) = tokio::time::timeout(STALLED, answers.message()).await else {
+                let left = on_their_way.sent.load(Ordering::Relaxed) > on_their_way.answered.load(Ordering::Relaxed);
+                // What was sent a moment ago is given as long again.
+                if left && waiting {
+                    return Err(Status::deadline_exceeded(format!(
+                        "no answer to entries within {STALLED:?}"
+                    )));
+                }
+                waiting = left;
+                continue;
+            };
+            return match answer? {
+                Some(answer) => {
+                    let answer = self.checked(answer, |answer| answer.header.as_ref())?;
+                    on_their_way.answered.fetch_add(1, Ordering::Relaxed);
+                    Ok(Some(peers::appended_from(answer)))
+                }
+                None if on_their_way.ended.load(Ordering::Acquire) => Ok(None),
+                None => Err(Status::unknown("the member ended the stream of entries")),
+            };
+        }
+    }
+
+    /// Streams a snapshot, and waits until it is installed. It fails when nothing moves for a while.
+    async fn send_snapshot(&self, vote: Vote, snapshot: Snapshot) -> Result<message::SnapshotAnswer, Status> {
+        let head = peers::snapshot_head_to(self.header(), &vote, &snapshot);
+        let (parts, queue) = tokio::sync::mpsc::channel(2);
+        let moved = Arc::new(AtomicU64::new(0));
+        let reader = Reader {
+            parts,
+            moved: moved.clone(),
+        };
+        let reading = tokio::task::spawn_blocking(move || reader.run(head, &snapshot.snapshot));
+        let mut client = tokio::time::timeout(PART, self.bulk.peer())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no connection for a snapshot"))??;
+        let sending = client.snapshot(tokio_stream::wrappers::ReceiverStream::new(queue));
+        tokio::pin!(sending);
+        let mut seen = 0;
+        loop {
+            let deadline = if reading.is_finished() { INSTALL } else { PART };
+            match tokio::time::timeout(deadline, &mut sending).await {
+                Ok(answer) => return answer.map(tonic::Response::into_inner),
+                Err(_) if moved.load(Ordering::Relaxed) > seen => seen = moved.load(Ordering::Relaxed),
+                Err(_) => return Err(Status::deadline_exceeded("a snapshot does not get on")),
+            }
+        }
+    }
+}
+
+/// Reads a snapshot into the parts that are sent.
+struct Reader {
+    parts: tokio::sync::mpsc::Sender<message::SnapshotPart>,
+    moved: Arc<AtomicU64>,
+}
+
+impl Reader {
+    fn run(self, head: message::SnapshotHead, data: &SnapshotData) {
+        use message::snapshot_part::Part;
+        let send = |part| {
+            self.moved.fetch_add(1, Ordering::Relaxed);
+            let sent = self.parts.blocking_send(message::SnapshotPart { part: Some(part) });
+            sent.map_err(|_| std::io::Error::from(std::io::ErrorKind::BrokenPipe))
+        };
+        let read = || -> std::io::Result<()> {
+            send(Part::Head(head))?;
+            let mut from = data.open()?;
+            let (mut checksum, mut bytes) = (crc32fast::Hasher::new(), 0);
+            loop {
+                let mut chunk = Vec::with_capacity(CHUNK);
+                from.by_ref().take(CHUNK as u64).read_to_end(&mut chunk)?;
+                if chunk.is_empty() {
+                    break;
+                }
+                checksum.update(&chunk);
+                bytes += chunk.len() as u64;
+                send(Part::Chunk(chunk.into()))?;
+            }
+            let checksum = checksum.finalize();
+            send(Part::End(message::SnapshotEnd { bytes, checksum }))
+        };
+        if let Err(error) = read() {
+            // The receiver misses the end, and refuses what it has.
+            tracing::debug!(%error, "a snapshot was not sent to its end");
+        }
     }
 }

@@ -38,6 +38,8 @@ pub(crate) struct Remote {
 struct Current {
     at: usize,
     channel: Option<Channel>,
+    /// Did not answer when it was asked last: a hint that it leads is not followed.
+    shunned: Option<usize>,
 }
 
 impl fmt::Debug for Current {
@@ -71,10 +73,8 @@ impl Remote {
             let address = &self.addresses[at];
             match dial(address).await {
                 Ok(channel) => {
-                    *self.current.lock() = Current {
-                        at,
-                        channel: Some(channel.clone()),
-                    };
+                    let mut current = self.current.lock();
+                    (current.at, current.channel) = (at, Some(channel.clone()));
                     return Ok((at, channel));
                 }
                 Err(error) => causes.push(format!("{address}: {}", root_cause(&error))),
@@ -86,15 +86,40 @@ impl Remote {
         })
     }
 
-    /// The connection broke or the member can't answer: the next is asked from now on.
+    /// The member does not answer: the next is asked from now on.
     fn give_up(&self, at: usize) {
+        self.pass_by(at);
+        self.current.lock().shunned = Some(at);
+    }
+
+    /// The member can't do it now: the next is asked from now on.
+    fn pass_by(&self, at: usize) {
         let mut current = self.current.lock();
         if current.at == at {
+            (current.at, current.channel) = ((at + 1) % self.addresses.len(), None);
+        }
+    }
+
+    /// The Raft leader is at that address: asked directly, if it is one of the handle's own, it answers sooner.
+    fn follow(&self, leader: &str) {
+        let Some(at) = self.addresses.iter().position(|address| address == leader) else {
+            return;
+        };
+        let mut current = self.current.lock();
+        if current.at != at && current.shunned != Some(at) {
             *current = Current {
-                at: (at + 1) % self.addresses.len(),
-                channel: None,
+                at,
+                ..Current::default()
             };
         }
+    }
+
+    /// The answer, once the hint that comes with it is taken.
+    fn led(&self, response: proto::Response) -> Option<Answer> {
+        if !response.leader.is_empty() {
+            self.follow(&response.leader);
+        }
+        response.answer
     }
 
     /// How the group stands.
@@ -111,14 +136,14 @@ impl Remote {
         }
     }
 
-    fn client(channel: Channel) -> RegistryClient<Channel> {
+    pub(crate) fn client(channel: Channel) -> RegistryClient<Channel> {
         RegistryClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE)
     }
 }
 
-async fn dial(address: &str) -> Result<Channel, tonic::transport::Error> {
+pub(crate) async fn dial(address: &str) -> Result<Channel, tonic::transport::Error> {
     let endpoint = Endpoint::from_shared(format!("http://{address}"))?;
     endpoint
         .connect_timeout(CONNECT_TIMEOUT)
@@ -131,7 +156,7 @@ async fn dial(address: &str) -> Result<Channel, tonic::transport::Error> {
 }
 
 /// The innermost error: the outer ones only say that the transport failed.
-fn root_cause(error: &dyn std::error::Error) -> String {
+pub(crate) fn root_cause(error: &dyn std::error::Error) -> String {
     let mut cause = error;
     while let Some(source) = cause.source() {
         cause = source;
@@ -142,6 +167,12 @@ fn root_cause(error: &dyn std::error::Error) -> String {
 #[async_trait]
 impl Link for Remote {
     async fn call(&self, call: Call, patience: Duration) -> Result<Answer> {
+        // One that hangs is left while there is time to ask another.
+        let patience = if self.addresses.len() > 1 {
+            patience.mul_f64(0.4)
+        } else {
+            patience
+        };
         let patience_ms = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
         let unanswered = |source| Error::OutcomeUnknown {
             operation: "a request",
@@ -149,16 +180,17 @@ impl Link for Remote {
         };
         let request = proto::Request {
             patience_ms,
+            forwarded: false,
             call: Some(call),
         };
         let asked = async {
             let (at, channel) = self.connect().await?;
             match Self::client(channel).call(request).await {
-                Ok(response) => match response.into_inner().answer.ok_or_else(not_understood)? {
+                Ok(response) => match self.led(response.into_inner()).ok_or_else(not_understood)? {
                     Answer::Failure(said) => {
                         let error = failure(said);
                         if matches!(error, Error::Unavailable { .. }) && self.addresses.len() > 1 {
-                            self.give_up(at);
+                            self.pass_by(at);
                         }
                         Err(error)
                     }
@@ -274,7 +306,7 @@ impl WatchStream {
             )) => {
                 let error = failure(said);
                 if matches!(error, Error::Unavailable { .. }) {
-                    self.link.give_up(at);
+                    self.link.pass_by(at);
                 }
                 Err(error)
             }

@@ -8,6 +8,8 @@ use registry_api::{
 use tonic::{Request, Response, Status};
 
 use crate::command::{Change, Command};
+use crate::founding::Door;
+use crate::link::BACKEND;
 use crate::member::Core;
 use crate::proto;
 use crate::proto::failure::Kind;
@@ -24,7 +26,17 @@ const MAX_LIMIT: u64 = 10_000;
 /// The gRPC service of a member.
 #[derive(Clone, Debug)]
 pub(crate) struct Service {
-    pub(crate) core: Core,
+    pub(crate) door: Door,
+}
+
+impl Service {
+    /// Requests that come before the member is ready are answered, so that a handle goes on to the next.
+    fn core(&self) -> Result<&Core, Error> {
+        self.door.core().ok_or_else(|| Error::Unavailable {
+            backend: BACKEND,
+            source: "the member is not ready yet".into(),
+        })
+    }
 }
 
 #[tonic::async_trait]
@@ -36,12 +48,13 @@ impl Registry for Service {
             .ok_or_else(|| Status::invalid_argument("a request this version does not know"))?;
         check(&call).map_err(|error| Status::invalid_argument(error.to_string()))?;
         let patience = Duration::from_millis(request.patience_ms.into()).min(MAX_PATIENCE);
-        let answer = self
-            .core
-            .serve(call, patience)
-            .await
-            .unwrap_or_else(|error| Answer::Failure(said(&error)));
-        Ok(Response::new(proto::Response { answer: Some(answer) }))
+        let (answer, leader) = match self.core() {
+            Ok(core) if request.forwarded => (core.serve_here(call, patience).await, String::new()),
+            Ok(core) => (core.serve(call, patience).await, core.leader_elsewhere()),
+            Err(error) => (Err(error), String::new()),
+        };
+        let answer = Some(answer.unwrap_or_else(|error| Answer::Failure(said(&error))));
+        Ok(Response::new(proto::Response { leader, answer }))
     }
 
     type WatchStream = futures_util::stream::BoxStream<'static, Result<proto::WatchResponse, Status>>;
@@ -50,7 +63,11 @@ impl Registry for Service {
         use futures_util::StreamExt;
         let (namespace, request) =
             watch_request(request.into_inner()).map_err(|error| Status::invalid_argument(error.to_string()))?;
-        let stream = match self.core.watch(&namespace, request, MAX_PATIENCE).await {
+        let watch = match self.core() {
+            Ok(core) => core.watch(&namespace, request, MAX_PATIENCE).await,
+            Err(error) => Err(error),
+        };
+        let stream = match watch {
             Ok(watch) => to_messages(namespace, watch).boxed(),
             Err(error) => {
                 let item = Some(proto::watch_response::Item::Failure(said(&error)));
@@ -227,7 +244,7 @@ mod tests {
         let get = |key: &str| {
             Call::Get(proto::Get {
                 key: key.into(),
-                stale: false,
+                ..proto::Get::default()
             })
         };
         for bad in [

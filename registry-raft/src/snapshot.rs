@@ -8,7 +8,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Cursor, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -70,8 +70,71 @@ impl Frozen {
 /// Where a snapshot's bytes are.
 #[derive(Clone, Debug)]
 pub(crate) enum SnapshotData {
-    File(PathBuf),
+    File(Arc<SnapshotFile>),
     Memory(Bytes),
+}
+
+impl SnapshotData {
+    pub(crate) fn open(&self) -> io::Result<Box<dyn Read>> {
+        Ok(match self {
+            Self::File(file) => Box::new(BufReader::with_capacity(1 << 20, File::open(&file.path)?)),
+            Self::Memory(bytes) => Box::new(Cursor::new(bytes.clone())),
+        })
+    }
+}
+
+/// A snapshot's file. One that is replaced goes when nobody sends it any more.
+#[derive(Debug)]
+pub(crate) struct SnapshotFile {
+    path: PathBuf,
+    replaced: AtomicBool,
+}
+
+impl SnapshotFile {
+    fn new(path: PathBuf, replaced: bool) -> Arc<Self> {
+        let replaced = AtomicBool::new(replaced);
+        Arc::new(Self { path, replaced })
+    }
+}
+
+impl Drop for SnapshotFile {
+    fn drop(&mut self) {
+        if *self.replaced.get_mut() {
+            let path = std::mem::take(&mut self.path);
+            // It takes a while, and who lets go of it last may be in a hurry. What is left is removed at the next start.
+            let _ = std::thread::Builder::new()
+                .name("registry-remove".into())
+                .spawn(move || remove(&path));
+        }
+    }
+}
+
+/// A snapshot that comes from another member. Dropped before its end it leaves nothing.
+pub(crate) struct Incoming {
+    file: Option<(File, Arc<SnapshotFile>)>,
+    memory: Vec<u8>,
+}
+
+impl Incoming {
+    pub(crate) fn finish(self) -> io::Result<SnapshotData> {
+        Ok(match self.file {
+            Some((_, file)) => SnapshotData::File(file),
+            None => SnapshotData::Memory(self.memory.into()),
+        })
+    }
+}
+
+impl Write for Incoming {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match &mut self.file {
+            Some((file, _)) => file.write(bytes),
+            None => self.memory.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A member's snapshots: the newest, and the means to make the next.
@@ -81,6 +144,8 @@ pub(crate) struct Snapshots {
     identity: Identity,
     newest: Mutex<Option<(SnapshotMeta, SnapshotData, u64)>>,
     writing: AtomicBool,
+    /// How many came from other members.
+    received: AtomicU64,
 }
 
 impl Snapshots {
@@ -96,6 +161,7 @@ impl Snapshots {
             identity,
             newest: Mutex::default(),
             writing: AtomicBool::new(false),
+            received: AtomicU64::new(0),
         })
     }
 
@@ -106,6 +172,24 @@ impl Snapshots {
     /// The size of the newest, in bytes.
     pub(crate) fn bytes(&self) -> u64 {
         self.newest.lock().as_ref().map_or(0, |(_, _, bytes)| *bytes)
+    }
+
+    /// Room for a snapshot that another member sends.
+    pub(crate) fn incoming(&self) -> io::Result<Incoming> {
+        let Some(directory) = &self.directory else {
+            return Ok(Incoming {
+                file: None,
+                memory: Vec::new(),
+            });
+        };
+        let number = self.received.fetch_add(1, Ordering::Relaxed);
+        let path = directory.join(format!("from-a-member-{number}.new"));
+        let file = owned(path.clone(), OpenOptions::new().create(true).truncate(true).write(true))?;
+        Ok(Incoming {
+            // Installed it is written anew, as this member's own.
+            file: Some((file, SnapshotFile::new(path, true))),
+            memory: Vec::new(),
+        })
     }
 
     pub(crate) fn current(&self) -> Option<Snapshot> {
@@ -121,10 +205,8 @@ impl Snapshots {
         let Some(directory) = &self.directory else {
             return Ok(None);
         };
-        let newest = files(directory, ".snap")
-            .map_err(|e| storage(directory, e.to_string()))?
-            .pop();
-        let Some(path) = newest else { return Ok(None) };
+        let mut found = files(directory, ".snap").map_err(|e| storage(directory, e.to_string()))?;
+        let Some(path) = found.pop() else { return Ok(None) };
         let refused = |error: io::Error| {
             storage(
                 &path,
@@ -135,7 +217,11 @@ impl Snapshots {
             .and_then(|file| self.read(BufReader::with_capacity(1 << 20, file)))
             .map_err(refused)?;
         let bytes = fs::metadata(&path).map_err(refused)?.len();
-        *self.newest.lock() = Some((frozen.meta.clone(), SnapshotData::File(path), bytes));
+        for older in found {
+            drop(SnapshotFile::new(older, true));
+        }
+        let data = SnapshotData::File(SnapshotFile::new(path, false));
+        *self.newest.lock() = Some((frozen.meta.clone(), data, bytes));
         Ok(Some(frozen))
     }
 
@@ -149,11 +235,7 @@ impl Snapshots {
 
     /// Takes a snapshot that another member sent: checked, made durable, and answered as a state.
     pub(crate) fn install(&self, meta: &SnapshotMeta, data: SnapshotData) -> io::Result<Frozen> {
-        let mut bytes: Box<dyn Read> = match &data {
-            SnapshotData::File(path) => Box::new(BufReader::with_capacity(1 << 20, File::open(path)?)),
-            SnapshotData::Memory(bytes) => Box::new(Cursor::new(bytes.clone())),
-        };
-        let frozen = self.read(&mut bytes)?;
+        let frozen = self.read(data.open()?)?;
         if frozen.meta != *meta {
             return Err(invalid("it is not the snapshot that was announced"));
         }
@@ -187,11 +269,8 @@ impl Snapshots {
                 file.sync_all()?;
                 fs::rename(&beside, &path)?;
                 File::open(directory)?.sync_all()?;
-                for older in files(directory, ".snap")?.into_iter().filter(|older| *older < path) {
-                    remove(&older)?;
-                }
                 let size = file.metadata()?.len();
-                (SnapshotData::File(path), size)
+                (SnapshotData::File(SnapshotFile::new(path, false)), size)
             }
             None => {
                 let mut out = Vec::new();
@@ -200,7 +279,11 @@ impl Snapshots {
                 (SnapshotData::Memory(out.into()), size)
             }
         };
-        *self.newest.lock() = Some((meta.clone(), data.clone(), size));
+        let before = self.newest.lock().replace((meta.clone(), data.clone(), size));
+        if let (Some((_, SnapshotData::File(before), _)), SnapshotData::File(now)) = (&before, &data) {
+            // Written again for the same place in the log, it is the same file.
+            before.replaced.store(before.path != now.path, Ordering::Release);
+        }
         Ok(Snapshot {
             meta: meta.clone(),
             snapshot: data,

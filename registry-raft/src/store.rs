@@ -91,11 +91,14 @@ impl Store {
         })
     }
 
-    pub(crate) fn count(&self, prefix: &str) -> u64 {
+    pub(crate) fn count(&self, prefix: &str) -> proto::CountAnswer {
         let (from, to) = below(prefix);
         self.read(|inner| {
             let tree = &inner.state.tree;
-            (usize::from(tree.get(prefix).is_some()) + tree.count(&from, &to)) as u64
+            proto::CountAnswer {
+                count: (usize::from(tree.get(prefix).is_some()) + tree.count(&from, &to)) as u64,
+                revision: inner.state.revision,
+            }
         })
     }
 

@@ -21,11 +21,7 @@ pub(crate) async fn run(settings: &Settings, out: Output) -> Outcome {
         return Err(Failure::usage("a member in memory listens nowhere; give it a data_dir"));
     };
     let stop = Stop::listen()?;
-    let name = member
-        .status()
-        .members
-        .first()
-        .map_or_else(String::new, |member| member.name.clone());
+    let name = member.name().to_owned();
     let data = raft.data_dir.clone().unwrap_or_else(|| "registry-data".into());
     out.line(
         || {
@@ -36,8 +32,14 @@ pub(crate) async fn run(settings: &Settings, out: Output) -> Outcome {
         },
         || json!({ "ready": true, "address": address.to_string(), "member": name, "data_dir": data }),
     )?;
-    stop.asked().await;
+    let ended = tokio::select! {
+        () = stop.asked() => None,
+        reason = member.ended() => Some(reason),
+    };
     member.stop().await?;
+    if let Some(reason) = ended {
+        return Err(Failure::new(1, reason));
+    }
     out.line(|| "registry has stopped".into(), || json!({ "ready": false }))?;
     Ok(ExitCode::SUCCESS)
 }

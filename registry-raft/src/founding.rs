@@ -1,0 +1,346 @@
+//! How a group comes to be, and how a member finds its own again.
+//!
+//! A member's id is drawn with its directory and never given to another, so an id is one disk's: a disk that was lost has
+//! no successor that could vote in its name. The members of a founding list greet each other until each knows the id of
+//! every other. The group they found is named after the list and these ids: whoever founds it founds the same one, and
+//! who comes later with another disk is in none. Before that nobody has a log, and afterwards nobody waits for all.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use openraft::Membership;
+use openraft::async_runtime::WatchReceiver;
+use parking_lot::Mutex;
+use registry_api::{Error, Result};
+use tokio::sync::watch;
+use tonic::Status;
+use uuid::Uuid;
+
+use crate::directory::Directory;
+use crate::link::BACKEND;
+use crate::member::Core;
+use crate::network::Lane;
+use crate::proto::registry::peer::v1 as message;
+use crate::types::{LogId, Peer};
+use crate::wire;
+
+/// How long a greeting may take, and the pause before the next.
+const GREETING: Duration = Duration::from_secs(1);
+const PAUSE: Duration = Duration::from_millis(100);
+/// How often a member looks whether it is still one.
+const LOOK: Duration = Duration::from_millis(500);
+/// How often it is said for whom the founding waits.
+const REMINDER: Duration = Duration::from_secs(5);
+
+/// A group, as it was founded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Group {
+    pub(crate) cluster: [u8; 16],
+    pub(crate) members: BTreeMap<u64, Peer>,
+}
+
+/// What stands behind a member's address from the first moment on; the member itself comes later.
+#[derive(Clone, Debug)]
+pub(crate) struct Door(Arc<Behind>);
+
+#[derive(Debug)]
+struct Behind {
+    id: u64,
+    name: String,
+    list: BTreeMap<String, String>,
+    group: Mutex<Option<Group>>,
+    core: OnceLock<Core>,
+}
+
+impl Door {
+    pub(crate) fn new(id: u64, name: &str, list: &BTreeMap<String, String>) -> Self {
+        Self(Arc::new(Behind {
+            id,
+            name: name.into(),
+            list: list.clone(),
+            group: Mutex::default(),
+            core: OnceLock::new(),
+        }))
+    }
+
+    pub(crate) fn core(&self) -> Option<&Core> {
+        self.0.core.get()
+    }
+
+    /// From now on requests are answered.
+    pub(crate) fn open(&self, core: Core) {
+        // There is only one to open it.
+        let _ = self.0.core.set(core);
+    }
+
+    /// Who is here, and what group it knows.
+    pub(crate) fn greeting(&self) -> message::Greeting {
+        let mut greeting = message::Greeting {
+            id: self.0.id,
+            name: self.0.name.clone(),
+            list: self.0.list.clone().into_iter().collect(),
+            ..message::Greeting::default()
+        };
+        if let Some(core) = self.core() {
+            let (at, membership) = core.membership();
+            greeting.cluster = Bytes::copy_from_slice(&core.identity().cluster);
+            greeting.membership_log_id = at.as_ref().map(wire::log_id_to);
+            greeting.membership = (at.is_some()).then(|| wire::membership_to(&membership));
+        }
+        if let Some(group) = self.0.group.lock().as_ref().filter(|_| greeting.membership.is_none()) {
+            greeting.cluster = Bytes::copy_from_slice(&group.cluster);
+            greeting.membership = group.membership().ok().as_ref().map(wire::membership_to);
+        }
+        greeting
+    }
+
+    /// Greets everybody on the list until all are known, or one knows the group already.
+    ///
+    /// It waits for all, however long: with less, who lost its disk could not be told from who never had one.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if another has another list, or is not who it should be; [`Error::Storage`] if the group knows
+    /// another disk under this member's name.
+    pub(crate) async fn found(&self) -> Result<Group> {
+        let (me, list) = (&self.0, &self.0.list);
+        let lanes: Vec<_> = list
+            .iter()
+            .filter(|(name, _)| **name != me.name)
+            .map(|(name, address)| (name, Lane::new(address)))
+            .collect();
+        let mut ids = BTreeMap::from([(me.name.clone(), me.id)]);
+        let mut said = Instant::now();
+        while ids.len() < list.len() {
+            for (name, lane) in lanes
+                .iter()
+                .filter(|(name, _)| !ids.contains_key(*name))
+                .collect::<Vec<_>>()
+            {
+                let Ok(greeting) = greet(lane, self.greeting()).await else {
+                    continue;
+                };
+                if greeting.name != **name {
+                    let reason = format!("at {} is member {:?}, not {name:?}", list[*name], greeting.name);
+                    return Err(refused("cluster", reason));
+                }
+                if let Some(group) = self.known_to(&greeting)? {
+                    return Ok(group);
+                }
+                if greeting.list.clone().into_iter().collect::<BTreeMap<_, _>>() != *list {
+                    let reason = format!("member {name} has another list: {}", shown(&greeting.list));
+                    return Err(refused("cluster", reason));
+                }
+                ids.insert((*name).clone(), greeting.id);
+            }
+            if ids.len() < list.len() {
+                if said.elapsed() > REMINDER {
+                    said = Instant::now();
+                    let missing: Vec<_> = list.keys().filter(|name| !ids.contains_key(*name)).collect();
+                    tracing::warn!(?missing, "the group is founded when all on the list are there");
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+        let members = ids.into_iter().map(|(name, id)| {
+            let address = list[&name].clone();
+            (id, Peer { name, address })
+        });
+        let group = Group::of(members.collect());
+        *me.group.lock() = Some(group.clone());
+        Ok(group)
+    }
+
+    /// Asks the members at these addresses for the group that they are.
+    pub(crate) async fn group_at(&self, addresses: &[String]) -> Result<Group> {
+        let lanes: Vec<_> = addresses.iter().map(|address| Lane::new(address)).collect();
+        let mut said = Instant::now();
+        loop {
+            let mut causes = Vec::new();
+            for lane in &lanes {
+                match greet(lane, self.greeting()).await {
+                    Ok(greeting) => {
+                        if let Some(group) = self.group_of(&greeting)? {
+                            return Ok(group);
+                        }
+                        causes.push(format!("member {} is in no group yet", greeting.name));
+                    }
+                    Err(status) => causes.push(status.message().to_owned()),
+                }
+            }
+            if said.elapsed() > REMINDER {
+                said = Instant::now();
+                tracing::warn!(causes = causes.join("; "), "no member of the group answers");
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// The group that another tells of, if it is in one, and this member is too.
+    fn known_to(&self, greeting: &message::Greeting) -> Result<Option<Group>> {
+        let Some(group) = self.group_of(greeting)? else {
+            return Ok(None);
+        };
+        match group.members.contains_key(&self.0.id) {
+            true => Ok(Some(group)),
+            false => Err(Error::Config {
+                field: "registry.raft.cluster".into(),
+                reason: format!(
+                    "the group is founded and does not know member {:?}; to add it, give `join` instead of `cluster`",
+                    self.0.name
+                ),
+            }),
+        }
+    }
+
+    fn group_of(&self, greeting: &message::Greeting) -> Result<Option<Group>> {
+        let Some(membership) = greeting.membership.clone() else {
+            return Ok(None);
+        };
+        let cluster = Uuid::from_slice(&greeting.cluster).map_err(unavailable)?.into_bytes();
+        let membership = wire::membership_from(membership).map_err(unavailable)?;
+        let members: BTreeMap<_, _> = membership.nodes().map(|(id, peer)| (*id, peer.clone())).collect();
+        refuse_namesake(&members, self.0.id, &self.0.name)?;
+        Ok(Some(Group { cluster, members }))
+    }
+}
+
+impl Group {
+    /// The group of these members: the same on each of them.
+    pub(crate) fn of(members: BTreeMap<u64, Peer>) -> Self {
+        let text: String = members
+            .iter()
+            .map(|(id, peer)| format!("{id} {} {}\n", peer.name, peer.address))
+            .collect();
+        let cluster = Uuid::new_v5(&Uuid::NAMESPACE_OID, text.as_bytes()).into_bytes();
+        Self { cluster, members }
+    }
+
+    fn membership(&self) -> std::io::Result<Membership<u64, Peer>> {
+        let voters: BTreeSet<u64> = self.members.keys().copied().collect();
+        Membership::new(vec![voters], self.members.clone()).map_err(std::io::Error::other)
+    }
+}
+
+/// A name that belongs to another disk is not given twice.
+pub(crate) fn refuse_namesake(members: &BTreeMap<u64, Peer>, id: u64, name: &str) -> Result<()> {
+    match members.iter().find(|(other, peer)| peer.name == name && **other != id) {
+        None => Ok(()),
+        Some((other, peer)) => Err(Error::Storage {
+            place: format!("member {name}"),
+            reason: format!(
+                "the group knows {name:?} at {} with other data (id {other}), and this directory is new: what is lost \
+                 can't come back under its name. Remove it (`registry members remove {name}`), then `join` with an \
+                 empty directory",
+                peer.address
+            ),
+        }),
+    }
+}
+
+/// Greets a member, within a deadline.
+pub(crate) async fn greet(lane: &Lane, greeting: message::Greeting) -> Result<message::Greeting, Status> {
+    lane.ask(GREETING, |mut client| async move { client.greet(greeting).await })
+        .await
+}
+
+/// Whether a membership that another told is newer than what `at` this member has, and without it.
+fn is_removed(greeting: &message::Greeting, id: u64, at: Option<LogId>) -> bool {
+    let theirs = greeting.membership_log_id.map(wire::log_id_from);
+    let mut members = greeting.membership.iter().flat_map(|membership| &membership.nodes);
+    theirs > at && !members.any(|node| node.id == id)
+}
+
+impl Core {
+    /// Looks whether the group has gone on without this member, and ends it then: nobody else tells it.
+    pub(crate) async fn keep_company(
+        self,
+        door: Door,
+        directory: Option<Arc<Directory>>,
+        end: watch::Sender<Option<String>>,
+        mut stopping: watch::Receiver<bool>,
+    ) {
+        let mut tick = tokio::time::interval(LOOK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = tick.tick() => {}
+                // An error says that the member is gone.
+                _ = stopping.changed() => return,
+            }
+            let failed = {
+                let metrics = self.raft().metrics();
+                let metrics = metrics.borrow_watched();
+                metrics.running_state.as_ref().err().map(ToString::to_string)
+            };
+            let reason = match failed {
+                Some(failed) => failed,
+                None if self.was_removed(&door).await => {
+                    if let Some(Err(error)) = directory.as_ref().map(|directory| directory.removed()) {
+                        tracing::error!(%error, "the directory does not know that its member was removed");
+                    }
+                    format!("member {:?} was removed from its group", door.0.name)
+                }
+                None => continue,
+            };
+            tracing::error!(reason, "the member ends");
+            self.store().end_watches();
+            // An error says that it had ended already.
+            let _ = self.raft().shutdown().await;
+            end.send_replace(Some(reason));
+            return;
+        }
+    }
+
+    async fn was_removed(&self, door: &Door) -> bool {
+        let (at, membership) = self.membership();
+        let us = self.identity().member;
+        if at.is_none() {
+            return false;
+        }
+        if membership.get_node(&us).is_none() {
+            return true;
+        }
+        if self.known_leader().is_some() {
+            return false;
+        }
+        for (id, peer) in membership.nodes().filter(|(id, _)| **id != us) {
+            let lane = self.network().lane(*id, &peer.address);
+            if let Ok(greeting) = greet(&lane, door.greeting()).await
+                && *greeting.cluster == self.identity().cluster
+                && is_removed(&greeting, us, at)
+            {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+fn shown(list: &std::collections::HashMap<String, String>) -> String {
+    let list: BTreeMap<_, _> = list.iter().collect();
+    let pairs: Vec<_> = list
+        .iter()
+        .map(|(name, address)| format!("{name} = {address}"))
+        .collect();
+    if pairs.is_empty() {
+        "none".into()
+    } else {
+        pairs.join(", ")
+    }
+}
+
+fn refused(field: &str, reason: String) -> Error {
+    Error::Config {
+        field: format!("registry.raft.{field}"),
+        reason,
+    }
+}
+
+fn unavailable(cause: impl Into<registry_api::BoxError>) -> Error {
+    Error::Unavailable {
+        backend: BACKEND,
+        source: cause.into(),
+    }
+}

@@ -1,0 +1,291 @@
+//! What only the Raft leader can do, asked of it by the others.
+//!
+//! A follower passes a change or a keep-alive on, one hop at the most. For a linearizable read it asks how far the log
+//! must be applied, for all readers that wait at that moment at once, and then reads its own copy (the follower read of
+//! Ongaro's dissertation, section 6.4).
+
+use std::time::{Duration, Instant};
+
+use openraft::async_runtime::WatchReceiver;
+use openraft::error::{ClientWriteError, LinearizableReadError, RaftError};
+use openraft::raft::linearizable_read::{Linearizer, ReadLogId};
+use openraft::{Membership, ReadPolicy};
+use registry_api::{Error, Result};
+use tokio::sync::{mpsc, oneshot};
+use tonic::{Code, Status};
+
+use crate::command::not_understood;
+use crate::link::{BACKEND, failure};
+use crate::member::{Core, unavailable};
+use crate::peers::refused;
+use crate::proto;
+use crate::proto::registry::peer::v1 as message;
+use crate::proto::request::Call;
+use crate::proto::response::Answer;
+use crate::remote::Remote;
+use crate::types::{LogId, Peer};
+use crate::wire;
+
+/// How long one question for all waiting readers may take.
+const ROUND: Duration = Duration::from_secs(1);
+/// How many readers may wait to be asked for; more wait before that.
+const READERS: usize = 4096;
+
+/// Who leads, as far as a member knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Leader {
+    This,
+    Other(u64, Peer),
+}
+
+/// Readers that wait until the local copy has what was acknowledged before they asked.
+pub(crate) type Readers = mpsc::Sender<oneshot::Sender<std::result::Result<(), String>>>;
+type Waiting = mpsc::Receiver<oneshot::Sender<std::result::Result<(), String>>>;
+
+pub(crate) fn readers() -> (Readers, Waiting) {
+    mpsc::channel(READERS)
+}
+
+impl Core {
+    /// Who leads now, if anybody is known to.
+    pub(crate) fn known_leader(&self) -> Option<Leader> {
+        let metrics = self.raft().server_metrics();
+        let metrics = metrics.borrow_watched();
+        let leader = metrics.current_leader?;
+        if leader == self.identity().member {
+            return metrics.state.is_leader().then_some(Leader::This);
+        }
+        let peer = metrics.membership_config.membership().get_node(&leader)?;
+        Some(Leader::Other(leader, peer.clone()))
+    }
+
+    /// Who leads, as soon as somebody does. It never gives up: the caller has a deadline.
+    pub(crate) async fn leader(&self) -> Result<Leader> {
+        let mut metrics = self.raft().server_metrics();
+        loop {
+            if let Some(leader) = self.known_leader() {
+                return Ok(leader);
+            }
+            metrics
+                .changed()
+                .await
+                .map_err(|_| unavailable("the member has stopped"))?;
+        }
+    }
+
+    /// Ends when another leads than this one, or nobody.
+    async fn deposed(&self, leader: &Leader) {
+        let mut metrics = self.raft().server_metrics();
+        while self.known_leader().as_ref() == Some(leader) {
+            if metrics.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// The membership that is applied, and where in the log it is.
+    pub(crate) fn membership(&self) -> (Option<LogId>, Membership<u64, Peer>) {
+        self.store()
+            .read(|inner| (*inner.membership.log_id(), inner.membership.membership().clone()))
+    }
+
+    /// Passes a call on to the Raft leader.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if it was not asked or did not do it, [`Error::OutcomeUnknown`] if it did not answer.
+    pub(crate) async fn forward(&self, leader: &Leader, call: Call, patience: Duration) -> Result<Answer> {
+        let Leader::Other(id, peer) = leader else {
+            return Err(unavailable("the Raft leader has changed"));
+        };
+        let lane = self.network().lane(*id, &peer.address);
+        let channel = tokio::time::timeout(patience, lane.channel())
+            .await
+            .map_err(unavailable)?;
+        let channel = channel.map_err(|status| unavailable(status.message().to_owned()))?;
+        let request = proto::Request {
+            patience_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),
+            forwarded: true,
+            call: Some(call),
+        };
+        let unknown = |source: registry_api::BoxError| Error::OutcomeUnknown {
+            operation: "a write",
+            source,
+        };
+        let mut client = Remote::client(channel);
+        let answered = tokio::select! {
+            answered = client.call(request) => answered,
+            () = self.deposed(leader) => return Err(unknown("the Raft leader has changed".into())),
+        };
+        match answered {
+            Ok(response) => match response.into_inner().answer.ok_or_else(not_understood)? {
+                Answer::Failure(said) => Err(failure(said)),
+                answer => Ok(answer),
+            },
+            Err(status) => {
+                if status.code() != Code::DeadlineExceeded {
+                    lane.reset();
+                }
+                Err(unknown(status.into()))
+            }
+        }
+    }
+
+    /// Waits until the local copy has all that was acknowledged before.
+    pub(crate) async fn barrier(&self) -> Result<()> {
+        match self.leader().await? {
+            Leader::This => match self.raft().ensure_linearizable(ReadPolicy::ReadIndex).await {
+                Ok(_) => Ok(()),
+                Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => Err(no_leader()),
+                Err(error) => Err(unavailable(error)),
+            },
+            Leader::Other(..) => {
+                let (done, waits) = oneshot::channel();
+                self.readers()
+                    .send(done)
+                    .await
+                    .map_err(|_| unavailable("the member has stopped"))?;
+                let answered = waits.await.map_err(|_| unavailable("the member has stopped"))?;
+                answered.map_err(unavailable)
+            }
+        }
+    }
+
+    /// How far the log must be applied for a read that begins now; asked of the Raft leader.
+    pub(crate) async fn read_index(&self) -> Result<LogId> {
+        match self.raft().get_read_linearizer(ReadPolicy::ReadIndex).await {
+            Ok(linearizer) => Ok(*linearizer.read_log_id().log_id()),
+            Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => Err(no_leader()),
+            Err(error) => Err(unavailable(error)),
+        }
+    }
+
+    /// Asks for all readers that wait, round after round.
+    pub(crate) async fn serve_readers(self, mut waiting: Waiting) {
+        let mut readers = Vec::new();
+        while waiting.recv_many(&mut readers, READERS).await > 0 {
+            let asked = tokio::time::timeout(ROUND, self.follow_up()).await;
+            let answer = match asked {
+                Ok(answer) => answer.map_err(|error| error.to_string()),
+                Err(_) => Err("the Raft leader does not answer".to_owned()),
+            };
+            for reader in readers.drain(..) {
+                // A reader may have given up.
+                let _ = reader.send(answer.clone());
+            }
+        }
+    }
+
+    /// Follows the log up to where the Raft leader is.
+    async fn follow_up(&self) -> Result<()> {
+        let (id, peer) = match self.leader().await? {
+            Leader::Other(id, peer) => (id, peer),
+            // It has come to lead meanwhile.
+            Leader::This => {
+                let ensured = self.raft().ensure_linearizable(ReadPolicy::ReadIndex).await;
+                return ensured.map(|_| ()).map_err(unavailable);
+            }
+        };
+        let us = self.identity();
+        let request = message::ReadIndexRequest { header: us.header(id) };
+        let lane = self.network().lane(id, &peer.address);
+        let asked = lane.ask(ROUND, |mut client| async move { client.read_index(request).await });
+        let told = |status: Status| unavailable(status.message().to_owned());
+        let answer = asked.await.map_err(told)?;
+        us.check_answer(answer.header.as_ref(), id).map_err(told)?;
+        let index = answer.index.map(wire::log_id_from).ok_or_else(not_understood)?;
+        let linearizer = Linearizer::new(id, ReadLogId::from_log_id(index), None);
+        match linearizer.try_await_ready(self.raft(), Some(ROUND)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) => Err(unavailable("this member lags behind")),
+            Err(fatal) => Err(unavailable(fatal)),
+        }
+    }
+
+    /// Takes a new member in as a learner; again and again comes to the same.
+    pub(crate) async fn admit(&self, admission: message::Admission) -> std::result::Result<(), Status> {
+        if *admission.cluster != self.identity().cluster {
+            return Err(refused("it asks to join another group".into()));
+        }
+        let leader = tokio::time::timeout(ROUND, self.leader()).await;
+        let leader = leader.map_err(|_| Status::unavailable("there is no Raft leader"))?;
+        match leader.map_err(|error| Status::unavailable(error.to_string()))? {
+            Leader::This => {}
+            Leader::Other(..) if admission.forwarded => return Err(Status::unavailable("the Raft leader has changed")),
+            Leader::Other(id, peer) => {
+                let passed_on = message::Admission {
+                    forwarded: true,
+                    ..admission
+                };
+                let lane = self.network().lane(id, &peer.address);
+                let asked = lane.ask(5 * ROUND, |mut client| async move { client.admit(passed_on).await });
+                return asked.await.map(|_| ());
+            }
+        }
+        let (_, membership) = self.membership();
+        let members = membership.nodes().map(|(id, peer)| (*id, peer.clone())).collect();
+        crate::founding::refuse_namesake(&members, admission.id, &admission.name)
+            .map_err(|error| Status::already_exists(error.to_string()))?;
+        let peer = Peer {
+            name: admission.name,
+            address: admission.address,
+        };
+        if members.get(&admission.id) == Some(&peer) {
+            return Ok(());
+        }
+        tracing::info!(member = peer.name, address = peer.address, "a member joins");
+        match self.raft().add_learner(admission.id, peer, false).await {
+            Ok(_) => Ok(()),
+            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => {
+                Err(Status::unavailable("the Raft leader has changed"))
+            }
+            Err(error) => Err(Status::unavailable(error.to_string())),
+        }
+    }
+
+    /// Asks the members at these addresses to be taken in, until one of them has it done.
+    ///
+    /// # Errors
+    /// [`Error::Storage`] if the group knows another disk under this member's name.
+    pub(crate) async fn join(&self, addresses: &[String], peer: &Peer) -> Result<()> {
+        let admission = message::Admission {
+            cluster: bytes::Bytes::copy_from_slice(&self.identity().cluster),
+            id: self.identity().member,
+            name: peer.name.clone(),
+            address: peer.address.clone(),
+            forwarded: false,
+        };
+        let lanes: Vec<_> = addresses
+            .iter()
+            .map(|address| crate::network::Lane::new(address))
+            .collect();
+        let mut said = Instant::now();
+        loop {
+            for lane in &lanes {
+                let admission = admission.clone();
+                let asked = lane.ask(5 * ROUND, |mut client| async move { client.admit(admission).await });
+                match asked.await {
+                    Ok(_) => return Ok(()),
+                    Err(status) if status.code() == Code::AlreadyExists => {
+                        return Err(Error::Storage {
+                            place: format!("member {}", peer.name),
+                            reason: status.message().into(),
+                        });
+                    }
+                    Err(status) if said.elapsed() > 5 * ROUND => {
+                        said = Instant::now();
+                        tracing::warn!(cause = status.message(), "no member takes this one in yet");
+                    }
+                    Err(_) => {}
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+}
+
+fn no_leader() -> Error {
+    Error::Unavailable {
+        backend: BACKEND,
+        source: "there is no Raft leader".into(),
+    }
+}
