@@ -1,0 +1,162 @@
+//! Groups of several members: how they are founded, and what a follower does.
+
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+
+use std::time::Duration;
+
+use harness::{Group, PATIENCE, options};
+use registry_api::{Error, Options, Read};
+use registry_raft::{Member, RaftConfig};
+use registry_tests::{key, within};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_member_writes_and_reads() {
+    let group = Group::start(3).await;
+    for at in 0..3 {
+        let registry = group.connect(at).await;
+        let k = key(&format!("/k/{at}"));
+        registry.put(&k, at.to_string()).await.unwrap();
+        for other in 0..3 {
+            let other = group.connect(other).await;
+            let entry = other.get(&k, Read::Linearizable).await.unwrap().unwrap();
+            assert_eq!(entry.value, at.to_string());
+            other.close().await.unwrap();
+        }
+        registry.close().await.unwrap();
+    }
+    let ids: Vec<_> = group
+        .member(0)
+        .status()
+        .members
+        .iter()
+        .map(|member| member.id)
+        .collect();
+    assert_eq!(ids.len(), 3);
+    for at in 1..3 {
+        let same: Vec<_> = group
+            .member(at)
+            .status()
+            .members
+            .iter()
+            .map(|member| member.id)
+            .collect();
+        assert_eq!(same, ids, "one group was founded");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_acknowledged_put_survives_the_leader() {
+    let mut group = Group::start(3).await;
+    let follower = group.follower().await;
+    let registry = group.connect(follower).await;
+    for round in 0..3 {
+        registry.put(&key("/a"), round.to_string()).await.unwrap();
+        let leader = group.leader().await;
+        if leader == follower {
+            break;
+        }
+        group.stop(leader).await;
+        let entry = registry.get(&key("/a"), Read::Linearizable).await.unwrap().unwrap();
+        assert_eq!(entry.value, round.to_string());
+        registry.put(&key("/b"), round.to_string()).await.unwrap();
+        group.restart(leader).await;
+    }
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_empty_disk_under_a_known_name_is_refused() {
+    let mut group = Group::start(3).await;
+    let follower = group.follower().await;
+    let registry = group.connect(group.leader().await).await;
+    registry.put(&key("/a"), "1").await.unwrap();
+    group.stop(follower).await;
+    std::fs::remove_dir_all(group.configs[follower].data_dir.clone().unwrap()).unwrap();
+    let refused = within(PATIENCE, Member::start(&group.configs[follower]))
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&refused, Error::Storage { reason, .. } if reason.contains("members remove")),
+        "{refused}"
+    );
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_alone_of_a_list_founds_nothing() {
+    let group = Group::new(3);
+    let alone = tokio::time::timeout(Duration::from_secs(2), Member::start(&group.configs[0])).await;
+    assert!(alone.is_err(), "it started without the others");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lists_that_differ_found_nothing() {
+    let mut group = Group::new(2);
+    group.configs[1].cluster.insert("c".into(), "127.0.0.1:9".into());
+    let (one, other) = (group.configs[0].clone(), group.configs[1].clone());
+    let refused = within(PATIENCE, async {
+        tokio::select! {
+            one = Member::start(&one) => one,
+            other = Member::start(&other) => other,
+        }
+    });
+    let refused = refused.await.unwrap_err();
+    assert!(
+        matches!(&refused, Error::Config { reason, .. } if reason.contains("another list")),
+        "{refused}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_remote_handle_goes_on_to_the_next_member() {
+    let mut group = Group::start(3).await;
+    let remote = RaftConfig::remote(group.addresses());
+    let registry = registry_raft::connect(&remote, &options()).await.unwrap();
+    let session = registry.session().live().unwrap();
+    for round in 0..3 {
+        registry.put(&key("/a"), round.to_string()).await.unwrap();
+        let leader = group.leader().await;
+        group.stop(leader).await;
+        let entry = registry.get(&key("/a"), Read::Linearizable).await.unwrap().unwrap();
+        assert_eq!(entry.value, round.to_string());
+        group.restart(leader).await;
+    }
+    assert_eq!(registry.session().live().unwrap(), session);
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_quorum_only_stale_reads_are_answered_until_it_is_back() {
+    let mut group = Group::start(3).await;
+    let at = group.follower().await;
+    let quick = Options {
+        request_timeout: Duration::from_secs(2),
+        ..options()
+    };
+    let registry = group.member(at).connect(&quick).await.unwrap();
+    registry.put(&key("/a"), "1").await.unwrap();
+    registry.get(&key("/a"), Read::Linearizable).await.unwrap();
+    let others: Vec<_> = (0..3).filter(|other| *other != at).collect();
+    for other in &others {
+        group.stop(*other).await;
+    }
+    let started = std::time::Instant::now();
+    let read = registry.get(&key("/a"), Read::Linearizable).await;
+    assert!(matches!(read, Err(Error::Unavailable { .. })), "{read:?}");
+    let write = registry.put(&key("/a"), "2").await;
+    assert!(
+        matches!(write, Err(Error::Unavailable { .. } | Error::OutcomeUnknown { .. })),
+        "{write:?}"
+    );
+    assert!(started.elapsed() < Duration::from_secs(10));
+    assert_eq!(registry.get(&key("/a"), Read::Stale).await.unwrap().unwrap().value, "1");
+    group.restart(others[0]).await;
+    registry.wait_connected(PATIENCE).await.unwrap();
+    within(PATIENCE, async {
+        while registry.put(&key("/a"), "3").await.is_err() {}
+    })
+    .await;
+    registry.close().await.unwrap();
+}
