@@ -43,6 +43,26 @@ pub struct RaftConfig {
     pub endpoints: Vec<String>,
     /// How many bytes of log make a member take a snapshot and drop what it covers: 1 MiB or more, 64 MiB if not given.
     pub snapshot_log_bytes: Option<u64>,
+    /// How both sides of every connection prove who they are; without it nothing is encrypted and anybody is believed.
+    pub tls: Option<Tls>,
+    /// A file with the word that every request has to carry: the same one for all members and handles. Needs `tls`, since
+    /// whoever listens would hear it.
+    pub token_file: Option<PathBuf>,
+}
+
+/// The `[registry.raft.tls]` table, the same for members and handles. Files are PEM, and read at the start.
+///
+/// It is mutual: a member takes connections only from those who present a certificate that `ca` signed, and believes
+/// only members who do.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tls {
+    /// The certificates of the authorities that may have signed the certificates of the others.
+    pub ca: PathBuf,
+    /// The file with this side's certificate, and those between it and the authority.
+    pub cert: PathBuf,
+    /// The file with its private key.
+    pub key: PathBuf,
 }
 
 /// How soon the silence of the Raft leader is noticed. The same on all members.
@@ -126,6 +146,12 @@ impl RaftConfig {
     /// # Errors
     /// [`Error::Config`] names the setting, and what is allowed.
     pub fn check(&self) -> Result<()> {
+        if self.token_file.is_some() && self.tls.is_none() {
+            return Err(refused(
+                "token_file",
+                "without registry.raft.tls whoever listens would hear the token; set both".into(),
+            ));
+        }
         if self.is_remote() {
             let of_member = [
                 ("member", self.member.is_some()),
@@ -155,6 +181,12 @@ impl RaftConfig {
             return Err(refused(
                 "listen",
                 "a member in memory listens nowhere; give it a data_dir, or drop listen".into(),
+            ));
+        }
+        if self.directory().is_none() && self.tls.is_some() {
+            return Err(refused(
+                "tls",
+                "a member in memory listens nowhere; give it a data_dir, or drop tls".into(),
             ));
         }
         self.address().map(|_| ())
@@ -253,7 +285,7 @@ fn is_host_and_port(endpoint: &str) -> bool {
     port.is_some_and(|(_, port)| port.parse::<u16>().is_ok_and(|port| port > 0))
 }
 
-fn refused(field: &str, reason: String) -> Error {
+pub(crate) fn refused(field: &str, reason: String) -> Error {
     Error::Config {
         field: format!("registry.raft.{field}"),
         reason,
@@ -292,6 +324,18 @@ mod tests {
             RaftConfig {
                 member: Some("a".into()),
                 ..RaftConfig::remote(["h:1".into()])
+            },
+            RaftConfig {
+                token_file: Some("token".into()),
+                ..member.clone()
+            },
+            RaftConfig {
+                tls: Some(Tls {
+                    ca: "ca".into(),
+                    cert: "cert".into(),
+                    key: "key".into(),
+                }),
+                ..RaftConfig::in_memory()
             },
             RaftConfig::remote(["h".into()]),
             RaftConfig::remote(["http://h:1".into()]),

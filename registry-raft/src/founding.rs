@@ -23,6 +23,7 @@ use crate::link::BACKEND;
 use crate::member::Core;
 use crate::network::Lane;
 use crate::proto::registry::peer::v1 as message;
+use crate::transport::Transport;
 use crate::types::{LogId, Peer};
 use crate::wire;
 
@@ -50,16 +51,18 @@ struct Behind {
     id: u64,
     name: String,
     list: BTreeMap<String, String>,
+    transport: Transport,
     group: Mutex<Option<Group>>,
     core: OnceLock<Core>,
 }
 
 impl Door {
-    pub(crate) fn new(id: u64, name: &str, list: &BTreeMap<String, String>) -> Self {
+    pub(crate) fn new(id: u64, name: &str, list: &BTreeMap<String, String>, transport: Transport) -> Self {
         Self(Arc::new(Behind {
             id,
             name: name.into(),
             list: list.clone(),
+            transport,
             group: Mutex::default(),
             core: OnceLock::new(),
         }))
@@ -108,7 +111,7 @@ impl Door {
         let lanes: Vec<_> = list
             .iter()
             .filter(|(name, _)| **name != me.name)
-            .map(|(name, address)| (name, Lane::new(address)))
+            .map(|(name, address)| (name, Lane::new(&me.transport, address)))
             .collect();
         let mut ids = BTreeMap::from([(me.name.clone(), me.id)]);
         let mut said = Instant::now();
@@ -154,7 +157,10 @@ impl Door {
 
     /// Asks the members at these addresses for the group that they are.
     pub(crate) async fn group_at(&self, addresses: &[String]) -> Result<Group> {
-        let lanes: Vec<_> = addresses.iter().map(|address| Lane::new(address)).collect();
+        let lanes: Vec<_> = addresses
+            .iter()
+            .map(|address| Lane::new(&self.0.transport, address))
+            .collect();
         let mut said = Instant::now();
         loop {
             let mut causes = Vec::new();

@@ -256,7 +256,7 @@ impl Core {
         };
         let lanes: Vec<_> = addresses
             .iter()
-            .map(|address| crate::network::Lane::new(address))
+            .map(|address| self.network().new_lane(address))
             .collect();
         let mut said = Instant::now();
         loop {

@@ -42,6 +42,7 @@ mod state;
 mod state_machine;
 mod status;
 mod store;
+mod transport;
 mod tree;
 mod types;
 mod watchers;
@@ -54,11 +55,12 @@ use registry_api::{Error, Options, Registry, Result, SessionId, SessionStore};
 use crate::backend::RaftRegistry;
 use crate::remote::Remote;
 use crate::session::Sessions;
+use crate::transport::Transport;
 
 #[doc(hidden)]
 pub use log::measure;
 
-pub use config::{DEFAULT_ADDRESS, RaftConfig, Timers};
+pub use config::{DEFAULT_ADDRESS, RaftConfig, Timers, Tls};
 pub use member::Member;
 pub use status::{MemberStatus, Status};
 
@@ -97,7 +99,7 @@ pub(crate) mod proto {
 pub async fn connect(config: &RaftConfig, options: &Options) -> Result<Arc<dyn Registry>> {
     config.check()?;
     if config.is_remote() {
-        let link = Arc::new(Remote::new(config.endpoints.clone()));
+        let link = Arc::new(remote(config)?);
         return Ok(Arc::new(RaftRegistry::open(link, options).await?));
     }
     let starting = Member::start(config);
@@ -122,9 +124,7 @@ pub async fn connect(config: &RaftConfig, options: &Options) -> Result<Arc<dyn R
 /// [`registry_api::Error::Unavailable`] within `connect_timeout`, naming the addresses and the causes.
 pub async fn status(config: &RaftConfig, options: &Options) -> Result<Status> {
     config.check()?;
-    Remote::new(config.endpoints.clone())
-        .status(options.connect_timeout)
-        .await
+    remote(config)?.status(options.connect_timeout).await
 }
 
 /// Ends a session by its id, whoever holds it: for an operator who knows that its process is gone.
@@ -133,7 +133,9 @@ pub async fn status(config: &RaftConfig, options: &Options) -> Result<Status> {
 /// As [`status`]. A session that is not there is no error.
 pub async fn end_session(config: &RaftConfig, options: &Options, session: SessionId) -> Result<()> {
     config.check()?;
-    Sessions::new(Arc::new(Remote::new(config.endpoints.clone())), options)
-        .close(session)
-        .await
+    Sessions::new(Arc::new(remote(config)?), options).close(session).await
+}
+
+fn remote(config: &RaftConfig) -> Result<Remote> {
+    Ok(Remote::new(Transport::new(config)?, config.endpoints.clone()))
 }

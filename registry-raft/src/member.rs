@@ -11,6 +11,7 @@ use openraft::{Raft, SnapshotPolicy};
 use registry_api::{BoxError, Error, Namespace, Options, Registry, Result, SessionId, Watch, WatchRequest};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Semaphore, oneshot, watch};
+use tonic::service::Routes;
 
 use crate::backend::RaftRegistry;
 use crate::command::{Change, Command, Reply};
@@ -29,12 +30,12 @@ use crate::proto::registry::peer::v1::peers_server::PeersServer;
 use crate::proto::registry_server::RegistryServer;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
-use crate::remote::MAX_MESSAGE;
 use crate::service::Service;
 use crate::snapshot::Snapshots;
 use crate::state_machine::StateMachine;
 use crate::status::Status;
 use crate::store::Store;
+use crate::transport::{MAX_MESSAGE, Transport};
 use crate::types::{Peer, TypeConfig};
 use crate::watchers::Target;
 
@@ -250,6 +251,7 @@ struct Started {
 }
 
 async fn start(config: &RaftConfig) -> Result<Started> {
+    let transport = Transport::new(config)?;
     let alone = config.cluster.is_empty() && config.join.is_empty();
     let first = if alone { Identity::random } else { Identity::of_no_group };
     let directory = config
@@ -257,7 +259,7 @@ async fn start(config: &RaftConfig) -> Result<Started> {
         .map(|path| Directory::open(path, config.member_name(), first).map(Arc::new))
         .transpose()?;
     let listener = match config.directory() {
-        Some(_) => Some(listen(config.address()?).await?),
+        Some(_) => Some(transport.listen(config.address()?).await?),
         None => None,
     };
     let address = listener
@@ -265,10 +267,18 @@ async fn start(config: &RaftConfig) -> Result<Started> {
         .map(|listener| listener.local_addr().map_err(unavailable))
         .transpose()?;
     let mut identity = directory.as_ref().map_or_else(first, |directory| directory.identity());
-    let door = Door::new(identity.member, config.member_name(), &config.cluster);
+    let door = Door::new(
+        identity.member,
+        config.member_name(),
+        &config.cluster,
+        transport.clone(),
+    );
     let (stop, stopping) = watch::channel(false);
     // The others greet it, and vote, before it can answer anybody else.
-    let server = listener.map(|listener| tokio::spawn(serve(door.clone(), listener, stopping.clone())));
+    let server = listener.map(|listener| {
+        let serving = serve(door.clone(), transport.clone(), listener, stopping.clone());
+        tokio::spawn(serving)
+    });
     if let Some(directory) = directory.as_ref().filter(|_| !identity.has_group()) {
         let group = match config.join.is_empty() {
             true => door.found().await?,
@@ -292,7 +302,7 @@ async fn start(config: &RaftConfig) -> Result<Started> {
     )?);
     let store = Store::default();
     let machine = StateMachine::open(store.clone(), snapshots.clone())?;
-    let network = Network::new(identity);
+    let network = Network::new(identity, transport);
     let raft_config = raft_config(config)?;
     let raft = Raft::new(
         identity.member,
@@ -359,15 +369,12 @@ fn raft_config(config: &RaftConfig) -> Result<openraft::Config> {
     })
 }
 
-async fn listen(address: SocketAddr) -> Result<tokio::net::TcpListener> {
-    if !address.ip().is_loopback() {
-        tracing::warn!(%address, "listening beyond loopback without TLS: anybody who reaches this address reads and writes");
-    }
-    let listening = tokio::net::TcpListener::bind(address).await;
-    listening.map_err(|e| unavailable(std::io::Error::new(e.kind(), format!("can't listen on {address}: {e}"))))
-}
-
-async fn serve(door: Door, listener: tokio::net::TcpListener, mut stopping: watch::Receiver<bool>) {
+async fn serve(
+    door: Door,
+    transport: Transport,
+    listener: tokio::net::TcpListener,
+    mut stopping: watch::Receiver<bool>,
+) {
     let peers = PeersServer::new(PeerService { door: door.clone() })
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
@@ -378,17 +385,8 @@ async fn serve(door: Door, listener: tokio::net::TcpListener, mut stopping: watc
         // An error says that the member is gone.
         let _ = stopping.wait_for(|stop| *stop).await;
     };
-    let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
-    let served = tonic::transport::Server::builder()
-        .http2_keepalive_interval(Some(Duration::from_secs(10)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-        .add_service(service)
-        .add_service(peers)
-        .serve_with_incoming_shutdown(incoming, stop)
-        .await;
-    if let Err(error) = served {
-        tracing::error!(%error, "the server has ended, remote handles get no answer any more");
-    }
+    let routes = Routes::new(service).add_service(peers);
+    transport.serve(listener, routes, stop).await;
 }
 
 /// What answers requests: shared by the server and by the handles of this process.

@@ -22,15 +22,14 @@ use openraft::raft::{
 };
 use openraft::{RaftNetworkFactory, RaftNetworkV2};
 use parking_lot::Mutex;
-use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use crate::log::Identity;
 use crate::peers;
 use crate::proto::registry::peer::v1 as message;
 use crate::proto::registry::peer::v1::peers_client::PeersClient;
-use crate::remote::{MAX_MESSAGE, dial, root_cause};
 use crate::snapshot::SnapshotData;
+use crate::transport::{Connection, MAX_MESSAGE, Transport};
 use crate::types::{Peer, Snapshot, TypeConfig, Vote};
 use crate::wire;
 
@@ -39,6 +38,8 @@ const STALLED: Duration = Duration::from_secs(2);
 /// How long a part of a snapshot may take, or its last one until it is installed.
 const PART: Duration = Duration::from_secs(10);
 const INSTALL: Duration = Duration::from_secs(600);
+/// How long a member may take to take a connection.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// How much of a snapshot is one message.
 const CHUNK: usize = 512 << 10;
 /// The pause after a member could not be reached.
@@ -47,24 +48,29 @@ const BACKOFF: Duration = Duration::from_millis(50);
 /// One connection to a member, made when it is needed and again when it broke.
 #[derive(Debug)]
 pub(crate) struct Lane {
+    transport: Transport,
     address: String,
-    channel: Mutex<Option<Channel>>,
+    channel: Mutex<Option<Connection>>,
 }
 
 impl Lane {
-    pub(crate) fn new(address: &str) -> Self {
+    pub(crate) fn new(transport: &Transport, address: &str) -> Self {
         Self {
+            transport: transport.clone(),
             address: address.into(),
             channel: Mutex::default(),
         }
     }
 
-    pub(crate) async fn channel(&self) -> Result<Channel, Status> {
+    pub(crate) async fn channel(&self) -> Result<Connection, Status> {
         if let Some(channel) = &*self.channel.lock() {
             return Ok(channel.clone());
         }
-        let dialed = dial(&self.address).await;
-        let channel = dialed.map_err(|e| Status::unavailable(format!("{}: {}", self.address, root_cause(&e))))?;
+        let dialed = self.transport.dial(&self.address, PATIENCE).await;
+        let channel = dialed.map_err(|error| {
+            let cause = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+            Status::unavailable(format!("{}: {cause}", self.address))
+        })?;
         *self.channel.lock() = Some(channel.clone());
         Ok(channel)
     }
@@ -74,7 +80,7 @@ impl Lane {
         *self.channel.lock() = None;
     }
 
-    pub(crate) async fn peer(&self) -> Result<PeersClient<Channel>, Status> {
+    pub(crate) async fn peer(&self) -> Result<PeersClient<Connection>, Status> {
         let client = PeersClient::new(self.channel().await?);
         Ok(client
             .max_decoding_message_size(MAX_MESSAGE)
@@ -85,7 +91,7 @@ impl Lane {
     pub(crate) async fn ask<T, F>(
         &self,
         deadline: Duration,
-        ask: impl FnOnce(PeersClient<Channel>) -> F,
+        ask: impl FnOnce(PeersClient<Connection>) -> F,
     ) -> Result<T, Status>
     where
         F: Future<Output = Result<tonic::Response<T>, Status>>,
@@ -113,13 +119,15 @@ type Lanes = HashMap<(u64, String), Arc<Lane>>;
 #[derive(Clone, Debug)]
 pub(crate) struct Network {
     us: Identity,
+    transport: Transport,
     lanes: Arc<Mutex<Lanes>>,
 }
 
 impl Network {
-    pub(crate) fn new(us: Identity) -> Self {
+    pub(crate) fn new(us: Identity, transport: Transport) -> Self {
         Self {
             us,
+            transport,
             lanes: Arc::default(),
         }
     }
@@ -128,7 +136,12 @@ impl Network {
     pub(crate) fn lane(&self, target: u64, address: &str) -> Arc<Lane> {
         let mut lanes = self.lanes.lock();
         let lane = lanes.entry((target, address.into()));
-        lane.or_insert_with(|| Arc::new(Lane::new(address))).clone()
+        lane.or_insert_with(|| Arc::new(self.new_lane(address))).clone()
+    }
+
+    /// A connection of one's own.
+    pub(crate) fn new_lane(&self, address: &str) -> Lane {
+        Lane::new(&self.transport, address)
     }
 
     fn client(&self, target: u64, peer: &Peer, kind: Kind) -> PeerClient {
@@ -136,7 +149,7 @@ impl Network {
             us: self.us,
             target,
             short: self.lane(target, &peer.address),
-            bulk: Lane::new(&peer.address),
+            bulk: self.new_lane(&peer.address),
             kind,
         }
     }

@@ -2,14 +2,13 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use parking_lot::Mutex;
 use registry_api::watch::{Feed, Picture, feed};
 use registry_api::{Error, Event, Namespace, Result, Revision, Watch, WatchFrom, WatchItem, WatchRequest, WatchScope};
-use tonic::transport::{Channel, Endpoint};
 
 use crate::command::{self, not_understood};
 use crate::link::{BACKEND, Link, failure};
@@ -19,16 +18,15 @@ use crate::proto::request::Call;
 use crate::proto::response::Answer;
 use crate::proto::watch_response::Item;
 use crate::status::Status;
+use crate::transport::{Connection, MAX_MESSAGE, Transport, status_error};
 
-/// The largest message either side takes: a transaction or a page, and some room.
-pub(crate) const MAX_MESSAGE: usize = 8 << 20;
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a connection may be silent before it is asked for a sign of life, and how long for the answer.
-const SILENCE: Duration = Duration::from_secs(2);
+/// How long a watch that lost its member looks for another before it pauses.
+const TO_REOPEN: Duration = Duration::from_secs(10);
 
 /// A link to the members at these addresses, one at a time.
 #[derive(Clone, Debug)]
 pub(crate) struct Remote {
+    transport: Transport,
     addresses: Arc<[String]>,
     current: Arc<Mutex<Current>>,
 }
@@ -37,7 +35,7 @@ pub(crate) struct Remote {
 #[derive(Default)]
 struct Current {
     at: usize,
-    channel: Option<Channel>,
+    channel: Option<Connection>,
     /// Did not answer when it was asked last: a hint that it leads is not followed.
     shunned: Option<usize>,
 }
@@ -52,15 +50,17 @@ impl fmt::Debug for Current {
 }
 
 impl Remote {
-    pub(crate) fn new(addresses: Vec<String>) -> Self {
+    pub(crate) fn new(transport: Transport, addresses: Vec<String>) -> Self {
         Self {
+            transport,
             addresses: addresses.into(),
             current: Arc::default(),
         }
     }
 
     /// A connection to the first member from the current one on that takes one. Nothing is sent yet.
-    async fn connect(&self) -> Result<(usize, Channel)> {
+    async fn connect(&self, patience: Duration) -> Result<(usize, Connection)> {
+        let until = Instant::now() + patience;
         let at = {
             let current = self.current.lock();
             if let Some(channel) = &current.channel {
@@ -68,21 +68,28 @@ impl Remote {
             }
             current.at
         };
-        let mut causes = Vec::new();
+        let (mut causes, mut denied) = (Vec::new(), 0);
         for at in (0..self.addresses.len()).map(|step| (at + step) % self.addresses.len()) {
             let address = &self.addresses[at];
-            match dial(address).await {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.transport.dial(address, left).await {
                 Ok(channel) => {
                     let mut current = self.current.lock();
                     (current.at, current.channel) = (at, Some(channel.clone()));
                     return Ok((at, channel));
                 }
-                Err(error) => causes.push(format!("{address}: {}", root_cause(&error))),
+                Err(Error::AccessDenied { source, .. }) => {
+                    denied += 1;
+                    causes.push(format!("{address}: {source}"));
+                }
+                Err(Error::Unavailable { source, .. }) => causes.push(format!("{address}: {source}")),
+                Err(error) => causes.push(format!("{address}: {error}")),
             }
         }
-        Err(Error::Unavailable {
-            backend: BACKEND,
-            source: causes.join("; ").into(),
+        let (backend, source) = (BACKEND, causes.join("; ").into());
+        Err(match denied == self.addresses.len() {
+            true => Error::AccessDenied { backend, source },
+            false => Error::Unavailable { backend, source },
         })
     }
 
@@ -136,32 +143,11 @@ impl Remote {
         }
     }
 
-    pub(crate) fn client(channel: Channel) -> RegistryClient<Channel> {
+    pub(crate) fn client(channel: Connection) -> RegistryClient<Connection> {
         RegistryClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE)
     }
-}
-
-pub(crate) async fn dial(address: &str) -> Result<Channel, tonic::transport::Error> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}"))?;
-    endpoint
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(SILENCE)
-        .keep_alive_timeout(SILENCE)
-        .keep_alive_while_idle(true)
-        .connect()
-        .await
-}
-
-/// The innermost error: the outer ones only say that the transport failed.
-pub(crate) fn root_cause(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }
 
 #[async_trait]
@@ -174,40 +160,36 @@ impl Link for Remote {
             patience
         };
         let patience_ms = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
-        let unanswered = |source| Error::OutcomeUnknown {
-            operation: "a request",
-            source,
-        };
         let request = proto::Request {
             patience_ms,
             forwarded: false,
             call: Some(call),
         };
-        let asked = async {
-            let (at, channel) = self.connect().await?;
-            match Self::client(channel).call(request).await {
-                Ok(response) => match self.led(response.into_inner()).ok_or_else(not_understood)? {
-                    Answer::Failure(said) => {
-                        let error = failure(said);
-                        if matches!(error, Error::Unavailable { .. }) && self.addresses.len() > 1 {
-                            self.pass_by(at);
-                        }
-                        Err(error)
+        let until = Instant::now() + patience;
+        // Time that runs out before there is a connection leaves nothing unknown.
+        let (at, channel) = self.connect(patience).await?;
+        let left = until.saturating_duration_since(Instant::now());
+        match tokio::time::timeout(left, Self::client(channel).call(request)).await {
+            Ok(Ok(response)) => match self.led(response.into_inner()).ok_or_else(not_understood)? {
+                Answer::Failure(said) => {
+                    let error = failure(said);
+                    if matches!(error, Error::Unavailable { .. }) && self.addresses.len() > 1 {
+                        self.pass_by(at);
                     }
-                    answer => Ok(answer),
-                },
-                Err(status) => {
-                    self.give_up(at);
-                    Err(status_error(status))
+                    Err(error)
                 }
-            }
-        };
-        match tokio::time::timeout(patience, asked).await {
-            Ok(answered) => answered,
-            Err(elapsed) => {
-                let at = self.current.lock().at;
+                answer => Ok(answer),
+            },
+            Ok(Err(status)) => {
                 self.give_up(at);
-                Err(unanswered(elapsed.into()))
+                Err(status_error(status))
+            }
+            Err(elapsed) => {
+                self.give_up(at);
+                Err(Error::OutcomeUnknown {
+                    operation: "a request",
+                    source: elapsed.into(),
+                })
             }
         }
     }
@@ -238,28 +220,10 @@ impl Link for Remote {
 
     fn apart(&self) -> Arc<dyn Link> {
         Arc::new(Self {
+            transport: self.transport.clone(),
             addresses: self.addresses.clone(),
             current: Arc::default(),
         })
-    }
-}
-
-/// A status is the transport's, or the server's refusal of a request it did not look at.
-fn status_error(status: tonic::Status) -> Error {
-    use tonic::Code;
-    match status.code() {
-        Code::Unauthenticated | Code::PermissionDenied => Error::AccessDenied {
-            backend: BACKEND,
-            source: status.message().to_owned().into(),
-        },
-        Code::InvalidArgument | Code::Unimplemented | Code::OutOfRange => {
-            Error::InvalidRequest(status.message().into())
-        }
-        // Everything else may have come after the request was read.
-        _ => Error::OutcomeUnknown {
-            operation: "a request",
-            source: status.into(),
-        },
     }
 }
 
@@ -275,7 +239,7 @@ type Items = tonic::Streaming<proto::WatchResponse>;
 
 impl WatchStream {
     async fn open(&mut self, from: WatchFrom) -> Result<Items> {
-        let (at, channel) = self.link.connect().await?;
+        let (at, channel) = self.link.connect(TO_REOPEN).await?;
         let request = proto::WatchRequest {
             prefix: self.namespace.qualify(self.request.prefix.as_str()),
             scope: match self.request.scope {

@@ -1,0 +1,160 @@
+//! The one place where connections are made and taken, and where both sides prove who they are.
+//!
+//! Whoever speaks to a member, another member or a handle, does it through [`Transport::dial`], and a member answers
+//! through [`Transport::listen`] and [`Transport::serve`], whatever services it has: with `[registry.raft.tls]` both
+//! sides present a certificate that the same authority signed, and with `token_file` each request carries the token. No
+//! service looks at either; a request that reaches one is from somebody who may ask.
+//!
+//! ```ignore
+//! let transport = Transport::new(&config)?;                          // reads the files
+//! let client = RegistryClient::new(transport.dial("10.0.0.1:7480", patience).await?);
+//! let listener = transport.listen(address).await?;
+//! transport.serve(listener, Routes::new(service).add_service(another), stopping).await;
+//! ```
+//!
+//! A refusal is told apart from silence: a connection that [`Transport::dial`] answered is one that the other side has
+//! taken, certificate and all.
+
+mod refusal;
+mod tls;
+mod token;
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use registry_api::{Error, Result};
+use tokio::net::{TcpListener, TcpStream};
+use tonic::codegen::InterceptedService;
+use tonic::codegen::http::Uri;
+use tonic::service::Routes;
+use tonic::service::interceptor::InterceptorLayer;
+use tonic::transport::server::TcpIncoming;
+use tonic::transport::{Channel, Endpoint, Server};
+
+use crate::config::RaftConfig;
+use crate::link::BACKEND;
+use refusal::Refusal;
+use tls::Proofs;
+use token::{Demand, Say, Token};
+
+pub(crate) use refusal::status_error;
+
+/// The largest message either side takes: a transaction or a page, and some room.
+pub(crate) const MAX_MESSAGE: usize = 8 << 20;
+/// How long the other side may take to take a connection, handshake and all.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a connection may be silent before it is asked for a sign of life, and how long for the answer.
+const SILENCE: Duration = Duration::from_secs(2);
+/// The same, on the side that was called.
+const SILENCE_OF_CALLERS: Duration = Duration::from_secs(10);
+
+/// A connection on which each request says the token, if there is one. Clones share it.
+pub(crate) type Connection = InterceptedService<Channel, Say>;
+
+/// How this process reaches others and is reached. `Debug` shows no secret.
+#[derive(Clone, Debug)]
+pub(crate) struct Transport {
+    proofs: Option<Proofs>,
+    token: Option<Token>,
+}
+
+impl Transport {
+    /// Reads the certificates, the key and the token.
+    ///
+    /// # Errors
+    /// [`Error::Config`], naming the setting and the file that is missing, can't be read or does not hold what it should.
+    pub(crate) fn new(config: &RaftConfig) -> Result<Self> {
+        Ok(Self {
+            proofs: config.tls.as_ref().map(Proofs::read).transpose()?,
+            token: config.token_file.as_deref().map(Token::read).transpose()?,
+        })
+    }
+
+    /// Connects to a member, `host:port`. The connection dials again by itself when it breaks.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] within `patience`, or two seconds if that is longer, with what stood in the way;
+    /// [`Error::AccessDenied`] if the other side refused the certificate of this one. Nothing was asked yet.
+    pub(crate) async fn dial(&self, address: &str, patience: Duration) -> Result<Connection> {
+        // To hyper the connection is a plain one: TLS is beneath, in the connector.
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))
+            .map_err(|error| unavailable(&error))?
+            .http2_keep_alive_interval(SILENCE)
+            .keep_alive_timeout(SILENCE)
+            .keep_alive_while_idle(true);
+        let (proofs, to) = (self.proofs.clone(), address.to_owned());
+        let connector = tower::service_fn(move |_: Uri| {
+            let (proofs, to) = (proofs.clone(), to.clone());
+            async move {
+                let connecting = connect(proofs.as_ref(), &to);
+                let connected = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await;
+                connected.unwrap_or(Err(Refusal::Silent(CONNECT_TIMEOUT)))
+            }
+        });
+        let connecting = endpoint.connect_with_connector(connector);
+        let channel = match tokio::time::timeout(patience, connecting).await {
+            Ok(connected) => connected.map_err(|error| refusal::connect_error(&error))?,
+            Err(_) => return Err(unavailable(&Refusal::Silent(patience))),
+        };
+        Ok(InterceptedService::new(channel, Say(self.token.clone())))
+    }
+
+    /// Takes an address to listen on.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if it can't be had.
+    pub(crate) async fn listen(&self, address: SocketAddr) -> Result<TcpListener> {
+        if self.proofs.is_none() && !address.ip().is_loopback() {
+            tracing::warn!(%address, "listening beyond loopback without registry.raft.tls: anybody who reaches this address reads and writes");
+        }
+        TcpListener::bind(address).await.map_err(|error| Error::Unavailable {
+            backend: BACKEND,
+            source: format!("can't listen on {address}: {error}").into(),
+        })
+    }
+
+    /// Answers until `stop`, and until what is under way then has ended.
+    pub(crate) async fn serve(&self, listener: TcpListener, routes: Routes, stop: impl Future<Output = ()>) {
+        let server = Server::builder()
+            .http2_keepalive_interval(Some(SILENCE_OF_CALLERS))
+            .http2_keepalive_timeout(Some(SILENCE_OF_CALLERS))
+            .layer(InterceptorLayer::new(Demand(self.token.clone())))
+            .add_routes(routes);
+        let served = match &self.proofs {
+            Some(proofs) => server.serve_with_incoming_shutdown(proofs.accept(listener), stop).await,
+            None => {
+                let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+                server.serve_with_incoming_shutdown(incoming, stop).await
+            }
+        };
+        if let Err(error) = served {
+            tracing::error!(%error, "the server has ended, nobody gets an answer any more");
+        }
+    }
+}
+
+/// Connects, and proves who is there on both sides.
+async fn connect(proofs: Option<&Proofs>, address: &str) -> Result<TokioIo<Stream>, Refusal> {
+    let tcp = TcpStream::connect(address).await.map_err(Refusal::Unreachable)?;
+    tcp.set_nodelay(true).map_err(Refusal::Unreachable)?;
+    Ok(TokioIo::new(match proofs {
+        Some(proofs) => Box::new(proofs.greet(tcp, address).await?),
+        None => Box::new(tcp),
+    }))
+}
+
+/// A connection of either kind.
+type Stream = Box<dyn ReadWrite>;
+
+trait ReadWrite: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin {}
+
+impl<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin> ReadWrite for T {}
+
+fn unavailable(error: &dyn std::error::Error) -> Error {
+    Error::Unavailable {
+        backend: BACKEND,
+        source: error.to_string().into(),
+    }
+}
