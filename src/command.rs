@@ -198,7 +198,9 @@ impl Settings {
                 .listen
                 .clone()
                 .unwrap_or_else(|| registry::raft::DEFAULT_ADDRESS.into());
-            *raft = registry::raft::RaftConfig::remote([listen]);
+            let mut remote = registry::raft::RaftConfig::remote([listen]);
+            (remote.tls, remote.token_file) = (raft.tls.take(), raft.token_file.take());
+            *raft = remote;
         }
         Ok(config)
     }

@@ -19,6 +19,9 @@ pub const BACKENDS: &[&str] = &[
     "zk",
 ];
 
+/// The data directory of the embedded store that is none.
+const MEMORY: &str = ":memory:";
+
 /// Every backend there is.
 const ALL: [&str; 3] = ["raft", "etcd", "zk"];
 
@@ -64,7 +67,10 @@ impl Config {
         if let Some(path) = file {
             let text =
                 std::fs::read_to_string(path).map_err(|e| refused(path.display(), format!("can't be read: {e}")))?;
-            builder = builder.add_source(File::from_str(&text, format(path)?));
+            let file = File::from_str(&text, format(path)?);
+            let wrong = |error: config::ConfigError| refused(path.display(), error.to_string());
+            let paths = beside(path, &file).map_err(wrong)?;
+            builder = builder.add_source(file).add_source(paths);
         }
         let mut environment = Environment::with_prefix("REGISTRY")
             .separator("__")
@@ -89,7 +95,7 @@ impl Config {
             .build()
             .and_then(config::Config::try_deserialize)
             .map_err(wrong)?;
-        document.registry.into_config(&place, file.and_then(Path::parent))
+        document.registry.into_config(&place)
     }
 
     /// One member of the embedded store that keeps everything in memory, without a disk or a port: for unit tests.
@@ -185,7 +191,7 @@ impl Default for Table {
 }
 
 impl Table {
-    fn into_config(self, place: &str, _directory: Option<&Path>) -> Result<Config> {
+    fn into_config(self, place: &str) -> Result<Config> {
         let options = Options {
             namespace: self.namespace,
             session_ttl: self.session_ttl,
@@ -228,6 +234,39 @@ impl Table {
         };
         Ok(Config { options, backend })
     }
+}
+
+/// The settings that are paths.
+const PATHS: &[&str] = &[
+    "raft.data_dir",
+    "raft.token_file",
+    "raft.tls.ca",
+    "raft.tls.cert",
+    "raft.tls.key",
+    "etcd.tls.ca",
+    "etcd.tls.cert",
+    "etcd.tls.key",
+    "zk.tls.ca",
+    "zk.tls.cert",
+    "zk.tls.key",
+];
+
+/// The paths that a file gives, taken from the directory of the file: it means the same wherever a program is started.
+fn beside(
+    path: &Path,
+    file: &File<config::FileSourceString, FileFormat>,
+) -> Result<config::Config, config::ConfigError> {
+    let given = config::Config::builder().add_source(file.clone()).build()?;
+    let directory = path.parent().unwrap_or(Path::new(""));
+    let mut builder = config::Config::builder();
+    for name in PATHS.iter().map(|name| format!("registry.{name}")) {
+        if let Ok(text) = given.get_string(&name)
+            && text != MEMORY
+        {
+            builder = builder.set_override(name, directory.join(text).to_string_lossy().into_owned())?;
+        }
+    }
+    builder.build()
 }
 
 fn format(path: &Path) -> Result<FileFormat> {

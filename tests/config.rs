@@ -65,7 +65,7 @@ fn every_shared_key_is_taken() {
     );
     assert_eq!(
         (raft.data_dir.as_deref(), raft.snapshot_log_bytes),
-        (Some("d".as_ref()), Some(2_000_000))
+        (Some(std::env::temp_dir().join("d").as_path()), Some(2_000_000))
     );
 }
 
@@ -106,10 +106,59 @@ fn overrides_come_last() {
 }
 
 #[test]
+fn paths_in_a_file_are_beside_it() {
+    let file = file(
+        ".toml",
+        "[registry.raft]\ndata_dir = \"/data\"\ntoken_file = \"token\"\n\
+         tls = { ca = \"tls/ca.pem\", cert = \"a.pem\", key = \"../a.key\" }",
+    );
+    let directory = file.path().parent().unwrap();
+    let load = |overrides| {
+        let config = Config::load(Some(file.path()), &overrides).unwrap();
+        match config.backend {
+            Backend::Raft(raft) => (raft.data_dir.unwrap(), raft.token_file.unwrap(), raft.tls.unwrap()),
+            #[allow(unreachable_patterns)]
+            other => panic!("{other:?}"),
+        }
+    };
+    let (data_dir, token_file, tls) = load(Vec::new());
+    assert_eq!(
+        (data_dir.to_str(), token_file),
+        (Some("/data"), directory.join("token"))
+    );
+    assert_eq!(
+        (tls.ca, tls.cert, tls.key),
+        (
+            directory.join("tls/ca.pem"),
+            directory.join("a.pem"),
+            directory.join("../a.key")
+        )
+    );
+    // Said on the spot, it is where the program runs.
+    let (_, token_file, _) = load(vec![("raft.token_file".into(), "here".into())]);
+    assert_eq!(token_file.to_str(), Some("here"));
+    let memory = self::file(".toml", "registry.raft.data_dir = \":memory:\"");
+    let config = Config::load(Some(memory.path()), &Vec::new()).unwrap();
+    assert!(matches!(config.backend, Backend::Raft(raft) if raft.data_dir == Some(":memory:".into())));
+}
+
+#[test]
 fn wrong_settings_are_refused_naming_key_file_and_what_is_allowed() {
     let cases = [
         ("[registry]\nnamespce = \"/a\"", "unknown field `namespce`"),
         ("[registry.raft]\ndatadir = \"d\"", "unknown field `datadir`"),
+        (
+            "[registry.raft]\ntls = { ca = \"ca\", cert = \"c\" }",
+            "missing configuration field \"registry.raft.tls.key\"",
+        ),
+        (
+            "[registry.raft]\ntls = { ca = \"ca\", key = \"k\" }",
+            "missing configuration field \"registry.raft.tls.cert\"",
+        ),
+        (
+            "[registry.raft]\ntls = { cert = \"c\", key = \"k\" }",
+            "missing configuration field \"registry.raft.tls.ca\"",
+        ),
         ("[regisrty]\n", "unknown field `regisrty`"),
         ("[registry]\ntype = \"zookeeper\"", "is unknown; this program has: raft"),
         ("[registry]\nnamespace = \"/a/b\"", "one segment only"),
