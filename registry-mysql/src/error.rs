@@ -1,0 +1,207 @@
+//! From the client's errors to the registry's, by number and never by text (F2).
+
+use std::error::Error as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use registry_api::{BoxError, Error};
+use sqlx::mysql::MySqlDatabaseError;
+
+/// The word in [`Error`] for this kind of store.
+pub(crate) const BACKEND: &str = "mysql";
+
+/// Why a request has no answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Trouble {
+    #[error("{endpoint}: {}", chain(.source))]
+    Client { endpoint: String, source: sqlx::Error },
+    #[error("no answer from {endpoint} in {waited:?}")]
+    Silent { endpoint: String, waited: Duration },
+    #[error("{0} is read-only: a replica, or a server that is being replaced")]
+    ReadOnly(String),
+    #[error("max_allowed_packet of {endpoint} is {found} bytes, at least {least} are needed for the largest values")]
+    SmallPackets { endpoint: String, found: u64, least: u64 },
+    #[error("autocommit is off at {0}: reads would stay in the past")]
+    NoAutocommit(String),
+    #[error("the namespace is gone from the tables at {0}")]
+    NoNamespace(String),
+    #[error(transparent)]
+    Repeated(Shared),
+    #[error("the runtime of the handle has stopped")]
+    Stopped,
+}
+
+/// What a trouble says of the request it befell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// The connection was lost, or could not be made. Another may do better.
+    Lost,
+    /// Others were in the way: a deadlock, or a lock waited for too long. The server undid it; it may be tried again.
+    Conflict,
+    /// The server has no room, or takes no writes now.
+    Unable,
+    /// The server refused who is asking, or what they may do.
+    Denied,
+    /// A setting of the server's can't be worked with.
+    Setting(&'static str),
+    /// The tables are not what they should be.
+    Schema,
+    /// Anything else that the server says.
+    Other,
+}
+
+impl Trouble {
+    pub(crate) fn verdict(&self) -> Verdict {
+        match self {
+            Self::Client { source, .. } => verdict_of(source),
+            Self::Repeated(shared) => shared.0.verdict(),
+            Self::Silent { .. } | Self::Stopped => Verdict::Lost,
+            Self::ReadOnly(_) => Verdict::Unable,
+            Self::SmallPackets { .. } => Verdict::Setting("max_allowed_packet"),
+            Self::NoAutocommit(_) => Verdict::Setting("autocommit"),
+            Self::NoNamespace(_) => Verdict::Schema,
+        }
+    }
+
+    /// What it is to the caller of a request that changed nothing.
+    pub(crate) fn unchanged(self) -> Error {
+        match self.verdict() {
+            Verdict::Denied => Error::AccessDenied {
+                backend: BACKEND,
+                source: self.into(),
+            },
+            Verdict::Setting(variable) => Error::Config {
+                field: format!("the server's {variable}"),
+                reason: self.to_string(),
+            },
+            Verdict::Schema => Error::Storage {
+                place: "the registry's tables".into(),
+                reason: self.to_string(),
+            },
+            Verdict::Lost | Verdict::Conflict | Verdict::Unable | Verdict::Other => unavailable(self),
+        }
+    }
+}
+
+fn verdict_of(error: &sqlx::Error) -> Verdict {
+    match error {
+        sqlx::Error::Database(error) => error
+            .try_downcast_ref::<MySqlDatabaseError>()
+            .map_or(Verdict::Other, |error| verdict_of_number(error.number())),
+        sqlx::Error::Io(_)
+        | sqlx::Error::Tls(_)
+        | sqlx::Error::Protocol(_)
+        | sqlx::Error::PoolTimedOut
+        | sqlx::Error::PoolClosed
+        | sqlx::Error::WorkerCrashed => Verdict::Lost,
+        sqlx::Error::Configuration(_) | sqlx::Error::InvalidArgument(_) => Verdict::Setting("configuration"),
+        // Columns that are missing, or hold what they can't.
+        sqlx::Error::RowNotFound
+        | sqlx::Error::ColumnNotFound(_)
+        | sqlx::Error::ColumnIndexOutOfBounds { .. }
+        | sqlx::Error::ColumnDecode { .. }
+        | sqlx::Error::Decode(_)
+        | sqlx::Error::TypeNotFound { .. } => Verdict::Schema,
+        _ => Verdict::Other,
+    }
+}
+
+/// The numbers are those of MySQL 8 and MariaDB 10.11; where only one of them has one, it says so.
+fn verdict_of_number(number: u16) -> Verdict {
+    match number {
+        // Record has changed since last read (MariaDB, innodb_snapshot_isolation); lock wait timeout; deadlock.
+        1020 | 1205 | 1213 => Verdict::Conflict,
+        // Too many connections, server shutdown, handshake errors, aborting, killed (1927: MariaDB, 3169: MySQL, 1317:
+        // the query), a statement that took too long (1969: MariaDB, 3024: MySQL), starting up.
+        1040
+        | 1043
+        | 1053
+        | 1077
+        | 1079
+        | 1080
+        | 1152
+        | 1158..=1161
+        | 1184
+        | 1203
+        | 1317
+        | 1927
+        | 1969
+        | 3024
+        | 3169 => Verdict::Lost,
+        // Disk full, write error, error from the storage engine, no room in the table space, out of resources, read-only.
+        1021 | 1026 | 1030 | 1114 | 1037 | 1041 | 1135 | 1180 | 1290 | 1792 | 1836 | 1874 => Verdict::Unable,
+        // A user, a host, a password, a right, a database, a table or a column of it; a bound of the account; TLS asked for.
+        1044 | 1045 | 1129 | 1130 | 1131 | 1132 | 1133 | 1141 | 1142 | 1143 | 1226 | 1227 | 1370 | 1410 | 1698
+        | 1820 | 1862 | 3118 | 3159 | 4151 => Verdict::Denied,
+        1153 => Verdict::Setting("max_allowed_packet"),
+        1049 => Verdict::Setting("database"),
+        // No such table, column, database object; a table of another shape.
+        1051 | 1054 | 1136 | 1146 | 1364 | 1366 | 1406 => Verdict::Schema,
+        _ => Verdict::Other,
+    }
+}
+
+pub(crate) fn unavailable(source: impl Into<BoxError>) -> Error {
+    Error::Unavailable {
+        backend: BACKEND,
+        source: source.into(),
+    }
+}
+
+pub(crate) fn unknown(source: impl Into<BoxError>) -> Error {
+    Error::OutcomeUnknown {
+        operation: "the transaction",
+        source: source.into(),
+    }
+}
+
+/// One cause of several errors.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Shared(pub(crate) Arc<Trouble>);
+
+/// An error and what is beneath it, in one line, without saying twice what the upper one says already.
+fn chain(error: &sqlx::Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !line.contains(&text) {
+            line = format!("{line}: {text}");
+        }
+        cause = error.source();
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_say_what_is_true() {
+        for (number, verdict) in [
+            (1020, Verdict::Conflict),
+            (1205, Verdict::Conflict),
+            (1213, Verdict::Conflict),
+            (1290, Verdict::Unable),
+            (1114, Verdict::Unable),
+            (1045, Verdict::Denied),
+            (1146, Verdict::Schema),
+            (1927, Verdict::Lost),
+            (1064, Verdict::Other),
+        ] {
+            assert_eq!(verdict_of_number(number), verdict, "{number}");
+        }
+    }
+
+    #[test]
+    fn a_lost_connection_is_no_verdict_on_the_request() {
+        let lost = Trouble::Client {
+            endpoint: "db:3306".into(),
+            source: std::io::Error::from(std::io::ErrorKind::ConnectionReset).into(),
+        };
+        assert_eq!(lost.verdict(), Verdict::Lost);
+        assert!(lost.to_string().starts_with("db:3306: "), "{lost}");
+    }
+}

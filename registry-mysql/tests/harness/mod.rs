@@ -1,0 +1,211 @@
+//! A real MariaDB on loopback.
+
+#![allow(missing_docs, unreachable_pub, dead_code, clippy::unwrap_used)]
+
+pub mod suite;
+
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use registry_api::{Key, Options, Registry, Result, SessionTtl};
+use registry_mysql::{MysqlConfig, Url};
+use registry_tests::process::free_port;
+use rustix::process::{Pid, Signal, kill_process};
+use sqlx::mysql::MySqlConnectOptions;
+use sqlx::{AssertSqlSafe, ConnectOptions, Executor, MySqlConnection};
+
+/// Ends with the test: the process is killed, its data is deleted.
+pub struct Server {
+    port: u16,
+    arguments: Vec<String>,
+    process: Option<Child>,
+    data: tempfile::TempDir,
+}
+
+impl Server {
+    pub async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    pub async fn start_with(arguments: &[&str]) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), arguments).await
+    }
+
+    /// With its data in that folder.
+    pub async fn start_in(data: tempfile::TempDir, arguments: &[&str]) -> Self {
+        let installed = Command::new("mariadb-install-db")
+            .args([
+                "--no-defaults",
+                "--auth-root-authentication-method=normal",
+                "--skip-test-db",
+            ])
+            .args(["--user=root", "--innodb-log-file-size=8M"])
+            .arg(format!("--datadir={}", data.path().join("data").display()))
+            // One that starts deletes the temporary tables of others in its folder for them.
+            .env("TMPDIR", data.path())
+            .output()
+            .expect("MariaDB is missing: apt-get install mariadb-server");
+        assert!(
+            installed.status.success(),
+            "{}",
+            String::from_utf8_lossy(&installed.stdout)
+        );
+        let mut server = Self {
+            port: 0,
+            arguments: arguments.iter().map(|argument| (*argument).to_owned()).collect(),
+            process: None,
+            data,
+        };
+        // Another may take the port between its choice and its use.
+        for _ in 0..5 {
+            server.port = free_port();
+            server.spawn();
+            if server.is_ready().await {
+                server.run("CREATE DATABASE IF NOT EXISTS test").await;
+                return server;
+            }
+        }
+        panic!("MariaDB does not start: {}", server.log());
+    }
+
+    /// A file beside the server's data.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.data.path().join(name)
+    }
+
+    pub fn spawn(&mut self) {
+        let file = |name: &str| self.file(name).display().to_string();
+        let log = std::fs::File::create(self.file("log")).unwrap();
+        let process = Command::new("mariadbd")
+            .args([
+                "--no-defaults",
+                "--user=root",
+                "--bind-address=127.0.0.1",
+                "--max-connections=2000",
+            ])
+            .args([
+                "--innodb-log-file-size=8M",
+                "--innodb-buffer-pool-size=64M",
+                "--skip-name-resolve",
+            ])
+            .arg(format!("--datadir={}", file("data")))
+            .arg(format!("--socket={}", file("socket")))
+            .arg(format!("--pid-file={}", file("pid")))
+            .arg(format!("--port={}", self.port))
+            .args(&self.arguments)
+            .env("TMPDIR", self.data.path())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn();
+        self.process = Some(process.expect("MariaDB is missing: apt-get install mariadb-server"));
+    }
+
+    /// Waits until it answers; `false` if it has ended instead.
+    pub async fn is_ready(&mut self) -> bool {
+        let began = Instant::now();
+        while self.try_root().await.is_none() {
+            let process = self.process.as_mut().unwrap();
+            if process.try_wait().unwrap().is_some() {
+                return false;
+            }
+            assert!(
+                began.elapsed() < Duration::from_secs(60),
+                "not ready in 60 s: {}",
+                self.log()
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        true
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.file("log")).unwrap_or_default()
+    }
+
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill().unwrap();
+            process.wait().unwrap();
+        }
+    }
+
+    pub async fn restart(&mut self) {
+        self.kill();
+        self.spawn();
+        assert!(self.is_ready().await, "it does not start again: {}", self.log());
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(self.process.as_ref().unwrap()), signal).unwrap();
+    }
+
+    pub fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    async fn try_root(&self) -> Option<MySqlConnection> {
+        let options = MySqlConnectOptions::new().username("root").socket(self.file("socket"));
+        let connecting = options.connect();
+        tokio::time::timeout(Duration::from_secs(5), connecting)
+            .await
+            .ok()?
+            .ok()
+    }
+
+    /// A connection of root's, past every proxy and bound.
+    pub async fn root(&self) -> MySqlConnection {
+        self.try_root().await.unwrap()
+    }
+
+    /// Runs a statement as root.
+    pub async fn run(&self, sql: &str) {
+        self.root()
+            .await
+            .execute(sqlx::raw_sql(AssertSqlSafe(sql)))
+            .await
+            .unwrap();
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+pub fn url(address: &str) -> Url {
+    Url::new(&format!("mysql://root@{address}/test")).unwrap()
+}
+
+pub const TTL: Duration = Duration::from_secs(3);
+
+pub fn options() -> Options {
+    Options {
+        session_ttl: SessionTtl::new(TTL).unwrap(),
+        request_timeout: Duration::from_secs(3),
+        ..Options::default()
+    }
+}
+
+pub async fn connect(address: &str) -> Arc<dyn Registry> {
+    try_connect(address).await.unwrap()
+}
+
+pub async fn try_connect(address: &str) -> Result<Arc<dyn Registry>> {
+    registry_mysql::connect(&MysqlConfig::new(url(address)), &options()).await
+}
+
+pub fn key(path: &str) -> Key {
+    Key::parse(path).unwrap()
+}
+
+/// Waits for what stays true once it is.
+pub async fn until(what: &str, holds: impl AsyncFn() -> bool) {
+    let began = Instant::now();
+    while !holds().await {
+        assert!(began.elapsed() < Duration::from_secs(30), "not in 30 s: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
