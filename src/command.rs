@@ -9,6 +9,8 @@ mod kv;
 mod lock;
 mod output;
 mod process;
+#[cfg(feature = "mysql")]
+mod schema;
 #[cfg(feature = "raft")]
 mod serve;
 mod status;
@@ -28,7 +30,7 @@ use output::Output;
 
 type Outcome = Result<ExitCode, Failure>;
 
-/// Keys, ephemeral keys, watches, locks and elections, over an embedded Raft store, etcd or ZooKeeper.
+/// Keys, ephemeral keys, watches, locks and elections, over an embedded Raft store, etcd, ZooKeeper or MySQL.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -114,6 +116,10 @@ enum Command {
     /// Shows how the store stands.
     #[command(after_help = "Example: registry status --json")]
     Status,
+    /// Prints the SQL that makes a store's tables, for whoever may make them.
+    #[cfg(feature = "mysql")]
+    #[command(after_help = "Example: registry schema mysql | mariadb --user=root mydatabase")]
+    Schema(schema::Schema),
     /// Prints the completions of a shell.
     #[command(after_help = "Example: registry completions bash > /etc/bash_completion.d/registry")]
     Completions {
@@ -143,6 +149,8 @@ pub(crate) async fn run(cli: Cli) -> Outcome {
             Ok(ExitCode::SUCCESS)
         }
         Command::Bench(bench) => bench.run(&settings, out).await,
+        #[cfg(feature = "mysql")]
+        Command::Schema(schema) => schema.run(out),
         Command::Status => status::run(&settings, out).await,
         Command::Get(get) => get.run(&settings.connect().await?, out).await,
         Command::Put(put) => put.run(&settings, out).await,

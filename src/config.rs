@@ -17,13 +17,15 @@ pub const BACKENDS: &[&str] = &[
     "etcd",
     #[cfg(feature = "zk")]
     "zk",
+    #[cfg(feature = "mysql")]
+    "mysql",
 ];
 
 /// The data directory of the embedded store that is none.
 const MEMORY: &str = ":memory:";
 
 /// Every backend there is.
-const ALL: [&str; 3] = ["raft", "etcd", "zk"];
+const ALL: [&str; 4] = ["raft", "etcd", "zk", "mysql"];
 
 /// A store, and its settings.
 #[derive(Clone, Debug)]
@@ -38,6 +40,9 @@ pub enum Backend {
     /// ZooKeeper.
     #[cfg(feature = "zk")]
     Zk(registry_zk::ZkConfig),
+    /// MySQL or MariaDB.
+    #[cfg(feature = "mysql")]
+    Mysql(registry_mysql::MysqlConfig),
 }
 
 /// All settings of a handle: what every backend shares, and the backend.
@@ -121,6 +126,8 @@ pub async fn connect(config: &Config) -> Result<Arc<dyn Registry>> {
         Backend::Etcd(etcd) => registry_etcd::connect(etcd, &config.options).await,
         #[cfg(feature = "zk")]
         Backend::Zk(zk) => registry_zk::connect(zk, &config.options).await,
+        #[cfg(feature = "mysql")]
+        Backend::Mysql(mysql) => registry_mysql::connect(mysql, &config.options).await,
     }
 }
 
@@ -146,6 +153,7 @@ struct Table {
     raft: RaftTable,
     etcd: EtcdTable,
     zk: ZkTable,
+    mysql: MysqlTable,
 }
 
 #[cfg(feature = "raft")]
@@ -160,13 +168,17 @@ type EtcdTable = NotCompiledIn;
 type ZkTable = Option<registry_zk::ZkConfig>;
 #[cfg(not(feature = "zk"))]
 type ZkTable = NotCompiledIn;
+#[cfg(feature = "mysql")]
+type MysqlTable = Option<registry_mysql::MysqlConfig>;
+#[cfg(not(feature = "mysql"))]
+type MysqlTable = NotCompiledIn;
 
 /// The table of a backend that this build knows nothing of.
-#[cfg(not(all(feature = "raft", feature = "etcd", feature = "zk")))]
+#[cfg(not(all(feature = "raft", feature = "etcd", feature = "zk", feature = "mysql")))]
 #[derive(Debug, Default)]
 struct NotCompiledIn;
 
-#[cfg(not(all(feature = "raft", feature = "etcd", feature = "zk")))]
+#[cfg(not(all(feature = "raft", feature = "etcd", feature = "zk", feature = "mysql")))]
 impl<'de> Deserialize<'de> for NotCompiledIn {
     fn deserialize<D: Deserializer<'de>>(table: D) -> Result<Self, D::Error> {
         serde::de::IgnoredAny::deserialize(table).map(|_| Self)
@@ -186,6 +198,7 @@ impl Default for Table {
             raft: RaftTable::default(),
             etcd: EtcdTable::default(),
             zk: ZkTable::default(),
+            mysql: MysqlTable::default(),
         }
     }
 }
@@ -199,7 +212,7 @@ impl Table {
             request_timeout: self.request_timeout,
             connect_timeout: self.connect_timeout,
         };
-        #[cfg(any(feature = "etcd", feature = "zk"))]
+        #[cfg(any(feature = "etcd", feature = "zk", feature = "mysql"))]
         let missing = |table: &str| {
             refused(
                 place,
@@ -217,6 +230,8 @@ impl Table {
             "etcd" => Backend::Etcd(self.etcd.ok_or_else(|| missing("etcd"))?),
             #[cfg(feature = "zk")]
             "zk" => Backend::Zk(self.zk.ok_or_else(|| missing("zk"))?),
+            #[cfg(feature = "mysql")]
+            "mysql" => Backend::Mysql(self.mysql.ok_or_else(|| missing("mysql"))?),
             known if ALL.contains(&known) => {
                 let reason = format!(
                     "registry.type = {known:?} is not compiled into this program, which has: {}",

@@ -3,11 +3,11 @@
 //!
 //! ```toml
 //! [registry]
-//! type = "raft"          # raft | etcd | zk
+//! type = "raft"          # raft | etcd | zk | mysql
 //! namespace = "/myapp"
 //! ```
 //!
-//! A program starts on the embedded Raft store with nothing else to operate, and moves to etcd or ZooKeeper by
+//! A program starts on the embedded Raft store with nothing else to operate, and moves to etcd, ZooKeeper or MySQL by
 //! changing one word: the same call means the same on each, which one conformance suite shows on real servers.
 //!
 //! ```
@@ -45,7 +45,7 @@
 //! What you may rely on, sentence by sentence, is in the book (`docs/guarantees.md`), each with the name of its test.
 //!
 //! # Features
-//! `raft` (default), `etcd` and `zk` compile the backends in; `registry.type` chooses among those.
+//! `raft` (default), `etcd`, `zk` and `mysql` compile the backends in; `registry.type` chooses among those.
 
 mod config;
 
@@ -54,6 +54,8 @@ pub use registry_api::*;
 
 #[cfg(feature = "etcd")]
 pub use registry_etcd as etcd;
+#[cfg(feature = "mysql")]
+pub use registry_mysql as mysql;
 #[cfg(feature = "raft")]
 pub use registry_raft as raft;
 #[cfg(feature = "zk")]

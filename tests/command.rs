@@ -559,3 +559,14 @@ async fn a_bench_measures_every_kind_of_work_and_leaves_nothing() {
     );
     assert!(shell.says(2, &["bench", "dance"]).await.contains("possible values"));
 }
+
+#[cfg(feature = "mysql")]
+#[tokio::test]
+async fn the_schema_is_printed_with_the_prefix_that_is_asked_for() {
+    let shell = Shell::new();
+    let sql = shell.says(0, &["schema", "mysql", "--table-prefix", "app_"]).await;
+    assert!(sql.contains("CREATE TABLE IF NOT EXISTS app_entries"), "{sql}");
+    assert!(!sql.contains("registry_") && !sql.contains("{prefix}"), "{sql}");
+    let refused = shell.says(2, &["schema", "mysql", "--table-prefix", "a;b"]).await;
+    assert!(refused.contains("letters, digits"), "{refused}");
+}

@@ -206,3 +206,32 @@ fn a_backend_without_its_table_is_refused() {
     let config = load("[registry]\ntype = \"etcd\"\n[registry.etcd]\nendpoints = [\"127.0.0.1:2379\"]").unwrap();
     assert!(matches!(config.backend, Backend::Etcd(_)));
 }
+
+#[cfg(feature = "mysql")]
+#[test]
+fn the_mysql_table_is_taken_and_its_password_is_shown_nowhere() {
+    assert!(refusal("[registry]\ntype = \"mysql\"").contains("needs the table [registry.mysql]"));
+    let config = load(
+        "[registry]\ntype = \"mysql\"\n[registry.mysql]\nurl = \"mysql://app:secret@db:3306/app\"\npool_size = 8\n\
+         poll_interval = \"20ms\"\nhistory = 5000\ntable_prefix = \"app_\"\nmigrate = false\n\
+         [registry.mysql.tls]\nca = \"ca.pem\"",
+    )
+    .unwrap();
+    let Backend::Mysql(mysql) = &config.backend else {
+        panic!("{config:?}")
+    };
+    assert!(!mysql.migrate);
+    assert!(!format!("{config:?}").contains("secret"));
+    for (wrong, why) in [
+        ("url = \"mysql://app:secret@db\"", "names no database"),
+        ("url = \"mysql://db/app\"\npool = 3", "unknown field `pool`"),
+        ("url = \"mysql://db/app\"\nhistory = 5", "registry.mysql.history"),
+        (
+            "url = \"mysql://db/app\"\npoll_interval = \"1ms\"",
+            "registry.mysql.poll_interval",
+        ),
+    ] {
+        let said = refusal(&format!("[registry]\ntype = \"mysql\"\n[registry.mysql]\n{wrong}"));
+        assert!(said.contains(why) && !said.contains("secret"), "{said}");
+    }
+}
