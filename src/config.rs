@@ -264,6 +264,9 @@ const PATHS: &[&str] = &[
     "zk.tls.ca",
     "zk.tls.cert",
     "zk.tls.key",
+    "mysql.tls.ca",
+    "mysql.tls.cert",
+    "mysql.tls.key",
 ];
 
 /// The paths that a file gives, taken from the directory of the file: it means the same wherever a program is started.
