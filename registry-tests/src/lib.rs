@@ -8,6 +8,7 @@
 pub mod cluster;
 pub mod election;
 pub mod failure;
+pub mod history;
 pub mod keys;
 pub mod lock;
 pub mod process;
