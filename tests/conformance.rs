@@ -9,10 +9,13 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use registry::raft::{self, Member, RaftConfig};
 use registry::{Options, Registry, Result, SessionId, SessionTtl};
-use registry_tests::{Cluster, Process, TTL, Wire, process};
+use registry_tests::{Cluster, Members, Process, TTL, Wire, key, process};
 use tempfile::TempDir;
 use tokio::process::Command;
 use tokio::sync::Mutex;
+
+/// How much log makes a served member take a snapshot.
+const SNAPSHOT_LOG_BYTES: usize = 1 << 20;
 
 fn options() -> Options {
     Options {
@@ -84,6 +87,8 @@ impl Served {
         command.arg("serve").env_remove("REGISTRY_CONFIG");
         command.args(["--set", &format!("raft.data_dir={}", dir.display())]);
         command.args(["--set", &format!("raft.listen=127.0.0.1:{port}")]);
+        // Small, so that snapshots are taken and the log is trimmed while the tests run.
+        command.args(["--set", &format!("raft.snapshot_log_bytes={SNAPSHOT_LOG_BYTES}")]);
         Process::start(command, |line| line.contains("ready").then_some(()))
             .await
             .0
@@ -137,6 +142,38 @@ impl Cluster for Served {
     }
 }
 
+#[async_trait]
+impl Members for Served {
+    fn members(&self) -> usize {
+        1
+    }
+
+    async fn kill_member(&self, _: usize) {
+        self.kill().await;
+    }
+
+    async fn restart_member(&self, _: usize) {
+        self.restart().await;
+    }
+
+    async fn pause_member(&self, _: usize) {
+        self.pause().await;
+    }
+
+    async fn resume_member(&self, _: usize) {
+        self.resume().await;
+    }
+
+    async fn trim(&self) {
+        let registry = self.connect().await.expect("the member runs");
+        for _ in 0..3 {
+            let put = registry.put(&key("/ballast/3"), vec![0; SNAPSHOT_LOG_BYTES / 2]).await;
+            put.expect("the member runs");
+        }
+        registry.close().await.expect("the member runs");
+    }
+}
+
 mod in_process {
     use super::*;
     registry_tests::conformance!(InProcess, local);
@@ -145,4 +182,5 @@ mod in_process {
 mod served {
     use super::*;
     registry_tests::conformance!(Served);
+    registry_tests::torture!(Served);
 }

@@ -50,6 +50,28 @@ pub trait Cluster: Sized + Send + Sync + 'static {
     async fn revoke(&self, session: SessionId);
 }
 
+/// A store whose processes can be broken one by one.
+#[async_trait]
+pub trait Members: Cluster {
+    /// How many processes store.
+    fn members(&self) -> usize;
+
+    /// Kills one without warning (SIGKILL).
+    async fn kill_member(&self, member: usize);
+
+    /// Starts one again that was killed, on the same data and address; it need not find the others.
+    async fn restart_member(&self, member: usize);
+
+    /// Stops the clock of one (SIGSTOP).
+    async fn pause_member(&self, member: usize);
+
+    /// Lets one go on.
+    async fn resume_member(&self, member: usize);
+
+    /// Has the store forget what it need not keep: of its log, of the history that watches resume from.
+    async fn trim(&self);
+}
+
 /// A key that is one.
 pub fn key(path: &str) -> Key {
     Key::parse(path).unwrap_or_else(|error| panic!("{error}"))

@@ -6,6 +6,7 @@
 //! written once, below.
 
 pub mod cluster;
+pub mod dice;
 pub mod election;
 pub mod failure;
 pub mod history;
@@ -16,11 +17,13 @@ pub mod proxy;
 pub mod recipe;
 pub mod revisions;
 pub mod session;
+pub mod torture;
 pub mod watch;
 
-pub use cluster::{Cluster, TTL, key, prefix, within};
+pub use cluster::{Cluster, Members, TTL, key, prefix, within};
+pub use dice::Dice;
 pub use process::Process;
-pub use proxy::Wire;
+pub use proxy::{Direction, Wire};
 
 /// Every property, by subject. The second list needs a connection that can be cut, or a store that can be killed.
 #[macro_export]
@@ -110,6 +113,28 @@ macro_rules! conformance {
         mod conformance {
             use super::*;
             $crate::properties!(tests_of, $cluster);
+        }
+    };
+}
+
+/// Runs of everything at once while things break, as tests of a backend. How long, and from what seed, is the
+/// environment's to say: see [`torture::Plan`].
+#[macro_export]
+macro_rules! torture {
+    ($cluster:ty) => {
+        mod torture {
+            #[allow(unused_imports)]
+            use super::*;
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn promises_hold_while_connections_break() {
+                let cluster = <$cluster as $crate::Cluster>::start().await;
+                $crate::torture::run(&cluster, $crate::torture::Plan::of_wires()).await;
+            }
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn promises_hold_while_everything_breaks() {
+                let cluster = <$cluster as $crate::Cluster>::start().await;
+                $crate::torture::run(&cluster, $crate::torture::Plan::of_everything()).await;
+            }
         }
     };
 }

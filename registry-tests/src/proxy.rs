@@ -9,14 +9,41 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+/// Which way bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mode {
-    /// Everything passes.
-    Whole,
-    /// Nothing passes, and nobody is told: packets are lost.
+pub enum Direction {
+    /// From the client.
+    ToServer,
+    /// From the server.
+    ToClient,
+}
+
+/// What becomes of what goes one way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Way {
+    #[default]
+    Open,
+    /// It comes later.
+    Slow(Duration),
+    /// It does not come, and nobody is told: packets are lost.
     Cut,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Mode {
+    to_server: Way,
+    to_client: Way,
     /// Connections are closed, and new ones refused.
-    Refused,
+    refused: bool,
+}
+
+impl Mode {
+    fn way(&self, direction: Direction) -> Way {
+        match direction {
+            Direction::ToServer => self.to_server,
+            Direction::ToClient => self.to_client,
+        }
+    }
 }
 
 /// A wire between a client and a server. Dropping it cuts it for good.
@@ -34,10 +61,10 @@ impl Wire {
             .await
             .expect("loopback has a free port");
         let address = listener.local_addr().expect("a listener has an address");
-        let (mode, modes) = watch::channel(Mode::Whole);
+        let (mode, modes) = watch::channel(Mode::default());
         let task = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                if *modes.borrow() != Mode::Refused {
+                if !modes.borrow().refused {
                     tokio::spawn(connection(client, server, modes.clone()));
                 }
             }
@@ -52,23 +79,44 @@ impl Wire {
 
     /// Loses every byte from now on, both ways, and tells nobody.
     pub fn cut(&self) {
-        self.mode.send_replace(Mode::Cut);
+        self.set(Way::Cut, Way::Cut);
+    }
+
+    /// Loses every byte that goes one way.
+    pub fn cut_one_way(&self, direction: Direction) {
+        match direction {
+            Direction::ToServer => self.set(Way::Cut, Way::Open),
+            Direction::ToClient => self.set(Way::Open, Way::Cut),
+        }
+    }
+
+    /// Holds up whatever is sent, both ways, for so long.
+    pub fn slow(&self, by: Duration) {
+        self.set(Way::Slow(by), Way::Slow(by));
     }
 
     /// Closes every connection, and refuses new ones.
     pub fn refuse(&self) {
-        self.mode.send_replace(Mode::Refused);
+        self.mode.send_modify(|mode| mode.refused = true);
     }
 
     /// Makes it whole again. Connections that were cut go on with what was not read yet.
     pub fn mend(&self) {
-        self.mode.send_replace(Mode::Whole);
+        self.set(Way::Open, Way::Open);
+    }
+
+    fn set(&self, to_server: Way, to_client: Way) {
+        self.mode.send_replace(Mode {
+            to_server,
+            to_client,
+            refused: false,
+        });
     }
 }
 
 impl Drop for Wire {
     fn drop(&mut self) {
-        self.mode.send_replace(Mode::Refused);
+        self.refuse();
         self.task.abort();
     }
 }
@@ -83,19 +131,29 @@ async fn connection(client: TcpStream, server: SocketAddr, modes: watch::Receive
     let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
     let mut refused = modes.clone();
     tokio::select! {
-        () = pass(from_client, to_server, modes.clone()) => {}
-        () = pass(from_server, to_client, modes) => {}
+        () = pass(from_client, to_server, modes.clone(), Direction::ToServer) => {}
+        () = pass(from_server, to_client, modes, Direction::ToClient) => {}
         // An error says that the wire is gone.
-        _ = refused.wait_for(|mode| *mode == Mode::Refused) => {}
+        _ = refused.wait_for(|mode| mode.refused) => {}
     }
 }
 
-async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut modes: watch::Receiver<Mode>) {
+async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut modes: watch::Receiver<Mode>, direction: Direction) {
     let mut buffer = vec![0; 64 << 10];
     loop {
         let Ok(read) = from.read(&mut buffer).await else { return };
-        if read == 0 || modes.wait_for(|mode| *mode == Mode::Whole).await.is_err() {
+        if read == 0 {
             return;
+        }
+        let Ok(way) = modes
+            .wait_for(|mode| mode.way(direction) != Way::Cut)
+            .await
+            .map(|mode| mode.way(direction))
+        else {
+            return;
+        };
+        if let Way::Slow(by) = way {
+            tokio::time::sleep(by).await;
         }
         if to.write_all(&buffer[..read]).await.is_err() {
             return;

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use registry_api::Revision;
+use registry_tests::Dice;
 use registry_tests::history::{Answer, Call, Demand, Request, Violation, Write, check};
-use simulated::{Break, Dice, simulate};
+use simulated::{Break, simulate};
 
 fn call(id: u64, from: u64, to: u64, request: Request, answer: Answer) -> Call {
     Call {

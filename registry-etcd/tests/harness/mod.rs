@@ -147,6 +147,11 @@ impl Servers {
         }
     }
 
+    pub fn signal(&self, number: usize, signal: Signal) {
+        let process = self.members[number].process.as_ref().unwrap();
+        kill_process(Pid::from_child(process), signal).unwrap();
+    }
+
     pub fn spawn_all(&mut self) {
         for member in 0..self.members.len() {
             self.spawn(member);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use registry_api::{Namespace, Options, Registry, Result, SessionId, SessionTtl};
 use registry_etcd::{Endpoints, EtcdConfig};
-use registry_tests::{Cluster, Wire};
+use registry_tests::{Cluster, Members, Wire};
 use rustix::process::Signal;
 use tokio::sync::Mutex;
 
@@ -83,6 +83,38 @@ impl<const MEMBERS: usize> Cluster for Own<MEMBERS> {
     async fn revoke(&self, session: SessionId) {
         let client = self.servers.lock().await.raw().await;
         client.lease_client().revoke(session.0.cast_signed()).await.unwrap();
+    }
+}
+
+#[async_trait]
+impl<const MEMBERS: usize> Members for Own<MEMBERS> {
+    fn members(&self) -> usize {
+        MEMBERS
+    }
+
+    async fn kill_member(&self, member: usize) {
+        self.servers.lock().await.kill(member);
+    }
+
+    async fn restart_member(&self, member: usize) {
+        self.servers.lock().await.spawn(member);
+    }
+
+    async fn pause_member(&self, member: usize) {
+        self.servers.lock().await.signal(member, Signal::STOP);
+    }
+
+    async fn resume_member(&self, member: usize) {
+        self.servers.lock().await.signal(member, Signal::CONT);
+    }
+
+    async fn trim(&self) {
+        let client = self.servers.lock().await.raw().await;
+        let mut kv = client.kv_client();
+        // Without a leader there is nobody to trim, and with one that was just asked, nothing to.
+        if let Ok(read) = kv.get("trim", None).await {
+            let _ = kv.compact(read.header().unwrap().revision(), None).await;
+        }
     }
 }
 

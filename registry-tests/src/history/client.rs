@@ -41,27 +41,27 @@ impl Client {
     }
 
     /// Reads all keys: at one moment where the store's pages are, else each at a moment of its own.
-    pub async fn list(&mut self, dir: &Prefix) {
+    pub async fn list(&mut self, dir: &Prefix) -> Answer {
         let (id, asked) = (self.history.next(), self.history.now());
         let all: Vec<_> = (0..self.keys.len()).collect();
         let page = match self.registry.list(List::new(dir.clone())).await {
             Ok(page) => page,
             Err(error) => {
-                self.record(id, asked, Request::Read(all), failed(&error));
-                return;
+                return self.record(id, asked, Request::Read(all), failed(&error));
             }
         };
         let of = |key: &usize| page.entries.iter().find(|entry| entry.key == self.keys[*key]).cloned();
         let entries: Vec<_> = all.iter().map(of).collect();
         if self.registry.capabilities().consistent_pages {
             let answer = self.read(&all, &entries);
-            self.record(id, asked, Request::Read(all), answer);
-            return;
+            return self.record(id, asked, Request::Read(all), answer);
         }
+        let mut answer = Answer::Read(Vec::new());
         for (key, entry) in all.into_iter().zip(entries) {
-            let answer = self.read(&[key], &[entry]);
-            self.record(self.history.next(), asked, Request::Read(vec![key]), answer);
+            answer = self.read(&[key], &[entry]);
+            self.record(self.history.next(), asked, Request::Read(vec![key]), answer.clone());
         }
+        answer
     }
 
     /// Commits a transaction.

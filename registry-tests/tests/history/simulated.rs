@@ -4,20 +4,8 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use registry_api::Revision;
+use registry_tests::Dice;
 use registry_tests::history::{Answer, Call, Demand, Id, Request, Write};
-
-/// Random numbers that a seed repeats (Steele, Lea and Flood, *SplitMix*, 2014).
-pub(crate) struct Dice(pub(crate) u64);
-
-impl Dice {
-    pub(crate) fn roll(&mut self, sides: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % sides
-    }
-}
 
 /// What is made wrong.
 #[derive(Clone, Copy, PartialEq)]

@@ -1,0 +1,266 @@
+//! Everything at once while things break: clients that read and write, watchers, contenders for a lock, candidates of an
+//! election; and at the end, with everything mended, what each was promised.
+//!
+//! What the clients asked and were told is judged as one history (R1 to R5, F2, F3). What watchers know must equal the
+//! store (W2, W3). No two may be sure of a lock or a leadership at one time, tokens only grow, and a counter in a file that
+//! refuses lower tokens loses no update (L1, L3, L5, E1). Nothing is left of who stopped waiting (L2, E4, L7).
+
+mod counts;
+mod faults;
+mod holders;
+mod readers;
+mod writers;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use registry_api::{Depth, List, Options, Registry};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::cluster::eventually;
+use crate::history::{self, Answer, History};
+use crate::{Dice, Members, Wire, key, prefix};
+
+pub use counts::Counts;
+
+/// How long a store may take to come back when everything is mended.
+const PATIENCE: Duration = Duration::from_secs(40);
+/// How many keys the history is about.
+const KEYS: usize = 4;
+
+/// What a run does.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Repeats the run, as far as chance is the run's.
+    pub seed: u64,
+    /// How long things break.
+    pub lasts: Duration,
+    /// What breaks.
+    pub breaks: Breaks,
+}
+
+/// What breaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Breaks {
+    /// Connections of some clients.
+    Wires,
+    /// The members of the store too.
+    Everything,
+}
+
+impl Plan {
+    /// Connections break. The environment may say for how many seconds (`REGISTRY_TORTURE`, 5 if it does not) and from
+    /// what seed (`REGISTRY_SEED`).
+    pub fn of_wires() -> Self {
+        let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
+        Self {
+            seed: number("REGISTRY_SEED").unwrap_or_else(|| u64::from(std::process::id())),
+            lasts: Duration::from_secs(number("REGISTRY_TORTURE").unwrap_or(5)),
+            breaks: Breaks::Wires,
+        }
+    }
+
+    /// Everything breaks; else as [`Plan::of_wires`].
+    pub fn of_everything() -> Self {
+        Self {
+            breaks: Breaks::Everything,
+            ..Self::of_wires()
+        }
+    }
+}
+
+/// Who has a handle in a run.
+struct Party {
+    registry: Arc<dyn Registry>,
+    /// The wire that its connections pass, if it is one that breaks.
+    wire: Option<Arc<Wire>>,
+}
+
+/// What all parts of a run share.
+#[derive(Clone)]
+struct Run {
+    counts: Arc<Counts>,
+    history: Arc<History>,
+    stop: watch::Receiver<bool>,
+}
+
+impl Run {
+    fn is_over(&self) -> bool {
+        *self.stop.borrow()
+    }
+
+    /// Waits, but not beyond the end.
+    async fn sleep(&self, time: Duration) {
+        let mut stop = self.stop.clone();
+        // An error says that the run is gone.
+        let _ = tokio::time::timeout(time, stop.wait_for(|stop| *stop)).await;
+    }
+}
+
+/// Runs the plan and checks every promise; answers what there was.
+///
+/// # Panics
+/// With the seed, if a promise was broken.
+pub async fn run(cluster: &impl Members, plan: Plan) -> Arc<Counts> {
+    println!("{plan:?}: REGISTRY_SEED={} repeats it", plan.seed);
+    let mut dice = Dice(plan.seed);
+    let (over, stop) = watch::channel(false);
+    let run = Run {
+        counts: Arc::default(),
+        history: Arc::default(),
+        stop,
+    };
+    let options = Options {
+        request_timeout: Duration::from_secs(1),
+        connect_timeout: Duration::from_secs(10),
+        ..cluster.options()
+    };
+    let mut parties = Vec::new();
+    for number in 0..6 {
+        parties.push(party(cluster, &options, number % 2 == 0).await);
+    }
+
+    let mut readers = JoinSet::new();
+    for party in &parties[..2] {
+        let reader = readers::Reader::start(party.registry.clone(), run.clone()).await;
+        readers.spawn(reader.read());
+    }
+    let lock = Arc::new(holders::Arena::default());
+    let election = Arc::new(holders::Arena::default());
+    let counter = Arc::new(holders::Counter::default());
+    let mut work = JoinSet::new();
+    for (number, party) in parties.iter().enumerate() {
+        work.spawn(writers::write(
+            party.registry.clone(),
+            run.clone(),
+            number,
+            dice.split(),
+        ));
+    }
+    for party in &parties[1..5] {
+        let contender = holders::contend(
+            party.registry.clone(),
+            run.clone(),
+            lock.clone(),
+            counter.clone(),
+            dice.split(),
+        );
+        work.spawn(contender);
+        let candidate = holders::campaign(party.registry.clone(), run.clone(), election.clone(), dice.split());
+        work.spawn(candidate);
+    }
+    let course = parties[1].registry.election(&key(holders::NAME)).observe().await;
+    work.spawn(holders::observe(course.expect("nothing is broken yet"), run.clone()));
+    work.spawn(writers::ballast(parties[3].registry.clone(), run.clone()));
+
+    let sessions: Vec<_> = parties
+        .iter()
+        .map(|party| party.registry.session().state().id())
+        .collect();
+    let wires: Vec<_> = parties.iter().filter_map(|party| party.wire.clone()).collect();
+    let until = Instant::now() + plan.lasts;
+    let break_wires = faults::break_wires(&wires, &options, until, dice.split(), &run);
+    match plan.breaks {
+        Breaks::Wires => break_wires.await,
+        Breaks::Everything => {
+            let break_members = faults::break_members(cluster, &options, until, dice.split(), &run);
+            tokio::join!(break_wires, break_members);
+        }
+    }
+
+    // Everything is mended: whoever has a handle has a store again, with nothing done for it (F5).
+    for party in &parties {
+        let connected = party.registry.wait_connected(PATIENCE).await;
+        connected.unwrap_or_else(|error| panic!("seed {}: not connected again: {error}", plan.seed));
+    }
+    over.send_replace(true);
+    join(&mut work, &plan).await;
+    if plan.breaks == Breaks::Wires {
+        // Whose connection nobody touched has kept its session (S2, S7).
+        for (party, session) in parties.iter().zip(sessions).filter(|(party, _)| party.wire.is_none()) {
+            assert_eq!(
+                party.registry.session().state().id(),
+                session,
+                "seed {}: a session was lost",
+                plan.seed
+            );
+        }
+    }
+    let last = cluster.connect_with(options.clone()).await.expect("the store is back");
+    settle(&last, &run, &counter).await;
+    join(&mut readers, &plan).await;
+    let calls = run.history.calls();
+    run.counts.take(&calls);
+    let judged = tokio::task::spawn_blocking(move || history::check(&calls)).await;
+    let judged = judged.expect("the judge does not panic");
+    println!("seed {}, {:?}: {}", plan.seed, plan.breaks, run.counts);
+    judged.unwrap_or_else(|violation| panic!("seed {}: {violation}", plan.seed));
+    for party in &parties {
+        party.registry.close().await.expect("the store is back");
+    }
+    last.close().await.expect("the store is back");
+    run.counts
+}
+
+async fn party(cluster: &impl Members, options: &Options, wired: bool) -> Party {
+    let opened = match wired {
+        true => {
+            let through = cluster.connect_through(options.clone()).await;
+            through.map(|(registry, wire)| Party {
+                registry,
+                wire: Some(Arc::new(wire)),
+            })
+        }
+        false => {
+            let straight = cluster.connect_with(options.clone()).await;
+            straight.map(|registry| Party { registry, wire: None })
+        }
+    };
+    opened.expect("nothing is broken yet")
+}
+
+/// Waits for all to end. A panic of one is one of the run.
+async fn join(tasks: &mut JoinSet<()>, plan: &Plan) {
+    let joining = async {
+        while let Some(ended) = tasks.join_next().await {
+            if let Err(error) = ended {
+                match error.try_into_panic() {
+                    Ok(panic) => {
+                        println!("seed {}: a promise was broken", plan.seed);
+                        std::panic::resume_unwind(panic);
+                    }
+                    Err(error) => panic!("seed {}: {error}", plan.seed),
+                }
+            }
+        }
+    };
+    let joined = tokio::time::timeout(PATIENCE, joining).await;
+    joined.unwrap_or_else(|_| panic!("seed {}: not all ended within {PATIENCE:?}", plan.seed));
+}
+
+/// What is left when all have ended: the last reads of the history, empty queues, no lost update, the mark that tells
+/// readers where the end is.
+async fn settle(last: &Arc<dyn Registry>, run: &Run, counter: &holders::Counter) {
+    let mut client = history::Client::new(last.clone(), run.history.clone(), usize::MAX, &key(writers::DIR), KEYS);
+    for number in 0..KEYS {
+        let read = client.get(number).await;
+        assert!(matches!(read, Answer::Read(_)), "the store is back: {read:?}");
+    }
+    client.list(&prefix(writers::DIR)).await;
+    let (lock, election) = (last.lock(&key(holders::NAME)), last.election(&key(holders::NAME)));
+    let (lock, election) = (&lock, &election);
+    eventually(PATIENCE, || async move {
+        let queues = (lock.contenders().await, election.candidates().await);
+        matches!(queues, (Ok(contenders), Ok(candidates)) if contenders.is_empty() && candidates.is_empty())
+    })
+    .await;
+    counter.check();
+    let all = List {
+        depth: Depth::Subtree,
+        ..List::new(prefix(writers::DIR))
+    };
+    let entries = last.list_all(all).await.expect("the store is back");
+    assert!(entries.len() <= KEYS + 1, "what nobody put: {entries:?}");
+    last.put(&key(readers::END), "").await.expect("the store is back");
+}

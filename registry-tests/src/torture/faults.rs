@@ -1,0 +1,93 @@
+//! What breaks, for how long, by chance.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use registry_api::Options;
+
+use super::Run;
+use crate::{Dice, Direction, Members, Wire};
+
+/// Breaks the connections of some of the clients, again and again; all are whole at the end.
+pub(super) async fn break_wires(wires: &[Arc<Wire>], options: &Options, until: Instant, mut dice: Dice, run: &Run) {
+    let ttl = options.session_ttl.get();
+    while Instant::now() < until {
+        for wire in wires {
+            match dice.roll(9) {
+                0 => {
+                    run.counts.one("wires cut");
+                    wire.cut();
+                }
+                1 => {
+                    run.counts.one("wires refused");
+                    wire.refuse();
+                }
+                2 => {
+                    run.counts.one("wires cut one way");
+                    wire.cut_one_way(Direction::ToServer);
+                }
+                3 => {
+                    run.counts.one("wires cut one way");
+                    wire.cut_one_way(Direction::ToClient);
+                }
+                4 => {
+                    run.counts.one("wires slowed");
+                    wire.slow(dice.time(Duration::from_millis(200)));
+                }
+                _ => wire.mend(),
+            }
+        }
+        sleep(dice.time(3 * ttl / 2), until).await;
+        if dice.roll(2) == 0 {
+            wires.iter().for_each(|wire| wire.mend());
+            sleep(dice.time(ttl), until).await;
+        }
+    }
+    wires.iter().for_each(|wire| wire.mend());
+}
+
+/// Breaks members of the store, again and again; all run at the end.
+pub(super) async fn break_members(
+    cluster: &impl Members,
+    options: &Options,
+    until: Instant,
+    mut dice: Dice,
+    run: &Run,
+) {
+    let ttl = options.session_ttl.get();
+    while Instant::now() < until {
+        // One of them, or all.
+        let one = dice.pick(cluster.members());
+        let members = match dice.roll(3) {
+            0 => (0..cluster.members()).collect(),
+            _ => vec![one],
+        };
+        match dice.roll(5) {
+            0 | 1 => {
+                run.counts.one("kills");
+                join_all(members.iter().map(|&member| cluster.kill_member(member))).await;
+                // A leader's death and return within the time of an election is a case of its own.
+                let down = if dice.roll(2) == 0 { ttl / 10 } else { ttl };
+                sleep(dice.time(down), until).await;
+                join_all(members.iter().map(|&member| cluster.restart_member(member))).await;
+            }
+            2 | 3 => {
+                run.counts.one("pauses");
+                join_all(members.iter().map(|&member| cluster.pause_member(member))).await;
+                sleep(dice.time(5 * ttl / 2), until).await;
+                join_all(members.iter().map(|&member| cluster.resume_member(member))).await;
+            }
+            _ => {
+                run.counts.one("trims");
+                cluster.trim().await;
+            }
+        }
+        sleep(dice.time(ttl / 2), until).await;
+    }
+}
+
+/// Waits, but not beyond the end.
+async fn sleep(time: Duration, until: Instant) {
+    tokio::time::sleep_until((Instant::now() + time).min(until).into()).await;
+}

@@ -1,0 +1,110 @@
+//! Watchers, whose picture must equal the store at the end.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use registry_api::{Event, Key, Registry, Revision, Watch, WatchItem, WatchRequest, WatchScope};
+
+use super::{PATIENCE, Run, writers};
+use crate::history::{Answer, Request};
+use crate::watch::{Picture, same_as_store};
+use crate::{key, prefix, within};
+
+/// What tells a reader that nothing more comes.
+pub(super) const END: &str = "/h/end";
+
+/// A watcher of all keys of the history.
+pub(super) struct Reader {
+    registry: Arc<dyn Registry>,
+    run: Run,
+    watch: Watch,
+    picture: Picture,
+    /// Which keys it was told of, at which revisions.
+    told: BTreeSet<(Key, Revision)>,
+    newest: Revision,
+    /// How often it was told that it knows all: once, unless there was a gap to bridge.
+    synced: usize,
+}
+
+impl Reader {
+    /// A reader that knows all there is.
+    pub(super) async fn start(registry: Arc<dyn Registry>, run: Run) -> Self {
+        let request = WatchRequest::new(prefix(writers::DIR), WatchScope::Subtree);
+        let watch = registry.watch(request).await.expect("nothing is broken yet");
+        let mut reader = Self {
+            registry,
+            run,
+            watch,
+            picture: Picture::default(),
+            told: BTreeSet::new(),
+            newest: Revision::default(),
+            synced: 0,
+        };
+        while reader.synced == 0 {
+            reader.next().await;
+        }
+        reader
+    }
+
+    /// Reads to the end, and compares.
+    pub(super) async fn read(mut self) {
+        while !self.run.is_over() {
+            // The end comes to those who are not waiting for changes too.
+            let mut stop = self.run.stop.clone();
+            tokio::select! {
+                () = self.next() => {}
+                _ = stop.wait_for(|stop| *stop) => {}
+            }
+        }
+        let end = key(END);
+        let reading = async {
+            while !self.picture.entries.contains_key(&end) {
+                self.next().await;
+            }
+        };
+        within(PATIENCE, reading).await;
+        let same = same_as_store(&*self.registry, writers::DIR, &self.picture).await;
+        same.expect("the store is back");
+        if self.synced == 1 && self.registry.capabilities().every_change {
+            self.has_no_gap();
+            self.run.counts.one("watches without a gap");
+        } else {
+            self.run.counts.one("watches that bridged gaps");
+        }
+    }
+
+    async fn next(&mut self) {
+        let item = self.watch.next().await.expect("a watch goes on");
+        let item = item.expect("a watch goes on");
+        match &item {
+            WatchItem::Synced(_) => self.synced += 1,
+            WatchItem::Reset => panic!("nobody asked for a reset"),
+            WatchItem::Changes(events) => events.iter().for_each(|event| self.event(event)),
+        }
+        self.picture.take(item);
+    }
+
+    fn event(&mut self, event: &Event) {
+        self.run.counts.one("events");
+        self.told.insert((event.key().clone(), event.revision()));
+        if self.registry.capabilities().every_change {
+            let (newest, revision) = (self.newest, event.revision());
+            assert!(revision >= newest, "{revision} was told after {newest}");
+            self.newest = revision;
+        }
+    }
+
+    /// Every change that was acknowledged was told.
+    fn has_no_gap(&self) {
+        for call in self.run.history.calls() {
+            let (Request::Commit(_, writes), Answer::Committed(revision, changed)) = (&call.request, &call.answer)
+            else {
+                continue;
+            };
+            for ((number, _), _) in writes.iter().zip(changed).filter(|(_, changed)| **changed) {
+                let changed = (key(&format!("{}/{number}", writers::DIR)), *revision);
+                assert!(self.told.contains(&changed), "{changed:?} was never told: {call}");
+            }
+        }
+    }
+}
