@@ -175,21 +175,25 @@ async fn many_keys(dir: &Path, keys: usize) -> Result<()> {
     }
     println!("a page of ten: {:.2} ms", median(took));
 
-    println!(
-        "longest put of one writer in two seconds: {:.1} ms",
-        longest_put(&registry, Duration::from_secs(2)).await?
-    );
-    let before = member.status().snapshot_bytes;
-    member.snapshot().await?;
-    let mut longest = 0.0_f64;
-    let start = Instant::now();
-    while member.status().snapshot_bytes == before && start.elapsed() < Duration::from_secs(60) {
-        longest = longest.max(longest_put(&registry, Duration::from_millis(50)).await?);
+    // The disk and the machine have their bad moments: as many looks without a snapshot as with one, in turn.
+    let (mut without, mut with) = (Puts::default(), Puts::default());
+    for _ in 0..ROUNDS {
+        let before = member.status().snapshot_bytes;
+        let started = Instant::now();
+        // The writer is at it before the snapshot begins.
+        let mut puts = puts(&registry, Duration::from_millis(200)).await?;
+        // Something new, so that the snapshot is another.
+        registry.put(&key(keys), vec![b'v'; 1 + without.longest.len()]).await?;
+        member.snapshot().await?;
+        while member.status().snapshot_bytes == before && started.elapsed() < Duration::from_secs(60) {
+            puts.extend(self::puts(&registry, Duration::from_millis(50)).await?);
+        }
+        with.add(puts);
+        without.add(self::puts(&registry, started.elapsed()).await?);
     }
-    println!(
-        "longest put while a snapshot is written: {longest:.1} ms (it took {:.1} s)",
-        start.elapsed().as_secs_f64()
-    );
+    println!("one writer's puts, medians of {ROUNDS} rounds:");
+    println!("  without a snapshot   {without}");
+    println!("  during a snapshot    {with}");
     let status = member.status();
     println!(
         "snapshot {} MiB, log {} MiB",
@@ -206,18 +210,55 @@ async fn many_keys(dir: &Path, keys: usize) -> Result<()> {
         start.elapsed().as_secs_f64(),
         member.status().keys
     );
-    assert_eq!(member.status().keys as usize, keys);
+    assert_eq!(member.status().keys as usize, keys + 1);
     member.stop().await
 }
 
-async fn longest_put(registry: &Arc<dyn Registry>, how_long: Duration) -> Result<f64> {
-    let (start, mut longest) = (Instant::now(), 0.0_f64);
+/// How long each put of one writer took, in milliseconds.
+async fn puts(registry: &Arc<dyn Registry>, how_long: Duration) -> Result<Vec<f64>> {
+    let (start, mut took) = (Instant::now(), Vec::new());
     while start.elapsed() < how_long {
         let asked = Instant::now();
         registry.put(&key(1), vec![b'v'; 256]).await?;
-        longest = longest.max(asked.elapsed().as_secs_f64() * 1e3);
+        took.push(asked.elapsed().as_secs_f64() * 1e3);
     }
-    Ok(longest)
+    Ok(took)
+}
+
+/// What rounds of puts took, in milliseconds.
+#[derive(Default)]
+struct Puts {
+    p50: Vec<f64>,
+    p99: Vec<f64>,
+    longest: Vec<f64>,
+    seconds: Vec<f64>,
+}
+
+impl Puts {
+    fn add(&mut self, mut took: Vec<f64>) {
+        took.sort_by(f64::total_cmp);
+        self.p50.push(took[took.len() / 2]);
+        self.p99.push(took[took.len() * 99 / 100]);
+        self.longest.push(took[took.len() - 1]);
+        self.seconds.push(took.iter().sum::<f64>() / 1e3);
+    }
+}
+
+impl std::fmt::Display for Puts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [p50, p99, longest, seconds] =
+            [&self.p50, &self.p99, &self.longest, &self.seconds].map(|of| median(of.clone()));
+        let all = self
+            .longest
+            .iter()
+            .map(|ms| format!("{ms:.1}"))
+            .collect::<Vec<_>>()
+            .join(" ");
+        write!(
+            f,
+            "p50 {p50:.2} ms, p99 {p99:.2} ms, longest {longest:.1} ms (each: {all}) in {seconds:.1} s"
+        )
+    }
 }
 
 fn median(mut of: Vec<f64>) -> f64 {

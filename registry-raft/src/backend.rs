@@ -18,6 +18,7 @@ use crate::member::Member;
 use crate::proto;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
+use crate::service::MAX_LIMIT;
 use crate::session::Sessions;
 
 const CAPABILITIES: Capabilities = Capabilities {
@@ -223,7 +224,7 @@ impl Registry for RaftRegistry {
         let call = proto::List {
             prefix: self.qualify(list.prefix.as_str()),
             children_only: list.depth == Depth::Children,
-            limit: list.limit as u64,
+            limit: (list.limit as u64).min(MAX_LIMIT),
             after: list
                 .after
                 .as_ref()
@@ -248,14 +249,26 @@ impl Registry for RaftRegistry {
     }
 
     async fn children(&self, prefix: &Prefix, read: Read) -> Result<Vec<String>> {
-        let call = proto::Children {
+        let mut call = proto::Children {
             prefix: self.qualify(prefix.as_str()),
             stale: read == Read::Stale,
             at_least: self.seen(),
+            from: String::new(),
         };
-        match self.ask(Call::Children(call)).await? {
-            Answer::Children(answer) => Ok(answer.names),
-            _ => Err(not_understood()),
+        // A child with keys below it may come on two pages, and out of order: `/b!` sorts before `/b/x`.
+        let mut names = BTreeSet::new();
+        loop {
+            let Answer::Children(answer) = self.ask(Call::Children(call.clone())).await? else {
+                return Err(not_understood());
+            };
+            if names.is_empty() && answer.next.is_empty() {
+                return Ok(answer.names);
+            }
+            names.extend(answer.names);
+            if answer.next.is_empty() {
+                return Ok(names.into_iter().collect());
+            }
+            call.from = answer.next;
         }
     }
 

@@ -528,7 +528,7 @@ impl Core {
             }
             Call::Children(children) => {
                 self.fresh(children.stale, children.at_least).await?;
-                Answer::Children(self.store.children(&children.prefix))
+                Answer::Children(self.store.children(&children.prefix, &children.from))
             }
             Call::Count(count) => {
                 self.fresh(count.stale, count.at_least).await?;

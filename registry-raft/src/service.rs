@@ -21,7 +21,7 @@ use crate::remote::to_messages;
 /// The longest a member works on one request, whatever the caller asks.
 const MAX_PATIENCE: Duration = Duration::from_secs(60);
 /// The longest page that is made.
-const MAX_LIMIT: u64 = 10_000;
+pub(crate) const MAX_LIMIT: u64 = 10_000;
 
 /// The gRPC service of a member.
 #[derive(Clone, Debug)]

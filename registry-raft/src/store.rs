@@ -147,17 +147,28 @@ impl Store {
         }
     }
 
-    pub(crate) fn children(&self, prefix: &str) -> proto::ChildrenAnswer {
+    /// The names of direct children, from `start` on if it is given, as many as fit a message.
+    pub(crate) fn children(&self, prefix: &str, start: &str) -> proto::ChildrenAnswer {
         let (tree, revision) = self.read(|inner| (inner.state.tree.clone(), inner.state.revision));
         let (from, to) = below(prefix);
         let mut names = BTreeSet::new();
-        let mut start = from.clone();
+        let mut bytes = 0;
+        let mut start = start.max(&from).to_owned();
         loop {
             let mut seek = None;
             for record in tree.range(&start, &to) {
                 let rest = &record.key[from.len()..];
                 let (name, deeper) = rest.split_once('/').map_or((rest, false), |(name, _)| (name, true));
-                names.insert(name.to_owned());
+                if bytes > PAGE_BYTES {
+                    return proto::ChildrenAnswer {
+                        names: names.into_iter().collect(),
+                        revision,
+                        next: record.key.to_string(),
+                    };
+                }
+                if names.insert(name.to_owned()) {
+                    bytes += name.len();
+                }
                 if deeper {
                     seek = Some(past(&record.key[..from.len() + name.len()]));
                     break;
@@ -169,6 +180,7 @@ impl Store {
                     return proto::ChildrenAnswer {
                         names: names.into_iter().collect(),
                         revision,
+                        next: String::new(),
                     };
                 }
             }
