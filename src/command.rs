@@ -1,5 +1,7 @@
 //! The command line: what there is to say, and what is done then.
 
+#[cfg(feature = "raft")]
+mod backup;
 mod bench;
 #[cfg(feature = "raft")]
 mod demo;
@@ -113,6 +115,14 @@ enum Command {
         after_help = "Examples:\n  registry bench\n  registry bench put get --tasks 1,64,256 --duration 10s --plot bench.svg\n  registry bench --embedded --set raft.data_dir=/tmp/bench"
     )]
     Bench(bench::Bench),
+    /// Writes all of the embedded store to a file, while everything goes on.
+    #[cfg(feature = "raft")]
+    #[command(after_help = "Example: registry backup registry-$(date +%F).backup")]
+    Backup(backup::Backup),
+    /// Makes the data directory of a new group from a backup; `serve` then starts it.
+    #[cfg(feature = "raft")]
+    #[command(after_help = "Example: registry restore monday.backup --set raft.data_dir=/var/lib/registry")]
+    Restore(backup::Restore),
     /// Shows how the store stands.
     #[command(after_help = "Example: registry status --json")]
     Status,
@@ -151,6 +161,10 @@ pub(crate) async fn run(cli: Cli) -> Outcome {
         Command::Bench(bench) => bench.run(&settings, out).await,
         #[cfg(feature = "mysql")]
         Command::Schema(schema) => schema.run(out),
+        #[cfg(feature = "raft")]
+        Command::Backup(backup) => backup.run(&settings, out).await,
+        #[cfg(feature = "raft")]
+        Command::Restore(restore) => restore.run(&settings, out).await,
         Command::Status => status::run(&settings, out).await,
         Command::Get(get) => get.run(&settings.connect().await?, out).await,
         Command::Put(put) => put.run(&settings, out).await,

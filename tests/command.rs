@@ -570,3 +570,37 @@ async fn the_schema_is_printed_with_the_prefix_that_is_asked_for() {
     let refused = shell.says(2, &["schema", "mysql", "--table-prefix", "a;b"]).await;
     assert!(refused.contains("letters, digits"), "{refused}");
 }
+
+#[tokio::test]
+async fn a_backup_is_restored_into_a_new_directory() {
+    let shell = Shell::new();
+    let member = shell.serve().await;
+    shell.says(0, &["put", "/app/config", "v1"]).await;
+    let said = shell.says(0, &["backup", "one.backup"]).await;
+    assert!(said.contains("one.backup: ") && said.contains("revision 1"), "{said}");
+    let json = &shell.json(&["backup", "one.backup"]).await[0];
+    assert_eq!(json["backup"]["revision"], 1);
+    // There is something already, then it is damaged, then it is right.
+    let refused = shell.says(1, &["restore", "one.backup"]).await;
+    assert!(refused.contains("new directory"), "{refused}");
+    let file = shell.dir.path().join("one.backup");
+    let good = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &good[..good.len() - 1]).unwrap();
+    let elsewhere = ["restore", "one.backup", "--set", "raft.data_dir=new"];
+    let refused = shell.says(1, &elsewhere).await;
+    assert!(
+        refused.contains("one.backup") && refused.contains("cut short"),
+        "{refused}"
+    );
+    std::fs::write(&file, &good).unwrap();
+    drop(member);
+    let restored = shell.says(0, &elsewhere).await;
+    assert!(restored.contains("registry serve"), "{restored}");
+    let serve = shell.command(&["serve", "--set", "raft.data_dir=new"]);
+    let _member = Process::start(serve, |line| line.contains("ready").then_some(()))
+        .await
+        .0;
+    assert_eq!(shell.says(0, &["get", "/app/config"]).await, "v1");
+    let revision = &shell.json(&["put", "/app/config", "v2"]).await[0]["revision"];
+    assert!(revision.as_u64().unwrap() > 1 << 40, "{revision}");
+}

@@ -20,6 +20,7 @@
 //! Everything of openraft stays inside this crate: messages are our own, on the wire and on disk.
 
 mod backend;
+mod backup;
 mod command;
 mod config;
 mod directory;
@@ -59,6 +60,8 @@ use crate::transport::Transport;
 
 #[doc(hidden)]
 pub use log::measure;
+
+pub use backup::{Backup, restore};
 
 pub use config::{DEFAULT_ADDRESS, RaftConfig, Timers, Tls};
 pub use member::Member;
@@ -125,6 +128,26 @@ pub async fn connect(config: &RaftConfig, options: &Options) -> Result<Arc<dyn R
 pub async fn status(config: &RaftConfig, options: &Options) -> Result<Status> {
     config.check()?;
     remote(config)?.status(options.connect_timeout).await
+}
+
+/// Writes a backup to a file: a consistent copy of everything, the present one first that all which was acknowledged is
+/// in. Nothing stops meanwhile. It is asked of the first of the config's `endpoints` that answers.
+///
+/// The file is there when it is whole and was read back, in place of one of that name; only its owner may read it.
+/// `progress` is told how many bytes have come, and of how many. [`restore`] makes a new group of it.
+///
+/// # Errors
+/// [`Error::Unavailable`] if no member answers or the one that does breaks off; [`Error::Storage`] if the file can't be
+/// written. Nothing of it is left then.
+pub async fn backup(
+    config: &RaftConfig,
+    options: &Options,
+    file: &std::path::Path,
+    progress: impl FnMut(u64, u64),
+) -> Result<Backup> {
+    config.check()?;
+    let parts = remote(config)?.backup(options.connect_timeout).await?;
+    backup::save(parts, file, options.request_timeout, progress).await
 }
 
 /// Ends a session by its id, whoever holds it: for an operator who knows that its process is gone.

@@ -182,6 +182,20 @@ impl Member {
         self.core.raft.trigger().snapshot().await.map_err(unavailable)
     }
 
+    /// Writes a backup to a file, as [`crate::backup`] does from elsewhere.
+    ///
+    /// # Errors
+    /// As [`crate::backup`].
+    pub async fn backup(&self, file: &std::path::Path) -> Result<crate::Backup> {
+        let core = self.core.clone();
+        let threads = self
+            .running
+            .as_ref()
+            .ok_or_else(|| unavailable("the member has stopped"))?;
+        let parts = threads.threads.handle()?.spawn(async move { core.backup().await });
+        crate::backup::save(parts.await.map_err(unavailable)??, file, START, |_, _| {}).await
+    }
+
     /// Stops: no request is taken any more, those under way end, the log is flushed and the directory free.
     ///
     /// # Errors
@@ -324,6 +338,7 @@ async fn start(config: &RaftConfig) -> Result<Started> {
         readers,
         expiry: Arc::default(),
         in_flight: Arc::new(Semaphore::new(IN_FLIGHT)),
+        backups: Arc::new(Semaphore::new(1)),
     };
     tokio::spawn(core.clone().serve_readers(waiting));
     door.open(core.clone());
@@ -401,6 +416,7 @@ pub(crate) struct Core {
     readers: Readers,
     expiry: Arc<Expiry>,
     in_flight: Arc<Semaphore>,
+    backups: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for Core {
@@ -430,6 +446,10 @@ impl Core {
 
     pub(crate) fn network(&self) -> &Network {
         &self.network
+    }
+
+    pub(crate) fn backups(&self) -> &Arc<Semaphore> {
+        &self.backups
     }
 
     pub(crate) fn readers(&self) -> &Readers {

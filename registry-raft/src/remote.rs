@@ -10,9 +10,11 @@ use parking_lot::Mutex;
 use registry_api::watch::{Feed, Picture, feed};
 use registry_api::{Error, Event, Namespace, Result, Revision, Watch, WatchFrom, WatchItem, WatchRequest, WatchScope};
 
+use crate::backup::Parts;
 use crate::command::{self, not_understood};
 use crate::link::{BACKEND, Link, failure};
 use crate::proto;
+use crate::proto::backup_part::Part;
 use crate::proto::registry_client::RegistryClient;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
@@ -20,6 +22,8 @@ use crate::proto::watch_response::Item;
 use crate::status::Status;
 use crate::transport::{Connection, MAX_MESSAGE, Transport, status_error};
 
+/// The pause before a backup is asked for again.
+const PAUSE: Duration = Duration::from_millis(100);
 /// How long a watch that lost its member looks for another before it pauses.
 const TO_REOPEN: Duration = Duration::from_secs(10);
 
@@ -140,6 +144,52 @@ impl Remote {
                 source,
             }),
             Err(error) => Err(error),
+        }
+    }
+
+    /// The parts of a backup.
+    pub(crate) async fn backup(&self, patience: Duration) -> Result<Parts> {
+        let until = Instant::now() + patience;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let asked = async {
+                let (at, channel) = self.connect(left).await?;
+                let begun = async {
+                    let mut parts = Self::client(channel)
+                        .backup(proto::BackupRequest {})
+                        .await?
+                        .into_inner();
+                    let first = parts.message().await?.and_then(|first| first.part);
+                    Ok((first, parts))
+                };
+                match begun.await {
+                    Ok((Some(Part::Failure(said)), _)) => {
+                        self.pass_by(at);
+                        Err(failure(said))
+                    }
+                    Ok((Some(first), parts)) => {
+                        let rest = parts.map(|part| part.map_err(status_error)?.part.ok_or_else(not_understood));
+                        Ok(futures_util::stream::iter([Ok(first)]).chain(rest).boxed())
+                    }
+                    Ok((None, _)) => Err(not_understood()),
+                    Err(status) => {
+                        self.give_up(at);
+                        Err(status_error(status))
+                    }
+                }
+            };
+            let cause = match tokio::time::timeout(left, asked).await {
+                Ok(Err(Error::Unavailable { source, .. } | Error::OutcomeUnknown { source, .. })) => source,
+                Ok(answered) => return answered,
+                Err(elapsed) => elapsed.into(),
+            };
+            if Instant::now() + PAUSE >= until {
+                return Err(Error::Unavailable {
+                    backend: BACKEND,
+                    source: cause,
+                });
+            }
+            tokio::time::sleep(PAUSE).await;
         }
     }
 

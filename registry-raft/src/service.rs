@@ -7,6 +7,7 @@ use registry_api::{
 };
 use tonic::{Request, Response, Status};
 
+use crate::backup;
 use crate::command::{Change, Command};
 use crate::founding::Door;
 use crate::link::BACKEND;
@@ -75,6 +76,18 @@ impl Registry for Service {
             }
         };
         Ok(Response::new(stream))
+    }
+
+    type BackupStream = futures_util::stream::BoxStream<'static, Result<proto::BackupPart, Status>>;
+
+    async fn backup(&self, _: Request<proto::BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
+        use futures_util::StreamExt;
+        let parts = match self.core() {
+            Ok(core) => core.backup().await,
+            Err(error) => Err(error),
+        };
+        let parts = parts.unwrap_or_else(|error| futures_util::stream::iter([Err(error)]).boxed());
+        Ok(Response::new(parts.map(|part| Ok(backup::message(part))).boxed()))
     }
 }
 

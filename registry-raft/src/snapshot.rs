@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufReader, BufWriter, Cursor, Read, Write};
+use std::io::{self, BufReader, BufWriter, Cursor, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,7 +20,7 @@ use crate::directory::{owned, storage};
 use crate::log::Identity;
 use crate::proto::registry::snapshot::v1::{self as file, frame::Frame};
 use crate::state::{SessionRecord, State};
-use crate::tree::Tree;
+use crate::tree::{Record, Tree};
 use crate::types::{Snapshot, SnapshotMeta};
 use crate::wire;
 
@@ -75,7 +75,7 @@ pub(crate) enum SnapshotData {
 }
 
 impl SnapshotData {
-    pub(crate) fn open(&self) -> io::Result<Box<dyn Read>> {
+    pub(crate) fn open(&self) -> io::Result<Box<dyn io::Read>> {
         Ok(match self {
             Self::File(file) => Box::new(BufReader::with_capacity(1 << 20, File::open(&file.path)?)),
             Self::Memory(bytes) => Box::new(Cursor::new(bytes.clone())),
@@ -290,69 +290,93 @@ impl Snapshots {
         })
     }
 
-    fn read(&self, mut from: impl Read) -> io::Result<Frozen> {
-        let mut head = [0; 12];
-        from.read_exact(&mut head).map_err(|_| invalid("it is cut short"))?;
-        let format = u32::from_le_bytes([head[8], head[9], head[10], head[11]]);
-        if head[..8] != *MAGIC {
-            return Err(invalid("it is no snapshot of a registry"));
-        }
-        if format != FORMAT {
-            return Err(invalid(&format!(
-                "its format is {format}, this version reads {FORMAT}; use the version that wrote it"
-            )));
-        }
-        let Frame::Header(header) = next(&mut from)? else {
-            return Err(invalid("it has no header"));
-        };
-        if *header.cluster != self.identity.cluster {
+    fn read(&self, from: impl io::Read) -> io::Result<Frozen> {
+        let mut tree = Tree::default();
+        let read = read(from, |record| {
+            tree.insert(Arc::new(record));
+        })?;
+        if *read.header.cluster != self.identity.cluster {
             return Err(invalid("it is another cluster's"));
         }
-        let meta = SnapshotMeta {
-            last_log_id: header.last_log_id.map(wire::log_id_from),
-            last_membership: wire::stored_membership_from(header.membership_log_id, header.membership)?,
-        };
-        let (mut tree, mut sessions, mut records) = (Tree::default(), BTreeMap::new(), 0);
-        loop {
-            match next(&mut from)? {
-                Frame::Header(_) => return Err(invalid("it has two headers")),
-                Frame::Sessions(frame) => {
-                    for session in frame.sessions {
-                        let replies = session
-                            .answered
-                            .into_iter()
-                            .filter_map(|a| Some((a.sequence, a.reply?)))
-                            .collect();
-                        let record = SessionRecord {
-                            ttl_ms: session.ttl_ms,
-                            answered_below: session.answered_below,
-                            replies,
-                            ..SessionRecord::default()
-                        };
-                        sessions.insert(session.id, Arc::new(record));
-                    }
-                }
-                Frame::Records(frame) => {
-                    for entry in frame.records {
-                        records += 1;
-                        tree.insert(Arc::new(entry.into_record()));
-                    }
-                }
-                Frame::End(end) if (end.records, end.sessions) == (records, sessions.len() as u64) => break,
-                Frame::End(_) => return Err(invalid("it lacks a part")),
-            }
-        }
         Ok(Frozen {
-            meta,
+            meta: SnapshotMeta {
+                last_log_id: read.header.last_log_id.map(wire::log_id_from),
+                last_membership: wire::stored_membership_from(read.header.membership_log_id, read.header.membership)?,
+            },
             tree,
-            revision: header.revision,
-            last_session: header.last_session,
-            sessions,
+            revision: read.header.revision,
+            last_session: read.header.last_session,
+            sessions: read.sessions,
         })
     }
 }
 
-fn write(out: &mut dyn Write, identity: &Identity, frozen: &Frozen) -> io::Result<()> {
+/// What was read of a file, but for the records.
+#[derive(Debug)]
+pub(crate) struct Read {
+    pub(crate) header: file::Header,
+    pub(crate) sessions: BTreeMap<u64, Arc<SessionRecord>>,
+    pub(crate) records: u64,
+}
+
+/// Reads a file to its end, whosever it is, and hands each record on. What is handed on counts only with an `Ok`.
+pub(crate) fn read(mut from: impl io::Read, mut each: impl FnMut(Record)) -> io::Result<Read> {
+    let mut head = [0; 12];
+    from.read_exact(&mut head).map_err(|_| invalid("it is cut short"))?;
+    let format = u32::from_le_bytes([head[8], head[9], head[10], head[11]]);
+    if head[..8] != *MAGIC {
+        return Err(invalid("it is no snapshot of a registry"));
+    }
+    if format != FORMAT {
+        return Err(invalid(&format!(
+            "its format is {format}, this version reads {FORMAT}; use the version that wrote it"
+        )));
+    }
+    let Frame::Header(header) = next(&mut from)? else {
+        return Err(invalid("it has no header"));
+    };
+    let (mut sessions, mut records) = (BTreeMap::new(), 0);
+    loop {
+        match next(&mut from)? {
+            Frame::Header(_) => return Err(invalid("it has two headers")),
+            Frame::Sessions(frame) => {
+                for session in frame.sessions {
+                    let replies = session
+                        .answered
+                        .into_iter()
+                        .filter_map(|a| Some((a.sequence, a.reply?)))
+                        .collect();
+                    let record = SessionRecord {
+                        ttl_ms: session.ttl_ms,
+                        answered_below: session.answered_below,
+                        replies,
+                        ..SessionRecord::default()
+                    };
+                    sessions.insert(session.id, Arc::new(record));
+                }
+            }
+            Frame::Records(frame) => {
+                for entry in frame.records {
+                    records += 1;
+                    each(entry.into_record());
+                }
+            }
+            Frame::End(end) if (end.records, end.sessions) == (records, sessions.len() as u64) => break,
+            Frame::End(_) => return Err(invalid("it lacks a part")),
+        }
+    }
+    match from.read(&mut [0])? {
+        0 => Ok(Read {
+            header,
+            sessions,
+            records,
+        }),
+        _ => Err(invalid("it is damaged: something follows its end")),
+    }
+}
+
+/// Writes a state as a file.
+pub(crate) fn write(out: &mut dyn Write, identity: &Identity, frozen: &Frozen) -> io::Result<()> {
     out.write_all(MAGIC)?;
     out.write_all(&FORMAT.to_le_bytes())?;
     put(
@@ -458,7 +482,7 @@ fn put(out: &mut dyn Write, frame: Frame) -> io::Result<()> {
     out.write_all(&frame)
 }
 
-fn next(from: &mut impl Read) -> io::Result<Frame> {
+fn next(from: &mut impl io::Read) -> io::Result<Frame> {
     let cut = |_| invalid("it is cut short");
     let (mut length, mut crc) = ([0; 4], [0; 4]);
     from.read_exact(&mut length).map_err(cut)?;

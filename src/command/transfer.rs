@@ -159,7 +159,7 @@ impl Export {
 }
 
 /// A bar on a terminal, and nothing elsewhere.
-fn progress(size: Option<u64>) -> ProgressBar {
+pub(super) fn progress(size: Option<u64>) -> ProgressBar {
     if !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
