@@ -267,6 +267,9 @@ const PATHS: &[&str] = &[
     "mysql.tls.ca",
     "mysql.tls.cert",
     "mysql.tls.key",
+    "mysql.tls.ca",
+    "mysql.tls.cert",
+    "mysql.tls.key",
 ];
 
 /// The paths that a file gives, taken from the directory of the file: it means the same wherever a program is started.
