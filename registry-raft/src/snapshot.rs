@@ -252,24 +252,16 @@ impl Snapshots {
                     directory.join(format!("{name}.new")),
                     directory.join(format!("{name}.snap")),
                 );
-                let file = owned(
-                    beside.clone(),
-                    OpenOptions::new().create(true).truncate(true).write(true),
-                )?;
-                let mut out = BufWriter::with_capacity(
-                    1 << 20,
-                    Paced {
-                        file,
-                        unsynced: 0,
-                        since: Instant::now(),
-                    },
-                );
-                write(&mut out)?;
-                let file = out.into_inner().map_err(io::IntoInnerError::into_error)?.file;
-                file.sync_all()?;
-                fs::rename(&beside, &path)?;
-                File::open(directory)?.sync_all()?;
-                let size = file.metadata()?.len();
+                let written = durable(&beside, write).and_then(|size| {
+                    fs::rename(&beside, &path)?;
+                    File::open(directory)?.sync_all()?;
+                    Ok(size)
+                });
+                if written.is_err() {
+                    // On a full disk its room is the log's. What can't be removed now is at the next start.
+                    let _ = fs::remove_file(&beside);
+                }
+                let size = written?;
                 (SnapshotData::File(SnapshotFile::new(path, false)), size)
             }
             None => {
@@ -373,6 +365,21 @@ pub(crate) fn read(mut from: impl io::Read, mut each: impl FnMut(Record)) -> io:
         }),
         _ => Err(invalid("it is damaged: something follows its end")),
     }
+}
+
+/// Writes a file that is durable when this returns, but for its name, and answers its size.
+fn durable(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<u64> {
+    let file = owned(path.into(), OpenOptions::new().create(true).truncate(true).write(true))?;
+    let paced = Paced {
+        file,
+        unsynced: 0,
+        since: Instant::now(),
+    };
+    let mut out = BufWriter::with_capacity(1 << 20, paced);
+    write(&mut out)?;
+    let file = out.into_inner().map_err(io::IntoInnerError::into_error)?.file;
+    file.sync_all()?;
+    Ok(file.metadata()?.len())
 }
 
 /// Writes a state as a file.
@@ -577,6 +584,20 @@ mod tests {
         assert_eq!((back.revision, back.last_session), (state.revision, state.last_session));
         assert_eq!(back.sessions, state.sessions);
         assert!(!dir.path().join("half.new").exists());
+    }
+
+    #[test]
+    fn one_that_can_t_be_written_leaves_nothing() {
+        let (dir, state) = (tempfile::tempdir().unwrap(), state());
+        let snapshots = snapshots(dir.path());
+        let frozen = Frozen::of(&state, SnapshotMeta::default());
+        let full = snapshots.store(&frozen.meta, |out| {
+            out.write_all(&[1; 5000])?;
+            Err(io::ErrorKind::StorageFull.into())
+        });
+        assert_eq!(full.unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert!(snapshots.current().is_none());
     }
 
     #[test]
