@@ -7,19 +7,20 @@
 #![allow(clippy::unwrap_used)]
 #![cfg(feature = "raft")]
 
+#[path = "../clusters/mod.rs"]
+mod clusters;
 mod store;
 mod unknown;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use clusters::{InProcess, Served};
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt, stream};
-use registry::raft::{Member, RaftConfig};
-use registry::{Namespace, Options, Registry, Result, SessionId, SessionTtl};
+use registry::{Error, List, Options, Prefix, Registry, Result, SessionId, SessionState, SessionTtl};
 use registry_tests::{Cluster, Wire};
 use store::{Broken, Fault};
 use tokio::sync::OnceCell;
@@ -27,76 +28,104 @@ use tokio::sync::OnceCell;
 /// How many run at once.
 const AT_ONCE: usize = 24;
 
-/// A namespace of a member that all share, seen through a fault.
-struct BrokenCluster {
-    member: Arc<Member>,
+/// A store seen through a fault.
+struct BrokenCluster<C> {
+    whole: C,
     fault: Fault,
-    namespace: Namespace,
     shared: OnceCell<Arc<dyn Registry>>,
 }
 
-impl BrokenCluster {
-    fn new(member: &Arc<Member>, fault: Fault) -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let namespace = Namespace::parse(&format!("/n{}", NEXT.fetch_add(1, Ordering::Relaxed))).unwrap();
+impl<C: Cluster> BrokenCluster<C> {
+    async fn start(fault: Fault) -> Self {
         Self {
-            member: member.clone(),
+            whole: C::start().await,
             fault,
-            namespace,
             shared: OnceCell::new(),
         }
+    }
+
+    fn broken(&self, whole: Arc<dyn Registry>) -> Arc<dyn Registry> {
+        Arc::new(Broken::new(whole, self.fault))
     }
 }
 
 #[async_trait]
-impl Cluster for BrokenCluster {
+impl<C: Cluster> Cluster for BrokenCluster<C> {
     async fn start() -> Self {
         unreachable!("each is made with its fault")
     }
 
     fn options(&self) -> Options {
         Options {
-            namespace: self.namespace.clone(),
             session_ttl: SessionTtl::new(Duration::from_secs(3)).unwrap(),
-            ..Options::default()
+            ..self.whole.options()
         }
     }
 
     async fn connect_with(&self, mut options: Options) -> Result<Arc<dyn Registry>> {
         match self.fault {
-            Fault::NamespacesAreOne => options.namespace = self.namespace.clone(),
+            Fault::NamespacesAreOne => options.namespace = self.options().namespace,
             Fault::TtlIsAnother => options.session_ttl = SessionTtl::default(),
             _ => {}
         }
-        let open = async || Ok(Arc::new(Broken::new(self.member.connect(&options).await?, self.fault)) as _);
+        let open = async || Ok(self.broken(self.whole.connect_with(options).await?));
         match self.fault {
             Fault::SessionsAreShared => self.shared.get_or_try_init(open).await.cloned(),
+            Fault::ErrorsNameNobody => open().await.map_err(|_| Error::Unavailable {
+                backend: "broken",
+                source: "nobody answers".into(),
+            }),
             _ => open().await,
         }
     }
 
-    async fn connect_through(&self, _: Options) -> Result<(Arc<dyn Registry>, Wire)> {
-        unreachable!("there is no wire within a process")
+    async fn connect_through(&self, options: Options) -> Result<(Arc<dyn Registry>, Wire)> {
+        let (whole, wire) = self.whole.connect_through(options).await?;
+        if self.fault == Fault::SessionsEndEarly {
+            // The store lets go of the first in the queue while that one still counts on it.
+            let mut states = whole.session().states();
+            let other = self.whole.connect().await?;
+            tokio::spawn(async move {
+                let suspended = |state: &SessionState| matches!(state, SessionState::Suspended(_));
+                let _ = states.wait_for(suspended).await.map(|_| ());
+                let locks = List::new(Prefix::from_store("~/lock").unwrap());
+                let first = other
+                    .list_all(locks)
+                    .await
+                    .unwrap()
+                    .into_iter()
+                    .min_by_key(|entry| entry.create_revision);
+                other.delete(&first.unwrap().key).await.unwrap();
+            });
+        }
+        Ok((self.broken(whole), wire))
     }
 
     async fn kill(&self) {
-        unreachable!("its process is the test's")
+        self.whole.kill().await;
     }
 
     async fn restart(&self) {
-        unreachable!("its process is the test's")
+        self.whole.restart().await;
+        if self.fault == Fault::RestartsForget {
+            let registry = self.whole.connect().await.unwrap();
+            registry.delete_prefix(&Prefix::root()).await.unwrap();
+            registry.close().await.unwrap();
+        }
     }
 
     async fn pause(&self) {
-        unreachable!("its process is the test's")
+        self.whole.pause().await;
     }
 
     async fn resume(&self) {
-        unreachable!("its process is the test's")
+        self.whole.resume().await;
     }
 
-    async fn revoke(&self, _: SessionId) {
-        unreachable!("sessions end by their handles alone")
+    async fn revoke(&self, session: SessionId) {
+        if self.fault != Fault::SessionsNeverEnd {
+            self.whole.revoke(session).await;
+        }
     }
 }
 
@@ -105,22 +134,27 @@ struct Case {
     property: &'static str,
     fault: Fault,
     says: &'static str,
-    run: fn(BrokenCluster) -> BoxFuture<'static, Result<()>>,
+    run: fn(Fault) -> BoxFuture<'static, Result<()>>,
 }
 
 macro_rules! cases {
-    ($($subject:ident::$property:ident: $fault:ident, $says:literal;)+) => {
+    ($cluster:ty; $($subject:ident::$property:ident: $fault:ident, $says:literal;)+) => {
         vec![$(Case {
             property: concat!(stringify!($subject), "::", stringify!($property)),
             fault: Fault::$fault,
             says: $says,
-            run: |cluster| async move { registry_tests::$subject::$property(&cluster).await }.boxed(),
+            run: |fault| async move {
+                let cluster = BrokenCluster::<$cluster>::start(fault).await;
+                registry_tests::$subject::$property(&cluster).await
+            }.boxed(),
         }),+]
     };
 }
 
 fn cases() -> Vec<Case> {
     cases! {
+        InProcess;
+
         keys::odd_keys_are_plain: PercentIsWild, "right: 1";
         keys::keys_differ_by_bytes: KeysFoldCase, "should be absent";
         keys::values_are_any_bytes: EmptyIsNothing, "0 bytes came back otherwise";
@@ -210,48 +244,68 @@ fn cases() -> Vec<Case> {
     }
 }
 
-/// Why a property did not hold, if it did not.
-async fn failure(member: &Arc<Member>, case: &Case) -> Option<String> {
-    match tokio::spawn((case.run)(BrokenCluster::new(member, case.fault))).await {
-        Ok(Ok(())) => None,
-        Ok(Err(error)) => Some(error.to_string()),
-        Err(panicked) => Some(panicked.to_string()),
+/// Those that only a killed, paused or cut off server shows.
+fn fault_cases() -> Vec<Case> {
+    cases! {
+        Served;
+
+        failure::acknowledged_is_durable: RestartsForget, "was acknowledged and is lost";
+        failure::calls_end_in_time_without_a_store: CallsHang, "not within 3s";
+        failure::a_store_that_is_down_is_told_at_connect: ErrorsNameNobody, "it names no endpoint";
+        failure::the_same_handle_works_again: RestartsForget, "it stays";
+        failure::a_short_cut_loses_no_session: SessionsDie, "not within 20s|has expired";
+        failure::a_long_cut_loses_it_before_others_can_hold: SessionsEndEarly, "before the loss was told";
+        failure::a_dead_holder_is_replaced_in_time: ConditionsAreIgnored, "already";
+        failure::a_watch_goes_on_over_a_restart: WatchesEnd, "a watch goes on";
+        failure::a_watch_bridges_a_cut: DeletesAreMissed, "created twice|right";
+        failure::a_waiter_learns_of_its_sessions_end: SessionsNeverEnd, "not within 20s";
+        failure::a_leader_learns_of_its_sessions_end: SessionsNeverEnd, "not within 20s";
+        failure::an_expired_registration_comes_back: SessionsNeverEnd, "not within 20s";
+        failure::a_paused_store_loses_nothing_acknowledged: UnknownIsTakenForDone, "Ok(";
     }
+}
+
+/// What is wrong with a case, if it does not fail as it should.
+async fn wrong(case: Case) -> Option<String> {
+    let said = match tokio::spawn((case.run)(case.fault)).await {
+        Ok(Ok(())) => return Some(format!("{} holds under {:?}", case.property, case.fault)),
+        Ok(Err(error)) => error.to_string(),
+        Err(panicked) => panicked.to_string(),
+    };
+    let as_it_should = case.says.split('|').any(|says| said.contains(says));
+    (!as_it_should).then(|| {
+        format!(
+            "{} under {:?} says {said:?}, not {:?}",
+            case.property, case.fault, case.says
+        )
+    })
+}
+
+async fn all_fail(cases: Vec<Case>) {
+    let judged = stream::iter(cases).map(wrong).buffer_unordered(AT_ONCE);
+    let wrong: Vec<_> = judged.filter_map(std::future::ready).collect().await;
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_property_fails_when_its_sentence_is_broken() {
-    let member = Arc::new(Member::start(&RaftConfig::in_memory()).await.unwrap());
-    let judged = stream::iter(cases()).map(|case| {
-        let member = &member;
-        async move {
-            match failure(member, &case).await {
-                None => Some(format!("{} holds under {:?}", case.property, case.fault)),
-                Some(said) if case.says.split('|').any(|says| said.contains(says)) => None,
-                Some(said) => Some(format!(
-                    "{} under {:?} says {said:?}, not {:?}",
-                    case.property, case.fault, case.says
-                )),
-            }
-        }
-    });
-    let wrong: Vec<_> = judged
-        .buffer_unordered(AT_ONCE)
-        .filter_map(std::future::ready)
-        .collect()
-        .await;
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    all_fail(cases()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_property_of_faults_fails_when_its_sentence_is_broken() {
+    all_fail(fault_cases()).await;
 }
 
 #[test]
-fn every_property_that_needs_no_server_is_broken() {
+fn no_property_is_left_out() {
     // Parsing asks no store: broken by the tests of the type itself, in registry-api.
-    let apart = BTreeSet::from(["keys::bad_keys_are_refused_before_anything_is_sent"]);
-    let broken: BTreeSet<_> = cases().iter().map(|case| case.property).collect();
-    let faults = registry_tests::properties!(faults names_of, ());
+    let apart = "keys::bad_keys_are_refused_before_anything_is_sent";
+    let cases = cases().into_iter().chain(fault_cases());
+    let broken: BTreeSet<_> = cases.map(|case| case.property).chain([apart]).collect();
     let left: Vec<_> = registry_tests::names()
         .into_iter()
-        .filter(|name| !broken.contains(name) && !apart.contains(name) && !faults.contains(name))
+        .filter(|name| !broken.contains(name))
         .collect();
     assert!(left.is_empty(), "never seen to fail: {left:?}");
 }

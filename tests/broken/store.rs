@@ -70,6 +70,13 @@ pub(crate) enum Fault {
     // Failures.
     HealthSaysNothing,
     WritesAreForgotten,
+    RestartsForget,
+    CallsHang,
+    ErrorsNameNobody,
+    SessionsEndEarly,
+    SessionsNeverEnd,
+    WatchesEnd,
+    UnknownIsTakenForDone,
     // Answers.
     FirstAnswerIsLost,
     PutsComeLate,
@@ -195,6 +202,9 @@ impl Registry for Broken {
     }
 
     async fn get(&self, key: &Key, read: Read) -> Result<Option<Entry>> {
+        if self.is(Fault::CallsHang) && self.whole.get(key, read).await.is_err() {
+            return std::future::pending().await;
+        }
         let found = self
             .whole
             .get(&self.broken_key(key), read)
@@ -334,6 +344,7 @@ impl Registry for Broken {
                 }
                 _ => self.whole.commit(broken).await?,
             },
+            Fault::UnknownIsTakenForDone => self.whole.commit(broken).await.unwrap_or(nothing),
             Fault::PutsComeLate if deleted.is_empty() => {
                 let whole = self.whole.clone();
                 let late = async move {
@@ -382,6 +393,10 @@ impl Registry for Broken {
             told += 1;
             stream::iter(item.map_or_else(|error| vec![Err(error)], |item| broken_item(fault, item, told)))
         });
+        if fault == Fault::WatchesEnd {
+            // All that there is, and nothing of what comes.
+            return Ok(Watch::new(items.take(2)));
+        }
         if fault != Fault::OneWatchAtATime {
             return Ok(Watch::new(items));
         }
