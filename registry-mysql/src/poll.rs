@@ -96,7 +96,9 @@ async fn read(store: &Store) {
             Ok(false) => backoff = Backoff::default(),
             Err(error) => {
                 tracing::debug!(%error, "could not look for changes");
-                reader.before = Before::Outage;
+                if reader.before == Before::Quiet {
+                    reader.before = Before::Outage;
+                }
                 // Whatever it is, watches wait for it to pass, or learn it from their own questions.
                 backoff.wait_until(Instant::now() + store.request_timeout).await;
                 continue;

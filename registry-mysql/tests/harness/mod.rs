@@ -4,7 +4,7 @@
 
 pub mod suite;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,11 +30,7 @@ impl Server {
     }
 
     pub async fn start_with(arguments: &[&str]) -> Self {
-        Self::start_in(tempfile::tempdir().unwrap(), arguments).await
-    }
-
-    /// With its data in that folder.
-    pub async fn start_in(data: tempfile::TempDir, arguments: &[&str]) -> Self {
+        let data = tempfile::tempdir().unwrap();
         let installed = Command::new("mariadb-install-db")
             .args([
                 "--no-defaults",
@@ -73,6 +69,21 @@ impl Server {
     /// A file beside the server's data.
     pub fn file(&self, name: &str) -> PathBuf {
         self.data.path().join(name)
+    }
+
+    /// Copies a folder of data, of a server that does not run.
+    pub fn copy(&self, from: &str, to: &str) {
+        let copied = Command::new("cp")
+            .arg("-a")
+            .args([self.file(from), self.file(to)])
+            .status();
+        assert!(copied.unwrap().success());
+    }
+
+    /// Puts another folder of data in the place of one, of a server that does not run.
+    pub fn swap(&self, data: &str, other: &str) {
+        std::fs::remove_dir_all(self.file(data)).unwrap();
+        std::fs::rename(self.file(other), self.file(data)).unwrap();
     }
 
     pub fn spawn(&mut self) {
@@ -173,6 +184,41 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Makes `name.pem` and `name.key`, signed by the authority `ca`, or by itself if it is that.
+pub fn certificate(folder: &Path, name: &str, subject: &str) {
+    let file = |name: &str, ending: &str| folder.join(format!("{name}.{ending}"));
+    let mut openssl = Command::new("openssl");
+    openssl
+        .args([
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+        ])
+        .args(["-days", "2", "-subj", subject, "-keyout"])
+        .arg(file(name, "key"))
+        .arg("-out")
+        .arg(file(name, "pem"));
+    if name != "ca" {
+        openssl
+            .arg("-CA")
+            .arg(file("ca", "pem"))
+            .arg("-CAkey")
+            .arg(file("ca", "key"))
+            .args([
+                "-addext",
+                "subjectAltName=IP:127.0.0.1",
+                "-addext",
+                "basicConstraints=critical,CA:FALSE",
+            ]);
+    }
+    let made = openssl.output().expect("openssl is missing: apt-get install openssl");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
 }
 
 pub fn url(address: &str) -> Url {

@@ -1,0 +1,501 @@
+//! What the server and the way to it do to a handle, and what the handle makes of it.
+
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use harness::{Server, TTL, connect, key, options, try_connect, until, url};
+use registry_api::{
+    DeleteCause, Error, Event, Expect, Kind, Prefix, Read, Registry, Txn, Watch, WatchFrom, WatchItem, WatchRequest,
+    WatchScope,
+};
+use registry_mysql::{History, MysqlConfig};
+use registry_tests::Wire;
+use registry_tests::watch::{Picture, same_as_store};
+use sqlx::{AssertSqlSafe, Executor, Row};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+async fn within<T>(limit: Duration, what: &str, wait: impl Future<Output = T>) -> T {
+    let waited = tokio::time::timeout(limit, wait).await;
+    waited.unwrap_or_else(|_| panic!("not within {limit:?}: {what}"))
+}
+
+async fn watch_all(registry: &Arc<dyn Registry>) -> Watch {
+    let everything = WatchRequest::new(Prefix::root(), WatchScope::Subtree);
+    registry.watch(everything).await.unwrap()
+}
+
+async fn value(registry: &Arc<dyn Registry>, path: &str) -> Option<String> {
+    let entry = registry.get(&key(path), Read::Linearizable).await.unwrap();
+    entry.map(|entry| String::from_utf8(entry.value.to_vec()).unwrap())
+}
+
+/// The causes of an error, in one line.
+fn causes(error: &Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        line = format!("{line}: {error}");
+        cause = error.source();
+    }
+    line
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_are_killed_are_replaced_without_the_callers_notice() {
+    let server = Server::start().await;
+    let registry = connect(&server.address()).await;
+    let session = registry.session().live().unwrap();
+    let mut watch = watch_all(&registry).await;
+    let mut picture = Picture::default();
+    for round in 0..20 {
+        let path = format!("/k/{}", round % 3);
+        registry.put(&key(&path), round.to_string()).await.unwrap();
+        let kill = "SELECT CONCAT('KILL ', id) FROM information_schema.processlist \
+                    WHERE user = 'root' AND db = 'test'";
+        let mut root = server.root().await;
+        for row in root.fetch_all(sqlx::raw_sql(AssertSqlSafe(kill))).await.unwrap() {
+            let kill: String = row.try_get_unchecked(0).unwrap();
+            // It may be gone already.
+            let _ = root.execute(sqlx::raw_sql(AssertSqlSafe(kill))).await;
+        }
+        assert_eq!(value(&registry, &path).await, Some(round.to_string()));
+    }
+    registry.put(&key("/end"), "").await.unwrap();
+    let end = key("/end");
+    picture
+        .until(&mut watch, |picture| picture.entries.contains_key(&end))
+        .await
+        .unwrap();
+    same_as_store(&*registry, "/", &picture).await.unwrap();
+    assert_eq!(registry.session().live().unwrap(), session);
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commits_without_an_answer_are_settled_and_count_once() {
+    let server = Server::start().await;
+    let wire = Wire::to(server.address().parse().unwrap()).await;
+    let registry = connect(&wire.address().to_string()).await;
+    let counter = key("/counter");
+    registry.put(&counter, "0").await.unwrap();
+    let writers = (0..8).map(|writer| {
+        let (registry, counter) = (registry.clone(), counter.clone());
+        tokio::spawn(async move {
+            let mut counted = 0;
+            for n in 0..60 {
+                let entry = registry.get(&counter, Read::Linearizable).await.unwrap().unwrap();
+                let next = std::str::from_utf8(&entry.value).unwrap().parse::<u64>().unwrap() + 1;
+                let once = key(&format!("/once/{writer}/{n}"));
+                let txn = Txn::new()
+                    .when(&counter, Expect::ModRevision(entry.mod_revision))
+                    .when(&once, Expect::Absent)
+                    .put(&counter, next.to_string())
+                    .put(&once, "");
+                match registry.commit(txn).await {
+                    Ok(_) => counted += 1,
+                    Err(Error::Conflict { key, .. }) => assert_eq!(key, counter, "it was applied, and tried again"),
+                    Err(error) => panic!("{}", causes(&error)),
+                }
+            }
+            counted
+        })
+    });
+    let writers: Vec<_> = writers.collect();
+    let cutting = tokio::spawn(async move {
+        let mut cuts = 0;
+        loop {
+            wire.refuse();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            wire.mend();
+            cuts += 1;
+            tokio::time::sleep(Duration::from_millis(30 + cuts % 7)).await;
+        }
+    });
+    let mut counted = 0;
+    for writer in writers {
+        counted += within(Duration::from_secs(50), "the writers", writer).await.unwrap();
+    }
+    cutting.abort();
+    let direct = connect(&server.address()).await;
+    assert_eq!(value(&direct, "/counter").await, Some(counted.to_string()));
+    let once = direct
+        .count(&Prefix::from(key("/once")), Read::Linearizable)
+        .await
+        .unwrap();
+    assert_eq!(once, counted);
+    assert!(counted >= 60, "{counted}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_handle_cut_off_in_the_middle_of_a_write_blocks_nobody_for_long() {
+    let server = Server::start().await;
+    let wire = Wire::to(server.address().parse().unwrap()).await;
+    let (cut, other) = (
+        connect(&wire.address().to_string()).await,
+        connect(&server.address()).await,
+    );
+    // Cut while it holds the lock: seen in the server's own account of transactions.
+    let writer = tokio::spawn(async move {
+        let mut n = 0;
+        while cut.put(&key("/cut"), n.to_string()).await.is_ok() {
+            n += 1;
+        }
+    });
+    let mut root = server.root().await;
+    let held = "SELECT COUNT(*) FROM information_schema.innodb_trx \
+                WHERE trx_rows_locked > 0 AND trx_rows_modified = 0";
+    let began = Instant::now();
+    loop {
+        wire.cut();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let rows = root.fetch_all(sqlx::raw_sql(held)).await.unwrap();
+        if rows[0].try_get_unchecked::<u64, _>(0).unwrap() > 0 {
+            break;
+        }
+        wire.mend();
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        assert!(
+            began.elapsed() < Duration::from_secs(40),
+            "it was never cut with the lock in its hand"
+        );
+    }
+    until("another writes", async || other.put(&key("/other"), "").await.is_ok()).await;
+    assert!(began.elapsed() < Duration::from_secs(50));
+    drop(wire);
+    writer.abort();
+    other.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lock_that_another_holds_for_long_means_that_nothing_happened() {
+    let server = Server::start_with(&["--innodb-lock-wait-timeout=1"]).await;
+    let registry = connect(&server.address()).await;
+    registry.put(&key("/a"), "before").await.unwrap();
+    let mut root = server.root().await;
+    root.execute(sqlx::raw_sql(
+        "USE test; BEGIN; SELECT * FROM registry_namespaces FOR UPDATE",
+    ))
+    .await
+    .unwrap();
+    // Longer than the server waits (1205), and than the request may take.
+    let refused = registry.put(&key("/a"), "blocked").await.unwrap_err();
+    assert!(matches!(refused, Error::Unavailable { .. }), "{}", causes(&refused));
+    assert!(causes(&refused).contains("1205"), "{}", causes(&refused));
+    // One that is let go in time: the wait that ran out was tried again.
+    let waiting = tokio::spawn({
+        let registry = registry.clone();
+        async move { registry.put(&key("/b"), "waited").await }
+    });
+    let waits = "SELECT COUNT(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'";
+    let mut observer = server.root().await;
+    let mut waited = false;
+    while !waited {
+        let rows = observer.fetch_all(sqlx::raw_sql(waits)).await.unwrap();
+        waited = rows[0].try_get_unchecked::<u64, _>(0).unwrap() > 0;
+    }
+    root.execute(sqlx::raw_sql("ROLLBACK")).await.unwrap();
+    within(PATIENCE, "the put", waiting).await.unwrap().unwrap();
+    assert_eq!(value(&registry, "/a").await, Some("before".into()));
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deadlock_is_tried_again() {
+    let server = Server::start().await;
+    let registry = connect(&server.address()).await;
+    registry.put(&key("/a"), "before").await.unwrap();
+    // An operator who takes the locks in another order: the entry, then the counter.
+    let mut root = server.root().await;
+    root.execute(sqlx::raw_sql(
+        "USE test; BEGIN; SELECT * FROM registry_entries FOR UPDATE; UPDATE registry_entries SET value = value",
+    ))
+    .await
+    .unwrap();
+    let waiting = tokio::spawn({
+        let registry = registry.clone();
+        async move { registry.put(&key("/a"), "after").await }
+    });
+    let waits = "SELECT COUNT(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'";
+    let mut observer = server.root().await;
+    let mut waited = false;
+    while !waited {
+        let rows = observer.fetch_all(sqlx::raw_sql(waits)).await.unwrap();
+        waited = rows[0].try_get_unchecked::<u64, _>(0).unwrap() > 0;
+    }
+    // One of the two is undone: whichever, the put succeeds in the end.
+    let operator = root
+        .execute(sqlx::raw_sql("SELECT * FROM registry_namespaces FOR UPDATE; COMMIT"))
+        .await;
+    drop(root);
+    within(PATIENCE, "the put", waiting).await.unwrap().unwrap();
+    assert_eq!(value(&registry, "/a").await, Some("after".into()));
+    let found = "SHOW ENGINE INNODB STATUS";
+    let status = observer.fetch_all(sqlx::raw_sql(found)).await.unwrap();
+    let status: String = status[0].try_get_unchecked(2).unwrap();
+    assert!(status.contains("LATEST DETECTED DEADLOCK"), "{operator:?}: {status}");
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_only_server_is_named() {
+    let server = Server::start().await;
+    let config = || {
+        let url = format!("mysql://app@{}/test", server.address());
+        MysqlConfig::new(registry_mysql::Url::new(&url).unwrap())
+    };
+    server.run("CREATE USER app; GRANT ALL ON test.* TO app").await;
+    let registry = registry_mysql::connect(&config(), &options()).await.unwrap();
+    registry.put(&key("/a"), "before").await.unwrap();
+    server.run("SET GLOBAL read_only = 1").await;
+    let refused = registry.put(&key("/a"), "after").await.unwrap_err();
+    assert!(matches!(refused, Error::Unavailable { .. }), "{refused:?}");
+    assert!(
+        causes(&refused).contains("read-only") || causes(&refused).contains("1290"),
+        "{}",
+        causes(&refused)
+    );
+    let connecting = registry_mysql::connect(&config(), &options()).await.unwrap_err();
+    assert!(causes(&connecting).contains("is read-only"), "{}", causes(&connecting));
+    server.run("SET GLOBAL read_only = 0").await;
+    registry.wait_connected(PATIENCE).await.unwrap();
+    registry.put(&key("/a"), "after").await.unwrap();
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn small_packets_are_refused_at_connect() {
+    let server = Server::start_with(&["--max-allowed-packet=2M"]).await;
+    let refused = try_connect(&server.address()).await.unwrap_err();
+    assert!(
+        matches!(&refused, Error::Config { field, .. } if field.contains("max_allowed_packet")),
+        "{refused:?}"
+    );
+    assert!(refused.to_string().contains("4194304"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_largest_transactions_fit_into_the_smallest_packets() {
+    let server = Server::start_with(&["--max-allowed-packet=4M"]).await;
+    let registry = connect(&server.address()).await;
+    let deep = |n: usize| key(&format!("/{n}{}", "/some-longer-segment-of-a-name".repeat(30)));
+    let value = vec![0xff; registry_api::MAX_TXN / 64 - 1900];
+    let largest = (0..64).fold(Txn::new(), |txn, n| {
+        txn.put(&deep(n), value.clone()).when(&deep(100 + n), Expect::Absent)
+    });
+    registry.commit(largest).await.unwrap();
+    registry
+        .put(&key("/one"), vec![0; registry_api::MAX_VALUE])
+        .await
+        .unwrap();
+    // Many at once are more than one packet takes, and go as several.
+    let many = (0..16).map(|n| {
+        let registry = registry.clone();
+        tokio::spawn(async move { registry.put(&key(&format!("/many/{n}")), vec![1; 400_000]).await })
+    });
+    for put in many.collect::<Vec<_>>() {
+        put.await.unwrap().unwrap();
+    }
+    // Pages of large values are read in bounded answers.
+    let listed = registry
+        .list_all(registry_api::List::new(Prefix::root()))
+        .await
+        .unwrap();
+    assert_eq!(listed.len(), 64 + 1 + 16);
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_that_lags_behind_the_history_bridges_the_gap() {
+    let server = Server::start().await;
+    let wire = Wire::to(server.address().parse().unwrap()).await;
+    let mut config = MysqlConfig::new(url(&server.address()));
+    config.history = History::new(100).unwrap();
+    let other = registry_mysql::connect(&config, &options()).await.unwrap();
+    let registry = connect(&wire.address().to_string()).await;
+    let first = other.put(&key("/w/old"), "").await.unwrap();
+    other.put(&key("/w/stays"), "1").await.unwrap();
+    let mut watch = watch_all(&registry).await;
+    let mut picture = Picture::default();
+    picture
+        .until(&mut watch, |picture| picture.entries.len() == 2)
+        .await
+        .unwrap();
+    wire.refuse();
+    other.delete(&key("/w/old")).await.unwrap();
+    for n in 0..500 {
+        other.put(&key("/w/busy"), n.to_string()).await.unwrap();
+    }
+    until("the log is trimmed", async || {
+        let from = WatchRequest {
+            from: WatchFrom::After(first),
+            ..WatchRequest::new(Prefix::root(), WatchScope::Subtree)
+        };
+        matches!(other.watch(from).await, Err(Error::Compacted { .. }))
+    })
+    .await;
+    let kept = "SELECT COUNT(*) FROM test.registry_changes";
+    let mut root = server.root().await;
+    let rows = root.fetch_all(sqlx::raw_sql(kept)).await.unwrap();
+    let kept: u64 = rows[0].try_get_unchecked(0).unwrap();
+    assert!((100..=501).contains(&kept), "{kept}");
+    wire.mend();
+    let end = key("/w/end");
+    other.put(&end, "").await.unwrap();
+    picture
+        .until(&mut watch, |picture| picture.entries.contains_key(&end))
+        .await
+        .unwrap();
+    same_as_store(&*other, "/", &picture).await.unwrap();
+    // One that asked for a reset gets all anew.
+    let from = WatchRequest {
+        from: WatchFrom::AfterOrReset(first),
+        ..WatchRequest::new(Prefix::root(), WatchScope::Subtree)
+    };
+    let mut reset = other.watch(from).await.unwrap();
+    assert!(matches!(
+        within(PATIENCE, "a reset", reset.next()).await.unwrap().unwrap(),
+        WatchItem::Reset
+    ));
+    other.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_went_back_in_time_is_noticed_by_watches() {
+    let mut server = Server::start().await;
+    let registry = connect(&server.address()).await;
+    registry.put(&key("/kept"), "1").await.unwrap();
+    let mut watch = watch_all(&registry).await;
+    let mut picture = Picture::default();
+    picture
+        .until(&mut watch, |picture| picture.synced.is_some())
+        .await
+        .unwrap();
+    let mut known = Vec::new();
+    // A copy, as a replica that lags has it.
+    server.kill();
+    server.copy("data", "replica");
+    server.spawn();
+    assert!(server.is_ready().await);
+    registry.wait_connected(PATIENCE).await.unwrap();
+    registry.put(&key("/lost"), "1").await.unwrap();
+    registry.put(&key("/kept"), "2").await.unwrap();
+    let next = async |watch: &mut Watch, known: &mut Vec<String>| match within(PATIENCE, "an item", watch.next())
+        .await
+        .unwrap()
+        .unwrap()
+    {
+        WatchItem::Changes(events) => known.extend(events.iter().map(|event| match event {
+            Event::Created(entry) => format!("created {} {:?}", entry.key, entry.value),
+            Event::Updated(entry) => format!("updated {} {:?}", entry.key, entry.value),
+            Event::Deleted { last, .. } => format!("deleted {} {:?}", last.key, last.value),
+        })),
+        WatchItem::Synced(_) | WatchItem::Reset => {}
+    };
+    while known.last().is_none_or(|last| last != "updated /kept b\"2\"") {
+        next(&mut watch, &mut known).await;
+    }
+    known.clear();
+    // The replica takes over. Others get ahead of the lost revisions before the watch looks.
+    server.kill();
+    server.swap("data", "replica");
+    server.spawn();
+    assert!(server.is_ready().await);
+    let other = connect(&server.address()).await;
+    for n in 0..3 {
+        other.put(&key("/new"), n.to_string()).await.unwrap();
+    }
+    while known
+        .last()
+        .is_none_or(|last| !last.starts_with("created /new") && last != "updated /new b\"2\"")
+    {
+        next(&mut watch, &mut known).await;
+    }
+    assert!(known.contains(&"deleted /lost b\"1\"".into()), "{known:?}");
+    assert!(known.contains(&"created /kept b\"1\"".into()), "{known:?}");
+    other.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expired_session_puts_nothing_and_its_keys_go_at_one_revision() {
+    let server = Server::start().await;
+    let wire = Wire::to(server.address().parse().unwrap()).await;
+    let (paused, other) = (
+        connect(&wire.address().to_string()).await,
+        connect(&server.address()).await,
+    );
+    for n in 0..5 {
+        paused.put_ephemeral(&key(&format!("/e/{n}")), "").await.unwrap();
+    }
+    // Taken over by a live session, it is not the old one's any more.
+    other.take_over(&key("/e/0"), "mine", Kind::Ephemeral).await.unwrap();
+    let mut watch = watch_all(&other).await;
+    let session = paused.session().live().unwrap();
+    wire.cut();
+    let gone = async {
+        loop {
+            let item = watch.next().await.unwrap().unwrap();
+            if let WatchItem::Changes(events) = item
+                && matches!(events[0], Event::Deleted { .. })
+            {
+                return events;
+            }
+        }
+    };
+    let events = within(4 * TTL, "the session's end", gone).await;
+    assert_eq!(events.len(), 4);
+    for event in &events {
+        assert!(
+            matches!(
+                event,
+                Event::Deleted {
+                    cause: DeleteCause::SessionEnded,
+                    ..
+                }
+            ),
+            "{event:?}"
+        );
+        assert_eq!(event.revision(), events[0].revision());
+        assert_eq!(event.entry().session, Some(session));
+    }
+    wire.mend();
+    until("there is a new session", async || {
+        paused.session().live().is_ok_and(|now| now != session)
+    })
+    .await;
+    paused.put_ephemeral(&key("/e/1"), "new").await.unwrap();
+    assert_eq!(value(&other, "/e/0").await, Some("mine".into()));
+    other.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_named_and_nothing_is_lost() {
+    // A table space that may not grow: to a writer the same as a disk that is full, without a disk to fill.
+    let bounded = "--innodb-data-file-path=ibdata1:12M:autoextend:max:64M";
+    let server = Server::start_with(&["--innodb-file-per-table=OFF", bounded]).await;
+    let registry = connect(&server.address()).await;
+    let mut put = Vec::new();
+    let refused = loop {
+        let path = format!("/f/{}", put.len());
+        match registry.put(&key(&path), vec![b'x'; 800_000]).await {
+            Ok(_) => put.push(path),
+            Err(error) => break error,
+        }
+        assert!(put.len() < 1000, "it never fills up");
+    };
+    assert!(matches!(refused, Error::Unavailable { .. }), "{refused:?}");
+    assert!(causes(&refused).contains("1114"), "{}", causes(&refused));
+    // What was acknowledged is there, and what was refused is not.
+    let entries = registry
+        .list_all(registry_api::List::new(Prefix::root()))
+        .await
+        .unwrap();
+    assert_eq!(entries.len(), put.len());
+    // Reads go on, and so does the session.
+    assert!(registry.health().await.is_ok());
+    assert!(registry.session().live().is_ok());
+}
