@@ -120,7 +120,7 @@ impl TryFrom<String> for Url {
     }
 }
 
-/// Whom to trust, and how to be trusted. Files are PEM, and read when a connection is opened.
+/// Whom to trust, and how to be trusted. Files are PEM, and read when a handle is opened.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "TlsTable")]
 pub struct Tls {

@@ -5,6 +5,7 @@
 //! whose answer was read to its end goes back to the others; one that is dropped before (by a deadline, by a caller that
 //! went away, by an error) is closed, and the server undoes what was open on it.
 
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Decode, Either, Executor, MySql, MySql
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
-use crate::config::{MysqlConfig, Server};
+use crate::config::{self, MysqlConfig, Server, Tls};
 use crate::error::{Trouble, Verdict};
 
 /// The least `max_allowed_packet`: a transaction of 900,000 bytes takes twice that as literals, and names besides.
@@ -38,18 +39,10 @@ enum Source {
 }
 
 impl Route {
-    pub(crate) fn new(config: &MysqlConfig, patience: Duration) -> Result<Self> {
+    pub(crate) async fn new(config: &MysqlConfig, patience: Duration) -> Result<Self> {
         let (options, pool) = match &config.server {
-            Server::Url { url, tls } => {
-                let mut options = url.options()?;
-                if let Some(tls) = tls {
-                    options = options.ssl_mode(MySqlSslMode::VerifyIdentity).ssl_ca(&tls.ca);
-                    if let Some(client) = &tls.client {
-                        options = options.ssl_client_cert(&client.cert).ssl_client_key(&client.key);
-                    }
-                }
-                (options, None)
-            }
+            Server::Url { url, tls: None } => (url.options()?, None),
+            Server::Url { url, tls: Some(tls) } => (with_tls(url.options()?, tls).await?, None),
             Server::Pool(pool) => (pool.connect_options().as_ref().clone(), Some(pool.clone())),
         };
         let endpoint = match options.get_socket() {
@@ -128,6 +121,20 @@ impl Route {
             _ => Ok(line),
         }
     }
+}
+
+async fn with_tls(options: MySqlConnectOptions, tls: &Tls) -> Result<MySqlConnectOptions> {
+    let ca = read_file("registry.mysql.tls.ca", &tls.ca).await?;
+    let options = options.ssl_mode(MySqlSslMode::VerifyIdentity).ssl_ca_from_pem(ca);
+    let Some(client) = &tls.client else { return Ok(options) };
+    let cert = read_file("registry.mysql.tls.cert", &client.cert).await?;
+    let key = read_file("registry.mysql.tls.key", &client.key).await?;
+    Ok(options.ssl_client_cert_from_pem(cert).ssl_client_key_from_pem(key))
+}
+
+async fn read_file(field: &str, path: &Path) -> Result<Vec<u8>> {
+    let read = tokio::fs::read(path).await;
+    read.map_err(|e| config::config(field, format!("{}: {e}", path.display())))
 }
 
 /// No answer of the registry's own bounds is larger.

@@ -30,7 +30,10 @@ pub(crate) struct Store {
 impl Store {
     /// Looks for the tables, makes them if they are missing, and finds the namespace.
     pub(crate) async fn open(config: &MysqlConfig, options: &Options, deadline: Instant) -> Result<Self> {
-        let lines = Lines::new(Route::new(config, options.request_timeout)?, config.pool_size.get());
+        let lines = Lines::new(
+            Route::new(config, options.request_timeout).await?,
+            config.pool_size.get(),
+        );
         let mut tables = Tables::new(&config.table_prefix);
         schema::prepare(&lines, config, deadline).await?;
         tables.namespace = find_namespace(&lines, &tables, &options.namespace, deadline).await?;
