@@ -7,8 +7,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use registry_api::{Namespace, Options, Registry, Result, SessionId, SessionTtl};
 use registry_mysql::MysqlConfig;
-use registry_tests::{Cluster, Wire};
+use registry_tests::{Cluster, Members, Wire};
 use rustix::process::Signal;
+use sqlx::Executor;
 use tokio::sync::Mutex;
 
 use super::{Server, url};
@@ -79,6 +80,39 @@ impl Cluster for Own {
     async fn revoke(&self, session: SessionId) {
         let sql = format!("UPDATE test.registry_sessions SET ttl_ms = 0 WHERE id = {}", session.0);
         self.server.lock().await.run(&sql).await;
+    }
+}
+
+#[async_trait]
+impl Members for Own {
+    fn members(&self) -> usize {
+        1
+    }
+
+    async fn kill_member(&self, _: usize) {
+        self.kill().await;
+    }
+
+    async fn restart_member(&self, _: usize) {
+        self.server.lock().await.spawn();
+    }
+
+    async fn pause_member(&self, _: usize) {
+        self.pause().await;
+    }
+
+    async fn resume_member(&self, _: usize) {
+        self.resume().await;
+    }
+
+    async fn trim(&self) {
+        let sql = "UPDATE test.registry_namespaces SET compacted = revision; \
+                   DELETE c FROM test.registry_changes c JOIN test.registry_namespaces n ON c.namespace = n.id \
+                   WHERE c.revision <= n.compacted";
+        // A server that does not run has nothing to trim.
+        if let Some(mut root) = self.server.lock().await.try_root().await {
+            let _ = root.execute(sqlx::raw_sql(sql)).await;
+        }
     }
 }
 
