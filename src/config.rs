@@ -121,6 +121,11 @@ impl Config {
 pub async fn connect(config: &Config) -> Result<Arc<dyn Registry>> {
     match &config.backend {
         #[cfg(feature = "raft")]
+        Backend::Raft(raft) if raft.http.is_some() && !raft.is_remote() => Err(refused(
+            "registry.raft.http",
+            "`registry serve` speaks HTTP; a program starts a `raft::Member` and calls `http::serve`".into(),
+        )),
+        #[cfg(feature = "raft")]
         Backend::Raft(raft) => registry_raft::connect(raft, &config.options).await,
         #[cfg(feature = "etcd")]
         Backend::Etcd(etcd) => registry_etcd::connect(etcd, &config.options).await,

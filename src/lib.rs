@@ -48,6 +48,9 @@
 //! `raft` (default), `etcd`, `zk` and `mysql` compile the backends in; `registry.type` chooses among those.
 
 mod config;
+#[cfg(feature = "raft")]
+pub mod http;
+pub mod json;
 
 pub use config::{BACKENDS, Backend, Config, Overrides, connect};
 pub use registry_api::*;

@@ -45,6 +45,8 @@ pub struct RaftConfig {
     pub snapshot_log_bytes: Option<u64>,
     /// How both sides of every connection prove who they are; without it nothing is encrypted and anybody is believed.
     pub tls: Option<Tls>,
+    /// The address on which `registry serve` also speaks HTTP: health, metrics and keys. None if not given.
+    pub http: Option<String>,
     /// A file with the word that every request has to carry: the same one for all members and handles. Needs `tls`, since
     /// whoever listens would hear it.
     pub token_file: Option<PathBuf>,
@@ -135,6 +137,15 @@ impl RaftConfig {
         listen.parse().map_err(|_| wrong())
     }
 
+    /// The address to speak HTTP on.
+    pub(crate) fn http_address(&self) -> Result<Option<SocketAddr>> {
+        let parse = |text: &String| {
+            let wrong = |_| refused("http", format!("{text:?} is no address such as 127.0.0.1:7490"));
+            text.parse().map_err(wrong)
+        };
+        self.http.as_ref().map(parse).transpose()
+    }
+
     /// Where the others reach this member, which listens at `bound`.
     pub(crate) fn advertised(&self, bound: SocketAddr) -> String {
         let given = self.advertise.as_deref().or(self.listed());
@@ -157,6 +168,7 @@ impl RaftConfig {
                 ("member", self.member.is_some()),
                 ("data_dir", self.data_dir.is_some()),
                 ("listen", self.listen.is_some()),
+                ("http", self.http.is_some()),
                 ("snapshot_log_bytes", self.snapshot_log_bytes.is_some()),
                 ("cluster", !self.cluster.is_empty()),
                 ("join", !self.join.is_empty()),
@@ -189,6 +201,7 @@ impl RaftConfig {
                 "a member in memory listens nowhere; give it a data_dir, or drop tls".into(),
             ));
         }
+        self.http_address()?;
         self.address().map(|_| ())
     }
 
@@ -324,6 +337,10 @@ mod tests {
             RaftConfig {
                 member: Some("a".into()),
                 ..RaftConfig::remote(["h:1".into()])
+            },
+            RaftConfig {
+                http: Some("localhost:1".into()),
+                ..member.clone()
             },
             RaftConfig {
                 token_file: Some("token".into()),

@@ -66,6 +66,7 @@ pub use backup::{Backup, restore};
 pub use config::{DEFAULT_ADDRESS, RaftConfig, Timers, Tls};
 pub use member::Member;
 pub use status::{MemberStatus, Status};
+pub use transport::{Gate, Guard, ReadWrite, Stream};
 
 /// The messages, as they are compiled from `proto/`.
 #[allow(missing_docs, unreachable_pub, clippy::all)]

@@ -174,6 +174,12 @@ impl Member {
         self.core.status().into()
     }
 
+    /// Tells how it stands as long as it runs, and how it stood last from then on.
+    pub fn observer(&self) -> impl Fn() -> Status + Send + Sync + use<> {
+        let core = self.core.clone();
+        move || core.status().into()
+    }
+
     /// Takes a snapshot now and drops the log that it covers, as the member does by itself when the log has grown.
     ///
     /// # Errors

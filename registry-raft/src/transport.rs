@@ -15,6 +15,7 @@
 //! A refusal is told apart from silence: a connection that [`Transport::dial`] answered is one that the other side has
 //! taken, certificate and all.
 
+mod gate;
 mod refusal;
 mod tls;
 mod token;
@@ -39,6 +40,7 @@ use refusal::Refusal;
 use tls::Proofs;
 use token::{Demand, Say, Token};
 
+pub use gate::{Gate, Guard};
 pub(crate) use refusal::status_error;
 
 /// The largest message either side takes: a transaction or a page, and some room.
@@ -146,9 +148,10 @@ async fn connect(proofs: Option<&Proofs>, address: &str) -> Result<TokioIo<Strea
 }
 
 /// A connection of either kind.
-type Stream = Box<dyn ReadWrite>;
+pub type Stream = Box<dyn ReadWrite>;
 
-trait ReadWrite: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin {}
+/// What can be read from and written to.
+pub trait ReadWrite: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin {}
 
 impl<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin> ReadWrite for T {}
 

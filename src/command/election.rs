@@ -8,7 +8,7 @@ use registry::{Key, Leader, Registered, Registration, Registry};
 use serde_json::json;
 
 use super::kv::close;
-use super::output::{Output, value_json, value_line};
+use super::output::{Output, value_line};
 use super::process::run_while;
 use super::stop::Stop;
 use super::{Failure, Outcome, key};
@@ -84,7 +84,7 @@ impl Elect {
 fn print(leader: Option<Leader>, out: Output) -> Result<(), Failure> {
     match leader {
         Some(leader) => {
-            let (name, value) = value_json(&leader.value);
+            let (name, value) = registry::json::value(&leader.value);
             out.line(
                 || format!("leader  {}  {}", leader.token, value_line(&leader.value)),
                 || json!({ "token": leader.token.0, name: value }),

@@ -10,7 +10,7 @@ use clap::Args;
 use registry::{Committed, Depth, Expect, Key, List, Prefix, Read, Registry, Revision};
 use serde_json::json;
 
-use super::output::{Output, entry_json, value_line};
+use super::output::{Output, value_line};
 use super::stop::Stop;
 use super::{Failure, Outcome, Settings, key, pair, prefix};
 
@@ -31,7 +31,7 @@ impl Get {
         close(registry).await;
         let entry = entry.ok_or_else(|| Failure::new(Failure::NOT_FOUND, format!("{} is not there", self.key)))?;
         match out.json {
-            true => out.line(String::new, || entry_json(&entry))?,
+            true => out.line(String::new, || registry::json::entry(&entry))?,
             false => {
                 // The value and nothing else where it goes to a program; a line on a terminal.
                 out.bytes(&entry.value)?;
@@ -223,7 +223,7 @@ impl Ls {
                     ),
                     false => entry.key.to_string(),
                 };
-                out.line(people, || entry_json(entry))?;
+                out.line(people, || registry::json::entry(entry))?;
             }
             left = left.saturating_sub(page.entries.len());
             match page.next {

@@ -2,9 +2,7 @@
 
 use std::io::{self, Write};
 
-use base64::Engine;
-use registry::Entry;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::Failure;
 
@@ -31,28 +29,6 @@ impl Output {
             Err(error) => Err(Failure::io("can't print", &error)),
         }
     }
-}
-
-/// A value as JSON: text where it is text.
-pub(crate) fn value_json(value: &[u8]) -> (&'static str, Value) {
-    match std::str::from_utf8(value) {
-        Ok(text) => ("value", json!(text)),
-        Err(_) => (
-            "value_base64",
-            json!(base64::engine::general_purpose::STANDARD.encode(value)),
-        ),
-    }
-}
-
-pub(crate) fn entry_json(entry: &Entry) -> Value {
-    let (name, value) = value_json(&entry.value);
-    json!({
-        "key": entry.key.as_str(),
-        name: value,
-        "create_revision": entry.create_revision.0,
-        "mod_revision": entry.mod_revision.0,
-        "session": entry.session.map(|session| session.to_string()),
-    })
 }
 
 /// A value on one line of a terminal: escaped, and cut.

@@ -1,8 +1,11 @@
 //! serve
 
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
 
-use registry::Backend;
+use registry::raft::Member;
+use registry::{Backend, Options, Registry};
 use serde_json::json;
 
 use super::output::Output;
@@ -16,7 +19,9 @@ pub(crate) async fn run(settings: &Settings, out: Output) -> Outcome {
             "only the embedded store is served; the others are servers of their own",
         ));
     };
-    let member = registry::raft::Member::start(raft).await?;
+    let gate = registry::raft::Gate::open(raft).await?;
+    let http = gate.as_ref().map(registry::raft::Gate::address);
+    let member = Member::start(raft).await?;
     let Some(address) = member.address() else {
         return Err(Failure::usage("a member in memory listens nowhere; give it a data_dir"));
     };
@@ -26,15 +31,27 @@ pub(crate) async fn run(settings: &Settings, out: Output) -> Outcome {
     out.line(
         || {
             format!(
-                "registry is ready on {address}: member {name}, data in {}",
-                data.display()
+                "registry is ready on {address}: member {name}, data in {}{}",
+                data.display(),
+                http.map_or_else(String::new, |http| format!(", HTTP on {http}"))
             )
         },
-        || json!({ "ready": true, "address": address.to_string(), "member": name, "data_dir": data }),
+        || json!({ "ready": true, "address": address.to_string(), "member": name, "data_dir": data, "http": http }),
     )?;
-    let ended = tokio::select! {
-        () = stop.asked() => None,
-        reason = member.ended() => Some(reason),
+    let ending = async {
+        tokio::select! {
+            () = stop.asked() => None,
+            reason = member.ended() => Some(reason),
+        }
+    };
+    let ended = match gate {
+        Some(gate) => {
+            let (mut ended, connecting) = (None, connect(&member, &config.options));
+            let ending = async { ended = ending.await };
+            registry::http::serve(gate, connecting, member.observer(), ending).await;
+            ended
+        }
+        None => ending.await,
     };
     member.stop().await?;
     if let Some(reason) = ended {
@@ -42,4 +59,15 @@ pub(crate) async fn run(settings: &Settings, out: Output) -> Outcome {
     }
     out.line(|| "registry has stopped".into(), || json!({ "ready": false }))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A handle, as soon as the group can open a session.
+async fn connect(member: &Member, options: &Options) -> Arc<dyn Registry> {
+    loop {
+        match member.connect(options).await {
+            Ok(registry) => return registry,
+            Err(error) => tracing::warn!(%error, "HTTP has nothing to answer from yet"),
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
 }

@@ -16,7 +16,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::kv::close;
-use super::output::{Output, value_json};
+use super::output::Output;
 use super::{Failure, Outcome, Settings, prefix};
 
 /// How many puts are on their way at once.
@@ -137,7 +137,7 @@ impl Export {
                     left_out += 1;
                     continue;
                 }
-                let (name, value) = value_json(&entry.value);
+                let (name, value) = registry::json::value(&entry.value);
                 text.push_str(&format!("{}\n", json!({ "key": entry.key.as_str(), name: value })));
                 count += 1;
             }

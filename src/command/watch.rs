@@ -4,11 +4,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Args;
-use registry::{DeleteCause, Event, Prefix, Registry, Revision, WatchFrom, WatchItem, WatchRequest, WatchScope};
-use serde_json::{Value, json};
+use registry::{Event, Prefix, Registry, Revision, WatchFrom, WatchItem, WatchRequest, WatchScope};
+use serde_json::json;
 
 use super::kv::close;
-use super::output::{Output, entry_json, value_line};
+use super::output::{Output, value_line};
 use super::stop::Stop;
 use super::{Failure, Outcome, prefix};
 
@@ -69,35 +69,19 @@ fn print(item: WatchItem, out: Output) -> Result<(), Failure> {
         ),
         WatchItem::Changes(events) => {
             for event in &events {
-                out.line(|| people(event), || programs(event))?;
+                out.line(|| people(event), || registry::json::event(event))?;
             }
             Ok(())
         }
     }
 }
 
-fn word(event: &Event) -> &'static str {
-    match event {
-        Event::Created(_) => "created",
-        Event::Updated(_) => "updated",
-        Event::Deleted {
-            cause: DeleteCause::SessionEnded,
-            ..
-        } => "expired",
-        Event::Deleted { .. } => "deleted",
-    }
-}
-
 fn people(event: &Event) -> String {
     format!(
         "{} {} {}  {}",
-        word(event),
+        registry::json::kind(event),
         event.revision(),
         event.key(),
         value_line(&event.entry().value)
     )
-}
-
-fn programs(event: &Event) -> Value {
-    json!({ "type": word(event), "revision": event.revision().0, "entry": entry_json(event.entry()) })
 }

@@ -84,6 +84,16 @@ impl Proofs {
         })
     }
 
+    /// The same, for a server of HTTP in either version.
+    pub(super) fn for_http(&self) -> Self {
+        let mut server = ServerConfig::clone(self.acceptor.config());
+        server.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        Self {
+            acceptor: Arc::new(server).into(),
+            ..self.clone()
+        }
+    }
+
     /// Makes a connection a safe one, and waits until the other side has taken it.
     pub(super) async fn greet(&self, tcp: TcpStream, address: &str) -> Result<client::TlsStream<TcpStream>, Refusal> {
         let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
@@ -108,7 +118,10 @@ impl Proofs {
     }
 
     /// The callers who proved who they are.
-    pub(super) fn accept(&self, listener: TcpListener) -> impl Stream<Item = io::Result<server::TlsStream<TcpStream>>> {
+    pub(super) fn accept(
+        &self,
+        listener: TcpListener,
+    ) -> impl Stream<Item = io::Result<server::TlsStream<TcpStream>>> + use<> {
         let acceptor = self.acceptor.clone();
         TcpListenerStream::new(listener)
             .map(move |tcp| admit(acceptor.clone(), tcp))

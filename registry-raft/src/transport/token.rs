@@ -13,6 +13,7 @@ use crate::config::refused;
 
 const SHORTEST: usize = 16;
 const LONGEST: usize = 4096;
+const SCHEME: &[u8] = b"Bearer ";
 
 /// A bearer token, as a header says it (RFC 6750). `Debug` does not show it.
 #[derive(Clone)]
@@ -36,14 +37,21 @@ impl Token {
         if !(SHORTEST..=LONGEST).contains(&token.len()) || !token.iter().all(u8::is_ascii_graphic) {
             return Err(wrong());
         }
-        let mut header: MetadataValue<Ascii> = [b"Bearer ", token].concat().try_into().map_err(|_| wrong())?;
+        let mut header: MetadataValue<Ascii> = [SCHEME, token].concat().try_into().map_err(|_| wrong())?;
         header.set_sensitive(true);
         Ok(Self(header))
     }
 
     /// Whether that is it, in a time that does not tell how much of it is right.
     fn is(&self, said: &MetadataValue<Ascii>) -> bool {
-        self.0.as_encoded_bytes().ct_eq(said.as_encoded_bytes()).into()
+        self.is_said_by(said.as_encoded_bytes())
+    }
+
+    /// As [`Token::is`]; the word before it may be written as the sender likes (RFC 9110, section 11.1).
+    pub(super) fn is_said_by(&self, header: &[u8]) -> bool {
+        let scheme = header.get(..SCHEME.len()).unwrap_or_default();
+        let said = header.get(SCHEME.len()..).unwrap_or_default();
+        scheme.eq_ignore_ascii_case(SCHEME) && bool::from(self.0.as_encoded_bytes()[SCHEME.len()..].ct_eq(said))
     }
 }
 
