@@ -7,8 +7,10 @@ mod harness;
 use std::process::Stdio;
 use std::time::Duration;
 
-use harness::{Server, connect, key};
+use harness::{Server, connect, key, until};
 use registry_api::{Depth, Error, Expect, List, Prefix, Read};
+use rustix::process::{Pid, Signal, kill_process};
+use sqlx::{Executor, Row};
 use tokio::process::Command;
 
 const ADDRESS: &str = "REGISTRY_TEST_ADDRESS";
@@ -125,4 +127,52 @@ async fn two_and_ten_processes_on_one_lock() {
         .unwrap();
     assert!(left.is_empty(), "{left:?}");
     registry.close().await.unwrap();
+}
+
+/// Writes until it is killed. Does nothing by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn worker_that_writes() {
+    let Some(address) = address() else { return };
+    let registry = connect(&address).await;
+    loop {
+        // One that was stopped for long is refused, and goes on.
+        let _ = registry.put(&key("/written"), "").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_stopped_in_the_middle_of_a_write_blocks_nobody_for_long() {
+    if address().is_some() {
+        return;
+    }
+    let server = Server::start().await;
+    let other = connect(&server.address()).await;
+    let mut worker = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "worker_that_writes", "--test-threads=1"])
+        .env(ADDRESS, server.address())
+        .stdout(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let pid = i32::try_from(worker.id().unwrap()).unwrap();
+    let signal = |signal| kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
+    // Stopped with the lock in its hand, by the server's own account.
+    let holds =
+        "SELECT COUNT(*) FROM information_schema.innodb_trx WHERE trx_state = 'RUNNING' AND trx_rows_locked > 0";
+    let held = async || {
+        let rows = server.root().await.fetch_all(sqlx::raw_sql(holds)).await.unwrap();
+        rows[0].try_get_unchecked::<u64, _>(0).unwrap() > 0
+    };
+    until("it is stopped with the lock in its hand", async || {
+        signal(Signal::CONT);
+        tokio::time::sleep(Duration::from_millis(7)).await;
+        signal(Signal::STOP);
+        // What was under way at the server ends; what waits for the client stays.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        held().await
+    })
+    .await;
+    until("another writes", async || other.put(&key("/other"), "").await.is_ok()).await;
+    worker.kill().await.unwrap();
+    other.close().await.unwrap();
 }
