@@ -124,8 +124,8 @@ enum Command {
     #[command(after_help = "Example: registry restore monday.backup --set raft.data_dir=/var/lib/registry")]
     Restore(backup::Restore),
     /// Shows how the store stands.
-    #[command(after_help = "Example: registry status --json")]
-    Status,
+    #[command(after_help = "Examples:\n  registry status --json\n  registry status --verify")]
+    Status(status::Status),
     /// Prints the SQL that makes a store's tables, for whoever may make them.
     #[cfg(feature = "mysql")]
     #[command(after_help = "Example: registry schema mysql | mariadb --user=root mydatabase")]
@@ -165,7 +165,7 @@ pub(crate) async fn run(cli: Cli) -> Outcome {
         Command::Backup(backup) => backup.run(&settings, out).await,
         #[cfg(feature = "raft")]
         Command::Restore(restore) => restore.run(&settings, out).await,
-        Command::Status => status::run(&settings, out).await,
+        Command::Status(status) => status.run(&settings, out).await,
         Command::Get(get) => get.run(&settings.connect().await?, out).await,
         Command::Put(put) => put.run(&settings, out).await,
         Command::Delete(delete) => delete.run(&settings.connect().await?, out).await,

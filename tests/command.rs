@@ -572,10 +572,12 @@ async fn the_schema_is_printed_with_the_prefix_that_is_asked_for() {
 }
 
 #[tokio::test]
-async fn a_backup_is_restored_into_a_new_directory() {
+async fn a_store_is_compared_backed_up_and_restored_into_a_new_directory() {
     let shell = Shell::new();
     let member = shell.serve().await;
     shell.says(0, &["put", "/app/config", "v1"]).await;
+    let equal = shell.says(0, &["status", "--verify"]).await;
+    assert!(equal.contains("member a") && equal.contains("equal at entry"), "{equal}");
     let said = shell.says(0, &["backup", "one.backup"]).await;
     assert!(said.contains("one.backup: ") && said.contains("revision 1"), "{said}");
     let json = &shell.json(&["backup", "one.backup"]).await[0];

@@ -32,6 +32,7 @@ use crate::proto;
 use crate::proto::backup_part::Part;
 use crate::snapshot::{self, Frozen, Snapshots};
 use crate::state::SessionRecord;
+use crate::store::Inner;
 use crate::tree::{Record, Tree};
 use crate::types::{LogId, Peer, SnapshotMeta, StoredMembership};
 use crate::wire;
@@ -73,13 +74,7 @@ impl Core {
             Ok(fresh) => fresh?,
             Err(elapsed) => return Err(unavailable(elapsed)),
         }
-        let frozen = self.store().read(|inner| {
-            let meta = SnapshotMeta {
-                last_log_id: inner.applied,
-                last_membership: inner.membership.clone(),
-            };
-            Frozen::of(&inner.state, meta)
-        });
+        let frozen = self.store().read(Inner::frozen);
         let (parts, sent) = mpsc::channel(AHEAD);
         let identity = self.identity();
         tokio::task::spawn_blocking(move || write(&identity, &frozen, parts, permit));

@@ -110,7 +110,9 @@ pub(crate) fn txn_result(namespace: &Namespace, txn: &Txn, outcome: Outcome) -> 
         Outcome::SessionExpired(session) => Err(Error::SessionExpired {
             session: SessionId(session),
         }),
-        Outcome::SessionOpened(_) | Outcome::Deleted(_) | Outcome::Done(_) => Err(not_understood()),
+        Outcome::SessionOpened(_) | Outcome::Deleted(_) | Outcome::Done(_) | Outcome::Marked(_) => {
+            Err(not_understood())
+        }
     }
 }
 

@@ -46,6 +46,7 @@ mod store;
 mod transport;
 mod tree;
 mod types;
+mod verify;
 mod watchers;
 mod wire;
 
@@ -67,6 +68,7 @@ pub use config::{DEFAULT_ADDRESS, RaftConfig, Timers, Tls};
 pub use member::Member;
 pub use status::{MemberStatus, Status};
 pub use transport::{Gate, Guard, ReadWrite, Stream};
+pub use verify::{MemberDigest, Verification, verify};
 
 /// The messages, as they are compiled from `proto/`.
 #[allow(missing_docs, unreachable_pub, clippy::all)]

@@ -566,6 +566,7 @@ impl Core {
                 Answer::Done(proto::Unit {})
             }
             Call::Status(_) => Answer::Status(self.status()),
+            Call::Digest(digest) => self.digest(digest.index).await?,
         })
     }
 

@@ -148,7 +148,7 @@ fn check(call: &Call) -> Result<(), Error> {
             }
         }
         Call::Command(command) => check_command(command),
-        Call::KeepAlive(_) | Call::Status(_) => Ok(()),
+        Call::KeepAlive(_) | Call::Status(_) | Call::Digest(_) => Ok(()),
     }
 }
 
@@ -158,7 +158,8 @@ fn check_command(command: &Command) -> Result<(), Error> {
         None => invalid("a change this version does not know"),
         Some(Change::Expire(_)) => invalid("only a Raft leader expires sessions"),
         Some(Change::Open(open)) if !(1_000..=3_600_000).contains(&open.ttl_ms) => invalid("a TTL is 1 s to 1 h"),
-        Some(Change::Open(_) | Change::Close(_)) => Ok(()),
+        Some(Change::Mark(_)) if command.session > 0 => invalid("a mark is of no session"),
+        Some(Change::Open(_) | Change::Close(_) | Change::Mark(_)) => Ok(()),
         Some(Change::DeletePrefix(prefix)) => qualified_prefix(prefix).map(|_| ()),
         Some(Change::Txn(txn)) => check_txn(txn),
     }

@@ -22,6 +22,7 @@ use crate::proto::registry::snapshot::v1::{self as file, frame::Frame};
 use crate::state::{SessionRecord, State};
 use crate::tree::{Record, Tree};
 use crate::types::{Snapshot, SnapshotMeta};
+use crate::verify::Digest;
 use crate::wire;
 
 const MAGIC: &[u8; 8] = b"REGSNAP\0";
@@ -231,6 +232,13 @@ impl Snapshots {
         let written = self.store(&frozen.meta, |out| write(out, &self.identity, frozen));
         self.writing.store(false, Ordering::Release);
         written
+    }
+
+    /// A digest of the bytes that a snapshot of this state has, on whichever member of the group.
+    pub(crate) fn digest(&self, frozen: &Frozen) -> io::Result<Bytes> {
+        let mut digest = Digest::new();
+        write(&mut digest, &self.identity, frozen)?;
+        Ok(digest.finish())
     }
 
     /// Takes a snapshot that another member sent: checked, made durable, and answered as a state.
@@ -598,6 +606,38 @@ mod tests {
         assert_eq!(full.unwrap_err().kind(), io::ErrorKind::StorageFull);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
         assert!(snapshots.current().is_none());
+    }
+
+    #[test]
+    fn a_digest_is_of_everything_that_is_held() {
+        let dir = tempfile::tempdir().unwrap();
+        let digest = |state: &State| {
+            let frozen = Frozen::of(state, SnapshotMeta::default());
+            snapshots(dir.path()).digest(&frozen).unwrap()
+        };
+        let (one, mut other) = (digest(&state()), state());
+        assert_eq!(one, digest(&other));
+        let put = proto::operation::Write::Put(proto::Put {
+            value: vec![2; 300].into(),
+            ..proto::Put::default()
+        });
+        let operations = vec![proto::Operation {
+            key: "/ns/7".into(),
+            write: Some(put),
+        }];
+        let conditions = Vec::new();
+        let txn = Change::Txn(proto::Txn { conditions, operations });
+        other.apply(1, Command::new(txn));
+        assert_ne!(one, digest(&other));
+        let mut other = state();
+        other.last_session += 1;
+        assert_ne!(one, digest(&other));
+        let mut other = state();
+        other
+            .sessions
+            .values_mut()
+            .for_each(|session| Arc::make_mut(session).answered_below += 1);
+        assert_ne!(one, digest(&other));
     }
 
     #[test]

@@ -129,7 +129,7 @@ impl State {
             Some(Change::Open(open)) => self.open(&open),
             Some(Change::Close(close)) => self.end(&[close.session], &mut changes),
             Some(Change::Expire(expire)) if expire.term == term => self.end(&expire.sessions, &mut changes),
-            Some(Change::Expire(_)) | None => Outcome::Done(proto::Unit {}),
+            Some(Change::Expire(_) | Change::Mark(_)) | None => Outcome::Done(proto::Unit {}),
         };
         let reply = Reply::from(outcome);
         if let Some(record) = self.sessions.get_mut(&session) {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::{Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftStateMachine};
@@ -10,7 +11,7 @@ use openraft::{EntryPayload, RaftSnapshotBuilder};
 use crate::command::{Command, Outcome, Reply};
 use crate::proto;
 use crate::snapshot::{Frozen, SnapshotData, Snapshots};
-use crate::store::Store;
+use crate::store::{Inner, Store};
 use crate::types::{LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 
 /// The most entries that are applied under one hold of the lock.
@@ -21,6 +22,7 @@ const CHUNK: usize = 256;
 pub(crate) struct StateMachine {
     store: Store,
     snapshots: Arc<Snapshots>,
+    digesting: Arc<AtomicBool>,
 }
 
 impl StateMachine {
@@ -29,7 +31,29 @@ impl StateMachine {
         if let Some(frozen) = snapshots.load()? {
             store.replace(frozen);
         }
-        Ok(Self { store, snapshots })
+        Ok(Self {
+            store,
+            snapshots,
+            digesting: Arc::default(),
+        })
+    }
+}
+
+impl StateMachine {
+    /// Takes the digest of a state that a mark left, if there is one and no other is being taken.
+    fn take_digest(&self) {
+        let Some(frozen) = self.store.take_marked() else { return };
+        if self.digesting.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let (store, snapshots, digesting) = (self.store.clone(), self.snapshots.clone(), self.digesting.clone());
+        tokio::task::spawn_blocking(move || {
+            match snapshots.digest(&frozen) {
+                Ok(digest) => store.note_digest(frozen.meta.last_log_id.map_or(0, |id| id.index), digest),
+                Err(error) => tracing::warn!(%error, "no digest of the state could be taken"),
+            }
+            digesting.store(false, Ordering::Release);
+        });
     }
 }
 
@@ -83,6 +107,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                     answers.extend(responder.map(|responder| (responder, reply)));
                 }
             });
+            self.take_digest();
             for (responder, reply) in answers {
                 responder.send(reply);
             }
@@ -91,13 +116,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn get_snapshot_builder(&mut self) -> Builder {
-        let frozen = self.store.read(|inner| {
-            let meta = SnapshotMeta {
-                last_log_id: inner.applied,
-                last_membership: inner.membership.clone(),
-            };
-            Frozen::of(&inner.state, meta)
-        });
+        let frozen = self.store.read(Inner::frozen);
         Builder {
             frozen,
             snapshots: self.snapshots.clone(),

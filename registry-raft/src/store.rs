@@ -5,18 +5,20 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream};
 use parking_lot::{Mutex, RwLock};
 use registry_api::watch::feed;
 use registry_api::{DeleteCause, Error, Event, Result, Revision, Watch, WatchFrom, WatchItem, WatchScope};
+use tokio::sync::watch;
 
-use crate::command::Reply;
+use crate::command::{Change, Outcome, Reply};
 use crate::history::{Batch, History};
 use crate::proto;
 use crate::snapshot::Frozen;
 use crate::state::{State, below};
 use crate::tree::Tree;
-use crate::types::{LogId, StoredMembership};
+use crate::types::{LogId, SnapshotMeta, StoredMembership};
 use crate::watchers::{Target, Watchers};
 
 /// The most bytes of keys and values on one page, so that a page fits a message.
@@ -29,6 +31,7 @@ const CHUNK: usize = 256;
 pub(crate) struct Store {
     inner: Arc<RwLock<Inner>>,
     watchers: Arc<Mutex<Watchers>>,
+    digests: Arc<watch::Sender<(u64, Bytes)>>,
 }
 
 #[derive(Debug, Default)]
@@ -37,6 +40,19 @@ pub(crate) struct Inner {
     pub(crate) history: History,
     pub(crate) applied: Option<LogId>,
     pub(crate) membership: StoredMembership,
+    /// The state as the newest mark found it, until somebody takes its digest.
+    marked: Option<Frozen>,
+}
+
+impl Inner {
+    /// The state as it is now, which stays so.
+    pub(crate) fn frozen(&self) -> Frozen {
+        let meta = SnapshotMeta {
+            last_log_id: self.applied,
+            last_membership: self.membership.clone(),
+        };
+        Frozen::of(&self.state, meta)
+    }
 }
 
 impl Store {
@@ -73,6 +89,28 @@ impl Store {
             ));
             feed.synced(Revision(inner.state.revision));
         });
+    }
+
+    /// The state as the newest mark found it, once.
+    pub(crate) fn take_marked(&self) -> Option<Frozen> {
+        let any = self.inner.read().marked.is_some();
+        any.then(|| self.inner.write().marked.take()).flatten()
+    }
+
+    /// Notes the digest of a marked state.
+    pub(crate) fn note_digest(&self, index: u64, digest: Bytes) {
+        self.digests.send_if_modified(|newest| {
+            let newer = newest.0 < index;
+            if newer {
+                *newest = (index, digest);
+            }
+            newer
+        });
+    }
+
+    /// The newest mark with its digest.
+    pub(crate) fn digests(&self) -> watch::Receiver<(u64, Bytes)> {
+        self.digests.subscribe()
     }
 
     /// Ends every watch.
@@ -320,6 +358,7 @@ pub(crate) struct Applier<'a> {
 impl Applier<'_> {
     /// Applies one command.
     pub(crate) fn command(&mut self, log_id: LogId, command: crate::command::Command) -> Reply {
+        let mark = matches!(command.change, Some(Change::Mark(_)));
         let applied = self.inner.state.apply(log_id.committed_leader_id().term, command);
         self.inner.applied = Some(log_id);
         if !applied.changes.is_empty() {
@@ -329,6 +368,10 @@ impl Applier<'_> {
             };
             self.watchers.tell(&batch);
             self.inner.history.push(batch);
+        }
+        if mark {
+            self.inner.marked = Some(self.inner.frozen());
+            return Outcome::Marked(log_id.index).into();
         }
         applied.reply
     }
