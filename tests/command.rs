@@ -577,7 +577,10 @@ async fn a_store_is_compared_backed_up_and_restored_into_a_new_directory() {
     let member = shell.serve().await;
     shell.says(0, &["put", "/app/config", "v1"]).await;
     let equal = shell.says(0, &["status", "--verify"]).await;
-    assert!(equal.contains("member a") && equal.contains("equal at entry"), "{equal}");
+    assert!(
+        equal.contains("member a") && equal.contains("equal at entry"),
+        "{equal}"
+    );
     let said = shell.says(0, &["backup", "one.backup"]).await;
     assert!(said.contains("one.backup: ") && said.contains("revision 1"), "{said}");
     let json = &shell.json(&["backup", "one.backup"]).await[0];
@@ -605,4 +608,31 @@ async fn a_store_is_compared_backed_up_and_restored_into_a_new_directory() {
     assert_eq!(shell.says(0, &["get", "/app/config"]).await, "v1");
     let revision = &shell.json(&["put", "/app/config", "v2"]).await[0]["revision"];
     assert!(revision.as_u64().unwrap() > 1 << 40, "{revision}");
+}
+
+#[tokio::test]
+async fn what_a_member_tells_has_its_name() {
+    let shell = Shell::new();
+    let mut serve = shell.command(&["serve", "--set", "raft.member=db-1"]);
+    serve
+        .env("RUST_LOG", "registry_raft=info")
+        .env("NO_COLOR", "1")
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::piped());
+    let mut member = serve.spawn().unwrap();
+    let mut told = BufReader::new(member.stderr.take().unwrap()).lines();
+    // What reads from it keeps trying until it is there; killed, its session expires, of which the member tells.
+    let register = ["register", "/app/worker", "1", "--set", "connect_timeout=20s"];
+    let (mut worker, _, _) = shell.starts(&register).await;
+    worker.kill().await.unwrap();
+    let telling = async {
+        loop {
+            let line = told.next_line().await.unwrap().expect("it goes on");
+            if line.contains("sessions have expired") {
+                return line;
+            }
+        }
+    };
+    let line = within(PATIENCE, telling).await;
+    assert!(line.contains("member{name=\"db-1\"}"), "{line}");
 }

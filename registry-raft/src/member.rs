@@ -1,5 +1,6 @@
 //! A member: the process that stores, and answers for the group.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -110,6 +111,7 @@ impl Member {
         }
         let mut builder = Builder::new_multi_thread();
         builder.worker_threads(2).thread_name("registry-raft").enable_all();
+        in_span_of(&mut builder, config.member_name());
         let threads = Threads(Some(builder.build().map_err(unavailable)?));
         let (config, name) = (config.clone(), config.member_name().to_owned());
         // Opening reads files and waits for disks: that is for the member's own threads.
@@ -259,6 +261,17 @@ impl Running {
         drop(self.directory);
         closed
     }
+}
+
+/// What happens on the member's threads is told with its name: they do nothing else.
+fn in_span_of(builder: &mut Builder, name: &str) {
+    thread_local! {
+        static SPAN: RefCell<Option<tracing::span::EnteredSpan>> = const { RefCell::new(None) };
+    }
+    // Of the highest level, so that no filter leaves it out of what it lets through.
+    let span = tracing::error_span!("member", name);
+    builder.on_thread_start(move || SPAN.set(Some(span.clone().entered())));
+    builder.on_thread_stop(|| drop(SPAN.take()));
 }
 
 struct Started {
