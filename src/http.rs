@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
+use axum::http::request::Parts;
 use axum::http::{Method, Request, Response, StatusCode, header};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
@@ -32,7 +33,7 @@ const CONNECTIONS: usize = 512;
 const PATIENCE: Duration = Duration::from_secs(15);
 /// How long a request waits for the handle at the start.
 const ARRIVAL: Duration = Duration::from_secs(5);
-/// How long what is under way may take to end when the server stops.
+/// How long what is under way may take to end when the server stops, and the rest of a body that is not needed.
 const GRACE: Duration = Duration::from_secs(1);
 
 /// What every request is answered from.
@@ -125,11 +126,13 @@ async fn answer_all(door: Door, stream: Stream, mut stopped: signal::Receiver<bo
 
 impl Door {
     async fn answer(&self, request: Request<Body>) -> Response<Body> {
-        self.try_answer(request).await.unwrap_or_else(Refusal::response)
+        let (head, mut body) = request.into_parts();
+        let answer = self.try_answer(&head, &mut body).await;
+        kv::let_go(&mut body).await;
+        answer.unwrap_or_else(Refusal::response)
     }
 
-    async fn try_answer(&self, request: Request<Body>) -> Result<Response<Body>, Refusal> {
-        let (head, body) = request.into_parts();
+    async fn try_answer(&self, head: &Parts, body: &mut Body) -> Result<Response<Body>, Refusal> {
         let authorization = head.headers.get(header::AUTHORIZATION);
         if !self.guard.admits(authorization.map(header::HeaderValue::as_bytes)) {
             return Err(Refusal::unauthorized());
@@ -157,10 +160,10 @@ impl Door {
                 Ok(answer::json(StatusCode::OK, &serde_json::json!((self.status)())))
             }
             path => match (path.strip_prefix("/v1/kv"), path.strip_prefix("/v1/watch")) {
-                (Some(name), _) if name.starts_with('/') => kv::answer(self.registry().await?, name, &head, body).await,
+                (Some(name), _) if name.starts_with('/') => kv::answer(self.registry().await?, name, head, body).await,
                 (_, Some(name)) if name.starts_with('/') => {
                     get()?;
-                    watch::answer(self.registry().await?, name, &head).await
+                    watch::answer(self.registry().await?, name, head).await
                 }
                 _ => Err(Refusal::new(
                     StatusCode::NOT_FOUND,

@@ -10,8 +10,8 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use registry_api::{Depth, Expect, Key, List, MAX_VALUE, Prefix, Read, Registry, Revision};
 use serde_json::json;
 
-use super::PATIENCE;
 use super::answer::{self, Refusal, etag, key, query};
+use super::{GRACE, PATIENCE};
 use crate::json as as_json;
 
 /// How many entries a page has when nothing is said, and at most.
@@ -22,7 +22,7 @@ pub(super) async fn answer(
     registry: &Arc<dyn Registry>,
     name: &str,
     head: &Parts,
-    body: Body,
+    body: &mut Body,
 ) -> Result<Response<Body>, Refusal> {
     if let Some(prefix) = name.strip_suffix('/') {
         return match head.method {
@@ -90,7 +90,12 @@ async fn list(registry: &Arc<dyn Registry>, prefix: &str, head: &Parts) -> Resul
     Ok(answer::json(StatusCode::OK, &body))
 }
 
-async fn put(registry: &Arc<dyn Registry>, key: &Key, head: &Parts, body: Body) -> Result<Response<Body>, Refusal> {
+async fn put(
+    registry: &Arc<dyn Registry>,
+    key: &Key,
+    head: &Parts,
+    body: &mut Body,
+) -> Result<Response<Body>, Refusal> {
     query(&head.uri, &[])?;
     let expect = condition(&head.headers)?;
     let value = whole(body).await?;
@@ -137,7 +142,7 @@ fn condition(headers: &HeaderMap) -> Result<Option<Expect>, Refusal> {
 }
 
 /// The body, which has to come in time and be no larger than a value.
-async fn whole(body: Body) -> Result<Bytes, Refusal> {
+async fn whole(body: &mut Body) -> Result<Bytes, Refusal> {
     let too_large = || {
         let message = format!("a value has {MAX_VALUE} bytes at most");
         Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", message)
@@ -151,6 +156,22 @@ async fn whole(body: Body) -> Result<Bytes, Refusal> {
             Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, "unavailable", message))
         }
     }
+}
+
+/// Reads what is left of a body that the answer does not need, within bounds: an answer that overtakes the request may be
+/// lost with the rest of it.
+pub(super) async fn let_go(body: &mut Body) {
+    let rest = async {
+        let mut bytes = 0;
+        while let Some(Ok(frame)) = body.frame().await {
+            bytes += frame.data_ref().map_or(0, Bytes::len);
+            if bytes > MAX_VALUE {
+                break;
+            }
+        }
+    };
+    // Who sends no more is answered all the same.
+    let _ = tokio::time::timeout(GRACE, rest).await;
 }
 
 fn read(query: &std::collections::HashMap<String, String>) -> Result<Read, Refusal> {
