@@ -9,6 +9,8 @@ mod election;
 mod failure;
 mod kv;
 mod lock;
+#[cfg(feature = "raft")]
+mod members;
 mod output;
 mod process;
 #[cfg(feature = "mysql")]
@@ -123,6 +125,12 @@ enum Command {
     #[cfg(feature = "raft")]
     #[command(after_help = "Example: registry restore monday.backup --set raft.data_dir=/var/lib/registry")]
     Restore(backup::Restore),
+    /// Lists the members of an embedded group, or changes them.
+    #[cfg(feature = "raft")]
+    #[command(
+        after_help = "Examples:\n  registry members\n  registry members promote d\n  registry members remove c\n  registry members transfer a"
+    )]
+    Members(members::Members),
     /// Shows how the store stands.
     #[command(after_help = "Examples:\n  registry status --json\n  registry status --verify")]
     Status(status::Status),
@@ -165,6 +173,8 @@ pub(crate) async fn run(cli: Cli) -> Outcome {
         Command::Backup(backup) => backup.run(&settings, out).await,
         #[cfg(feature = "raft")]
         Command::Restore(restore) => restore.run(&settings, out).await,
+        #[cfg(feature = "raft")]
+        Command::Members(members) => members.run(&settings, out).await,
         Command::Status(status) => status.run(&settings, out).await,
         Command::Get(get) => get.run(&settings.connect().await?, out).await,
         Command::Put(put) => put.run(&settings, out).await,
@@ -216,13 +226,7 @@ impl Settings {
         if let registry::Backend::Raft(raft) = &mut config.backend
             && !raft.is_remote()
         {
-            let listen = raft
-                .listen
-                .clone()
-                .unwrap_or_else(|| registry::raft::DEFAULT_ADDRESS.into());
-            let mut remote = registry::raft::RaftConfig::remote([listen]);
-            (remote.tls, remote.token_file) = (raft.tls.take(), raft.token_file.take());
-            *raft = remote;
+            *raft = raft.to_remote();
         }
         Ok(config)
     }

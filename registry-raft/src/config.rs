@@ -106,6 +106,25 @@ impl RaftConfig {
         }
     }
 
+    /// A remote handle on the members that these settings name: on this one first, then on those it founds with.
+    pub fn to_remote(&self) -> Self {
+        if self.is_remote() {
+            return self.clone();
+        }
+        let own = self.advertise.as_deref().or(self.listed()).or(self.listen.as_deref());
+        let own = own.unwrap_or(DEFAULT_ADDRESS);
+        let others = self
+            .cluster
+            .values()
+            .chain(&self.join)
+            .filter(|address| *address != own);
+        Self {
+            tls: self.tls.clone(),
+            token_file: self.token_file.clone(),
+            ..Self::remote(std::iter::once(own.to_owned()).chain(others.cloned()))
+        }
+    }
+
     /// Whether this is a remote handle.
     pub fn is_remote(&self) -> bool {
         !self.endpoints.is_empty()
@@ -264,7 +283,7 @@ impl RaftConfig {
     }
 }
 
-fn check_name(field: &str, name: &str) -> Result<()> {
+pub(crate) fn check_name(field: &str, name: &str) -> Result<()> {
     let word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     match !name.is_empty() && name.len() <= 64 && name.chars().all(word) {
         true => Ok(()),
@@ -275,7 +294,7 @@ fn check_name(field: &str, name: &str) -> Result<()> {
     }
 }
 
-fn check_address(field: &str, address: &str) -> Result<()> {
+pub(crate) fn check_address(field: &str, address: &str) -> Result<()> {
     match is_host_and_port(address) {
         true => Ok(()),
         false => Err(refused(

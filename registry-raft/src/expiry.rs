@@ -5,6 +5,10 @@
 //! session a full TTL again, because it can't know how much had passed: a session may live longer than its TTL, never
 //! shorter. So does a leader that finds itself stalled, since what its clients sent meanwhile waits unread. (Gray and
 //! Cheriton, *Leases*, 1989.)
+//!
+//! A session that is silent for half its TTL, when no live one is, has that noted in the log, and again with each further
+//! eighth. The next leader grants it only the rest: elections, however many, do not keep a dead session. One that is heard
+//! again has that noted before it is told so.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -39,14 +43,36 @@ struct Deadlines {
 struct Deadline {
     at: Instant,
     ttl: Duration,
+    /// How much of the silence is noted in the log, or on its way there.
+    noted: Duration,
+}
+
+/// A session as a leader finds it in the replicated state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Known {
+    pub(crate) session: u64,
+    pub(crate) ttl: Duration,
+    /// What earlier leaders noted of its silence.
+    pub(crate) silent: Duration,
+    pub(crate) heard: u64,
+}
+
+/// What a look at the clock has found.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Due {
+    /// Their time has run out.
+    pub(crate) expired: Vec<u64>,
+    /// Their silence is to be noted.
+    pub(crate) silent: Vec<(Known, Duration)>,
 }
 
 impl Expiry {
-    /// Counts a session's TTL from `now` on. The caller has made sure that this member still leads.
+    /// Counts a session's TTL from `now` on. The caller has made sure that this member still leads. Answers whether the
+    /// log says, or is about to, that the session was silent: it must say otherwise before the session is told anything.
     ///
     /// # Errors
     /// [`Error::Unavailable`] if it is about to be expired, or not known to the leader yet: ask again.
-    pub(crate) fn extend(&self, session: SessionId, now: Instant) -> Result<()> {
+    pub(crate) fn extend(&self, session: SessionId, now: Instant) -> Result<bool> {
         let mut deadlines = self.0.lock();
         let not_now = |reason: &str| {
             Err(Error::Unavailable {
@@ -61,10 +87,11 @@ impl Expiry {
             return not_now("the member leads no longer");
         }
         // One that is not there yet was opened just now, and gets its full TTL with the next look.
-        if let Some(deadline) = deadlines.sessions.get_mut(&session.0) {
-            deadline.at = deadline.at.max(now + deadline.ttl);
-        }
-        Ok(())
+        let Some(deadline) = deadlines.sessions.get_mut(&session.0) else {
+            return Ok(false);
+        };
+        deadline.at = deadline.at.max(now + deadline.ttl);
+        Ok(!std::mem::take(&mut deadline.noted).is_zero())
     }
 
     /// This member does not lead: it counts nothing.
@@ -75,9 +102,9 @@ impl Expiry {
         }
     }
 
-    /// Takes up the sessions there are, and answers those whose time has run out. They count as expiring until
-    /// [`Expiry::settled`].
-    pub(crate) fn due(&self, term: u64, now: Instant, sessions: impl Iterator<Item = (u64, Duration)>) -> Vec<u64> {
+    /// Takes up the sessions there are, and answers those whose time has run out, and those that are silent. The former
+    /// count as expiring until [`Expiry::settled`].
+    pub(crate) fn due(&self, term: u64, now: Instant, sessions: impl Iterator<Item = Known>) -> Due {
         let mut deadlines = self.0.lock();
         let stalled = deadlines
             .looked
@@ -91,16 +118,24 @@ impl Expiry {
         }
         deadlines.looked = Some(now);
         let mut before = std::mem::take(&mut deadlines.sessions);
-        for (session, ttl) in sessions {
-            let deadline = before.remove(&session).unwrap_or(Deadline { at: now + ttl, ttl });
-            deadlines.sessions.insert(session, deadline);
+        let mut due = Due::default();
+        for known in sessions {
+            let mut deadline = before.remove(&known.session).unwrap_or_else(|| Deadline {
+                at: now + known.ttl.saturating_sub(known.silent),
+                ttl: known.ttl,
+                noted: known.silent,
+            });
+            let silence = deadline.ttl.saturating_sub(deadline.at.saturating_duration_since(now));
+            let next = (deadline.ttl / 2).max(deadline.noted + deadline.ttl / 8);
+            if deadline.at <= now && !deadlines.expiring.contains(&known.session) {
+                due.expired.push(known.session);
+            } else if silence >= next && silence < deadline.ttl {
+                deadline.noted = silence;
+                due.silent.push((known, silence));
+            }
+            deadlines.sessions.insert(known.session, deadline);
         }
-        let due = deadlines
-            .sessions
-            .iter()
-            .filter(|(session, deadline)| deadline.at <= now && !deadlines.expiring.contains(session));
-        let due: Vec<_> = due.map(|(session, _)| *session).collect();
-        deadlines.expiring.extend(&due);
+        deadlines.expiring.extend(&due.expired);
         due
     }
 
@@ -122,11 +157,59 @@ mod tests {
 
     /// Looks every tick from `from` for so many milliseconds; answers when the session was due, if it was.
     fn run(expiry: &Expiry, term: u64, from: Instant, millis: u64) -> Option<u64> {
+        run_known(expiry, term, from, millis, Duration::ZERO)
+    }
+
+    fn run_known(expiry: &Expiry, term: u64, from: Instant, millis: u64, silent: Duration) -> Option<u64> {
+        let known = Known {
+            session: S.0,
+            ttl: TTL,
+            silent,
+            heard: 0,
+        };
         (0..=millis).step_by(100).find(|ms| {
-            !expiry
-                .due(term, from + Duration::from_millis(*ms), [(S.0, TTL)].into_iter())
-                .is_empty()
+            let due = expiry.due(term, from + Duration::from_millis(*ms), [known].into_iter());
+            !due.expired.is_empty()
         })
+    }
+
+    #[test]
+    fn silence_is_noted_and_the_next_leader_goes_on_from_there() {
+        let (expiry, start) = (Expiry::default(), Instant::now());
+        let known = Known {
+            session: S.0,
+            ttl: TTL,
+            silent: Duration::ZERO,
+            heard: 0,
+        };
+        let mut noted = Vec::new();
+        for ms in (0..1_000).step_by(50) {
+            let due = expiry.due(1, start + Duration::from_millis(ms), [known].into_iter());
+            noted.extend(due.silent.into_iter().map(|(_, silent)| silent.as_millis()));
+        }
+        assert_eq!(noted, [500, 650, 800, 950]);
+        let rest = run_known(&Expiry::default(), 2, start, 5_000, Duration::from_millis(800));
+        assert_eq!(rest, Some(200));
+        assert!(expiry.extend(S, start + Duration::from_millis(950)).unwrap());
+        assert!(!expiry.extend(S, start + Duration::from_millis(950)).unwrap());
+    }
+
+    #[test]
+    fn a_session_that_is_kept_alive_is_never_noted() {
+        let (expiry, start) = (Expiry::default(), Instant::now());
+        let known = Known {
+            session: S.0,
+            ttl: TTL,
+            silent: Duration::ZERO,
+            heard: 0,
+        };
+        for ms in (0..10_000).step_by(100) {
+            let now = start + Duration::from_millis(ms);
+            assert_eq!(expiry.due(1, now, [known].into_iter()), Due::default());
+            if ms % 300 == 0 {
+                assert!(!expiry.extend(S, now).unwrap());
+            }
+        }
     }
 
     #[test]

@@ -31,7 +31,7 @@ use crate::wire;
 const GREETING: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(100);
 /// How often a member looks whether it is still one.
-const LOOK: Duration = Duration::from_millis(500);
+const LOOK: Duration = Duration::from_secs(1);
 /// How often it is said for whom the founding waits.
 const REMINDER: Duration = Duration::from_secs(5);
 
@@ -267,6 +267,7 @@ impl Core {
         end: watch::Sender<Option<String>>,
         mut stopping: watch::Receiver<bool>,
     ) {
+        let mut turn = 0;
         let mut tick = tokio::time::interval(LOOK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -282,13 +283,16 @@ impl Core {
             };
             let reason = match failed {
                 Some(failed) => failed,
-                None if self.was_removed(&door).await => {
+                None if self.was_removed(&door, turn).await => {
                     if let Some(Err(error)) = directory.as_ref().map(|directory| directory.removed()) {
                         tracing::error!(%error, "the directory does not know that its member was removed");
                     }
                     format!("member {:?} was removed from its group", door.0.name)
                 }
-                None => continue,
+                None => {
+                    turn += 1;
+                    continue;
+                }
             };
             tracing::error!(reason, "the member ends");
             self.store().end_watches();
@@ -299,28 +303,26 @@ impl Core {
         }
     }
 
-    async fn was_removed(&self, door: &Door) -> bool {
+    /// Asks the other members, one at a time: openraft does not forget a leader that has become silent.
+    async fn was_removed(&self, door: &Door, turn: usize) -> bool {
         let (at, membership) = self.membership();
         let us = self.identity().member;
         if at.is_none() {
             return false;
         }
         if membership.get_node(&us).is_none() {
-            return true;
+            // A Raft leader that is removed sees to it first that the others know.
+            return self.leads().is_none();
         }
-        if self.known_leader().is_some() {
+        let others: Vec<_> = membership.nodes().filter(|(id, _)| **id != us).collect();
+        let Some((id, peer)) = others.get(turn % others.len().max(1)) else {
             return false;
+        };
+        let lane = self.network().lane(**id, &peer.address);
+        match greet(&lane, door.greeting()).await {
+            Ok(greeting) => *greeting.cluster == self.identity().cluster && is_removed(&greeting, us, at),
+            Err(_) => false,
         }
-        for (id, peer) in membership.nodes().filter(|(id, _)| **id != us) {
-            let lane = self.network().lane(*id, &peer.address);
-            if let Ok(greeting) = greet(&lane, door.greeting()).await
-                && *greeting.cluster == self.identity().cluster
-                && is_removed(&greeting, us, at)
-            {
-                return true;
-            }
-        }
-        false
     }
 }
 

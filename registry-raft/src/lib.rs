@@ -32,6 +32,7 @@ mod link;
 mod log;
 mod log_store;
 mod member;
+mod members;
 mod network;
 mod peer_service;
 mod peers;
@@ -66,6 +67,7 @@ pub use backup::{Backup, restore};
 
 pub use config::{DEFAULT_ADDRESS, RaftConfig, Timers, Tls};
 pub use member::Member;
+pub use members::MemberChange;
 pub use status::{MemberStatus, Status};
 pub use transport::{Gate, Guard, ReadWrite, Stream};
 pub use verify::{MemberDigest, Verification, verify};
@@ -151,6 +153,17 @@ pub async fn backup(
     config.check()?;
     let parts = remote(config)?.backup(options.connect_timeout).await?;
     backup::save(parts, file, options.request_timeout, progress).await
+}
+
+/// Changes the members of the group, asked of the first of the config's `endpoints` that answers. What is so already is no
+/// error, so it may be asked again.
+///
+/// # Errors
+/// [`registry_api::Error::InvalidRequest`] for a member that is not there or can't be changed so;
+/// [`registry_api::Error::Unavailable`] if nothing changed; [`registry_api::Error::OutcomeUnknown`].
+pub async fn change_members(config: &RaftConfig, options: &Options, change: MemberChange) -> Result<()> {
+    config.check()?;
+    members::ask(&remote(config)?, change, options.request_timeout).await
 }
 
 /// Ends a session by its id, whoever holds it: for an operator who knows that its process is gone.

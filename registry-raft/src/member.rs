@@ -15,15 +15,16 @@ use tokio::sync::{Semaphore, oneshot, watch};
 use tonic::service::Routes;
 
 use crate::backend::RaftRegistry;
-use crate::command::{Change, Command, Reply};
-use crate::config::RaftConfig;
+use crate::command::{Change, Command, Outcome, Reply};
+use crate::config::{RaftConfig, Timers};
 use crate::directory::Directory;
-use crate::expiry::{self, Expiry};
+use crate::expiry::{self, Expiry, Known};
 use crate::founding::Door;
 use crate::leader::{self, Leader, Readers};
 use crate::link::{BACKEND, Link};
 use crate::log::Identity;
 use crate::log_store::LogStore;
+use crate::members::{self, MemberChange};
 use crate::network::Network;
 use crate::peer_service::PeerService;
 use crate::proto;
@@ -44,6 +45,10 @@ use crate::watchers::Target;
 const START: Duration = Duration::from_secs(60);
 /// How long one of many waits at its start for a Raft leader.
 const QUORUM: Duration = Duration::from_secs(10);
+/// How long a change of the members may take.
+const CHANGE: Duration = Duration::from_secs(30);
+/// How long the Raft leader may take to say how the members stand.
+const STATUS: Duration = Duration::from_millis(500);
 /// How many bytes of log that a snapshot covers are kept for members that lag behind.
 const KEPT: u64 = 32 << 20;
 /// How many bytes of changes may be on their way at once; more wait their turn.
@@ -59,6 +64,7 @@ pub struct Member {
     core: Core,
     name: String,
     ended: watch::Receiver<Option<String>>,
+    leadership: watch::Receiver<Option<u64>>,
     address: Option<SocketAddr>,
     running: Option<Running>,
 }
@@ -121,6 +127,7 @@ impl Member {
             core: started.core,
             name,
             ended: started.ended,
+            leadership: started.leadership,
             address: started.address,
             running: Some(Running {
                 threads,
@@ -182,6 +189,26 @@ impl Member {
         move || core.status().into()
     }
 
+    /// Whether this member is the group's Raft leader: the term it leads in, or `None`.
+    ///
+    /// It becomes `None` before another member can lead, by this machine's clock, also when nobody can be reached. A
+    /// later leader's term is larger: it is a fencing token. A term that this member had before may come back as `Some`
+    /// once it is sure again.
+    pub fn leadership(&self) -> watch::Receiver<Option<u64>> {
+        self.leadership.clone()
+    }
+
+    /// Changes the members of the group, by whichever of them leads. What is so already is no error.
+    ///
+    /// # Errors
+    /// As [`crate::change_members`].
+    ///
+    /// # Cancel safety
+    /// Once begun, the change may be carried out; asking again tells.
+    pub async fn change_members(&self, change: MemberChange) -> Result<()> {
+        members::ask(&self.core, change, CHANGE).await
+    }
+
     /// Takes a snapshot now and drops the log that it covers, as the member does by itself when the log has grown.
     ///
     /// # Errors
@@ -204,7 +231,8 @@ impl Member {
         crate::backup::save(parts.await.map_err(unavailable)??, file, START, |_, _| {}).await
     }
 
-    /// Stops: no request is taken any more, those under way end, the log is flushed and the directory free.
+    /// Stops: another member leads first, no request is taken any more, those under way end, the log is flushed and the
+    /// directory free.
     ///
     /// # Errors
     /// [`Error::Storage`] if the log could not be closed; what was acknowledged is durable all the same.
@@ -243,6 +271,7 @@ impl Drop for Member {
 
 impl Running {
     fn stop(mut self, core: &Core) -> Result<()> {
+        self.threads.handle()?.block_on(core.hand_over());
         self.stop.send_replace(true);
         core.store.end_watches();
         let closed = self.threads.handle()?.block_on(async {
@@ -278,6 +307,7 @@ struct Started {
     core: Core,
     address: Option<SocketAddr>,
     ended: watch::Receiver<Option<String>>,
+    leadership: watch::Receiver<Option<u64>>,
     stop: watch::Sender<bool>,
     server: Option<tokio::task::JoinHandle<()>>,
     directory: Option<Arc<Directory>>,
@@ -358,6 +388,8 @@ async fn start(config: &RaftConfig) -> Result<Started> {
         expiry: Arc::default(),
         in_flight: Arc::new(Semaphore::new(IN_FLIGHT)),
         backups: Arc::new(Semaphore::new(1)),
+        timers: config.timers,
+        handing_over: watch::channel(false).0,
     };
     tokio::spawn(core.clone().serve_readers(waiting));
     door.open(core.clone());
@@ -368,11 +400,14 @@ async fn start(config: &RaftConfig) -> Result<Started> {
     tokio::spawn(core.clone().keep_time(stopping.clone()));
     let (end, ended) = watch::channel(None);
     tokio::spawn(core.clone().keep_house(config.snapshot_log_bytes(), stopping.clone()));
+    let (lead, leadership) = watch::channel(None);
+    tokio::spawn(core.clone().keep_leadership(lead, stopping.clone()));
     tokio::spawn(core.clone().keep_company(door, directory.clone(), end, stopping));
     Ok(Started {
         core,
         address,
         ended,
+        leadership,
         stop,
         server,
         directory,
@@ -436,6 +471,9 @@ pub(crate) struct Core {
     expiry: Arc<Expiry>,
     in_flight: Arc<Semaphore>,
     backups: Arc<Semaphore>,
+    timers: Timers,
+    /// Whether another is about to lead.
+    handing_over: watch::Sender<bool>,
 }
 
 impl std::fmt::Debug for Core {
@@ -469,6 +507,14 @@ impl Core {
 
     pub(crate) fn backups(&self) -> &Arc<Semaphore> {
         &self.backups
+    }
+
+    pub(crate) fn timers(&self) -> Timers {
+        self.timers
+    }
+
+    pub(crate) fn handing_over(&self) -> &watch::Sender<bool> {
+        &self.handing_over
     }
 
     pub(crate) fn readers(&self) -> &Readers {
@@ -534,25 +580,40 @@ impl Core {
 
     /// Answers a call within `patience`, here or by the Raft leader.
     pub(crate) async fn serve(&self, call: Call, patience: Duration) -> Result<Answer> {
-        let write = matches!(call, Call::Command(_));
+        let write = matches!(call, Call::Command(_) | Call::Members(_));
         within(patience, write, self.answer(call, Instant::now() + patience)).await
     }
 
     /// Answers a call that another member has passed on: it goes no further.
     pub(crate) async fn serve_here(&self, call: Call, patience: Duration) -> Result<Answer> {
-        let write = matches!(call, Call::Command(_));
+        let write = matches!(call, Call::Command(_) | Call::Members(_));
         within(patience, write, self.answer_here(call)).await
     }
 
     async fn answer(&self, call: Call, until: Instant) -> Result<Answer> {
-        if matches!(call, Call::Command(_) | Call::KeepAlive(_)) {
-            let leader = self.leader().await?;
-            if leader != Leader::This {
-                let left = until.saturating_duration_since(Instant::now());
-                return self.forward(&leader, call, left).await;
+        let left = || until.saturating_duration_since(Instant::now());
+        match call {
+            Call::Command(_) | Call::KeepAlive(_) | Call::Members(_) => match self.leader().await? {
+                Leader::This => self.answer_here(call).await,
+                leader => self.forward(&leader, call, left()).await,
+            },
+            Call::Status(_) => Ok(Answer::Status(self.status_of_all(left()).await)),
+            _ => self.answer_here(call).await,
+        }
+    }
+
+    /// How it stands, with what the Raft leader knows of each member if that answers soon.
+    async fn status_of_all(&self, patience: Duration) -> proto::StatusAnswer {
+        let mut status = self.status();
+        if let Some(leader @ Leader::Other(..)) = self.known_leader() {
+            let call = Call::Status(proto::StatusRequest {});
+            let patience = patience.min(STATUS);
+            let asked = tokio::time::timeout(patience, self.forward(&leader, call, patience)).await;
+            if let Ok(Ok(Answer::Status(leaders))) = asked {
+                status.members = leaders.members;
             }
         }
-        self.answer_here(call).await
+        status
     }
 
     async fn answer_here(&self, call: Call) -> Result<Answer> {
@@ -576,6 +637,10 @@ impl Core {
             Call::Command(command) => Answer::Reply(self.propose(command).await?),
             Call::KeepAlive(keep_alive) => {
                 self.keep_alive(SessionId(keep_alive.session)).await?;
+                Answer::Done(proto::Unit {})
+            }
+            Call::Members(change) => {
+                self.change_members(change).await?;
                 Answer::Done(proto::Unit {})
             }
             Call::Status(_) => Answer::Status(self.status()),
@@ -636,7 +701,19 @@ impl Core {
         // Only a leader that still leads may promise a TTL: a deposed one's successor counts already.
         self.barrier().await?;
         known()?;
-        self.expiry.extend(session, Instant::now())?;
+        // Counted anew first, so that nothing older is noted after what follows.
+        let noted = self.expiry.extend(session, Instant::now())?;
+        let silent = self.store.read(|inner| {
+            let known = inner.state.sessions.get(&session.0);
+            known.is_some_and(|known| known.silent_ms > 0)
+        });
+        if noted || silent {
+            // In the log before it is promised: another leader would grant it less.
+            let heard = self.propose(Command::new(Change::Heard(session.0))).await?;
+            if let Some(Outcome::SessionExpired(_)) = heard.result {
+                return Err(Error::SessionExpired { session });
+            }
+        }
         known()
     }
 
@@ -658,42 +735,48 @@ impl Core {
     }
 
     fn status(&self) -> proto::StatusAnswer {
-        let (leader, term, applied, covered) = {
-            let metrics = self.raft.metrics();
-            let metrics = metrics.borrow_watched();
-            (
-                metrics.current_leader,
-                metrics.current_term,
-                metrics.last_applied.map_or(0, |applied| applied.index),
-                metrics.snapshot.map(|snapshot| snapshot.index),
-            )
-        };
-        self.store.read(|inner| {
-            let member = |(id, peer): (&u64, &Peer)| proto::MemberStatus {
+        let metrics = self.raft.metrics().borrow_watched().clone();
+        let applied = metrics.last_applied.map_or(0, |applied| applied.index);
+        let covered = metrics.snapshot.map(|snapshot| snapshot.index);
+        let membership = metrics.membership_config.membership();
+        let voters: Vec<_> = membership.voter_ids().collect();
+        let member = |(id, peer): (&u64, &Peer)| {
+            let matched = match &metrics.replication {
+                Some(_) if *id == self.identity.member => metrics.last_log_index,
+                Some(replication) => replication.get(id).copied().flatten().map(|matched| matched.index),
+                None => None,
+            };
+            let role = match (metrics.current_leader == Some(*id), voters.contains(id)) {
+                (true, _) => "leader",
+                (false, true) => "follower",
+                (false, false) => "learner",
+            };
+            proto::MemberStatus {
                 id: *id,
                 name: peer.name.clone(),
                 address: peer.address.clone(),
-                role: if leader == Some(*id) { "leader" } else { "follower" }.into(),
-                matched: applied,
-            };
-            proto::StatusAnswer {
-                members: inner.membership.nodes().map(member).collect(),
-                keys: inner.state.tree.len() as u64,
-                sessions: inner.state.sessions.len() as u64,
-                revision: inner.state.revision,
-                compacted: inner.history.compacted(),
-                log_bytes: self.log.log().bytes_after(covered),
-                snapshot_bytes: self.snapshots.bytes(),
-                term,
-                applied,
-                watches: self.store.watches() as u64,
-                answered_by: self.identity.member,
+                role: role.into(),
+                matched,
+                lag: matched.map(|matched| metrics.last_log_index.unwrap_or(0).saturating_sub(matched)),
             }
+        };
+        self.store.read(|inner| proto::StatusAnswer {
+            members: membership.nodes().map(member).collect(),
+            keys: inner.state.tree.len() as u64,
+            sessions: inner.state.sessions.len() as u64,
+            revision: inner.state.revision,
+            compacted: inner.history.compacted(),
+            log_bytes: self.log.log().bytes_after(covered),
+            snapshot_bytes: self.snapshots.bytes(),
+            term: metrics.current_term,
+            applied,
+            watches: self.store.watches() as u64,
+            answered_by: self.identity.member,
         })
     }
 
     /// The term this member leads in, if it does.
-    fn leads(&self) -> Option<u64> {
+    pub(crate) fn leads(&self) -> Option<u64> {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
         (metrics.current_leader == Some(self.identity.member) && metrics.state.is_leader())
@@ -715,17 +798,36 @@ impl Core {
                 continue;
             };
             let sessions = self.store.read(|inner| {
-                let ttls = inner
-                    .state
-                    .sessions
-                    .iter()
-                    .map(|(id, session)| (*id, Duration::from_millis(session.ttl_ms)));
-                ttls.collect::<Vec<_>>()
+                let known = inner.state.sessions.iter().map(|(id, session)| Known {
+                    session: *id,
+                    ttl: Duration::from_millis(session.ttl_ms),
+                    silent: Duration::from_millis(session.silent_ms),
+                    heard: session.heard,
+                });
+                known.collect::<Vec<_>>()
             });
             let due = self.expiry.due(term, Instant::now(), sessions.into_iter());
-            for sessions in due.chunks(expiry::BATCH) {
+            for sessions in due.expired.chunks(expiry::BATCH) {
                 tokio::spawn(self.clone().expire(sessions.to_vec(), term));
             }
+            for silent in due.silent.chunks(expiry::BATCH) {
+                tokio::spawn(self.clone().note_silences(silent.to_vec(), term));
+            }
+        }
+    }
+
+    async fn note_silences(self, silent: Vec<(Known, Duration)>, term: u64) {
+        let silences = silent.iter().map(|(known, silent)| proto::Silence {
+            session: known.session,
+            silent_ms: u64::try_from(silent.as_millis()).unwrap_or(u64::MAX),
+            heard: known.heard,
+        });
+        let silences = Change::Silences(proto::Silences {
+            term,
+            silences: silences.collect(),
+        });
+        if let Err(error) = self.propose(Command::new(silences)).await {
+            tracing::debug!(%error, "the next Raft leader will not know that sessions are silent");
         }
     }
 

@@ -148,7 +148,17 @@ fn check(call: &Call) -> Result<(), Error> {
             }
         }
         Call::Command(command) => check_command(command),
+        Call::Members(change) => check_members(change),
         Call::KeepAlive(_) | Call::Status(_) | Call::Digest(_) => Ok(()),
+    }
+}
+
+fn check_members(change: &proto::ChangeMembers) -> Result<(), Error> {
+    use proto::change_members::Kind;
+    crate::config::check_name("name", &change.name)?;
+    match change.kind() {
+        Kind::Add => crate::config::check_address("address", &change.address),
+        Kind::Promote | Kind::Remove | Kind::Transfer => Ok(()),
     }
 }
 
@@ -156,7 +166,9 @@ fn check_command(command: &Command) -> Result<(), Error> {
     let invalid = |reason: &str| Err(Error::InvalidRequest(reason.into()));
     match &command.change {
         None => invalid("a change this version does not know"),
-        Some(Change::Expire(_)) => invalid("only a Raft leader expires sessions"),
+        Some(Change::Expire(_) | Change::Silences(_) | Change::Heard(_)) => {
+            invalid("only a Raft leader says when a session expires")
+        }
         Some(Change::Open(open)) if !(1_000..=3_600_000).contains(&open.ttl_ms) => invalid("a TTL is 1 s to 1 h"),
         Some(Change::Mark(_)) if command.session > 0 => invalid("a mark is of no session"),
         Some(Change::Open(_) | Change::Close(_) | Change::Mark(_)) => Ok(()),

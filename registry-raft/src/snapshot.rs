@@ -349,6 +349,8 @@ pub(crate) fn read(mut from: impl io::Read, mut each: impl FnMut(Record)) -> io:
                     let record = SessionRecord {
                         ttl_ms: session.ttl_ms,
                         answered_below: session.answered_below,
+                        silent_ms: session.silent_ms,
+                        heard: session.heard,
                         replies,
                         ..SessionRecord::default()
                     };
@@ -416,6 +418,8 @@ pub(crate) fn write(out: &mut dyn Write, identity: &Identity, frozen: &Frozen) -
             ttl_ms: session.ttl_ms,
             answered_below: session.answered_below,
             answered: answered.collect(),
+            silent_ms: session.silent_ms,
+            heard: session.heard,
         };
         put(
             out,

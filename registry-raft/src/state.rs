@@ -32,6 +32,10 @@ pub(crate) struct SessionRecord {
     pub(crate) replies: BTreeMap<u64, Reply>,
     /// Every sequence below was answered, and is not remembered.
     pub(crate) answered_below: u64,
+    /// How much of its TTL had passed without a keep-alive when that was last noted.
+    pub(crate) silent_ms: u64,
+    /// How often it was heard again after that: what was counted before is void then.
+    pub(crate) heard: u64,
 }
 
 /// A change to a key, as watches tell it.
@@ -129,7 +133,9 @@ impl State {
             Some(Change::Open(open)) => self.open(&open),
             Some(Change::Close(close)) => self.end(&[close.session], &mut changes),
             Some(Change::Expire(expire)) if expire.term == term => self.end(&expire.sessions, &mut changes),
-            Some(Change::Expire(_) | Change::Mark(_)) | None => Outcome::Done(proto::Unit {}),
+            Some(Change::Silences(silences)) if silences.term == term => self.note_silences(&silences),
+            Some(Change::Heard(session)) => self.note_heard(session),
+            Some(Change::Expire(_) | Change::Silences(_) | Change::Mark(_)) | None => Outcome::Done(proto::Unit {}),
         };
         let reply = Reply::from(outcome);
         if let Some(record) = self.sessions.get_mut(&session) {
@@ -158,6 +164,26 @@ impl State {
             }
         }
         self.revision += u64::from(!changes.is_empty());
+        Outcome::Done(proto::Unit {})
+    }
+
+    fn note_silences(&mut self, silences: &proto::Silences) -> Outcome {
+        for silence in &silences.silences {
+            let session = self.sessions.get_mut(&silence.session);
+            if let Some(session) = session.filter(|session| session.heard == silence.heard) {
+                Arc::make_mut(session).silent_ms = silence.silent_ms;
+            }
+        }
+        Outcome::Done(proto::Unit {})
+    }
+
+    fn note_heard(&mut self, session: u64) -> Outcome {
+        let Some(record) = self.sessions.get_mut(&session) else {
+            return Outcome::SessionExpired(session);
+        };
+        let record = Arc::make_mut(record);
+        record.silent_ms = 0;
+        record.heard += 1;
         Outcome::Done(proto::Unit {})
     }
 
@@ -431,6 +457,37 @@ mod tests {
         assert_eq!(
             outcome(&mut state, command(1, 2, txn(vec![put("/ns/a", true)]))),
             Outcome::SessionExpired(1)
+        );
+    }
+
+    #[test]
+    fn a_silence_counts_until_the_session_is_heard() {
+        let mut state = with_session();
+        let silence = |silent_ms, heard| {
+            let silence = proto::Silence {
+                session: 1,
+                silent_ms,
+                heard,
+            };
+            Command::new(Change::Silences(proto::Silences {
+                term: 1,
+                silences: vec![silence],
+            }))
+        };
+        state.apply(2, silence(400, 0));
+        assert_eq!(state.sessions[&1].silent_ms, 0, "it was counted in another term");
+        state.apply(1, silence(500, 0));
+        assert_eq!(state.sessions[&1].silent_ms, 500);
+        state.apply(1, Command::new(Change::Heard(1)));
+        assert_eq!(state.sessions[&1].silent_ms, 0);
+        state.apply(1, silence(700, 0));
+        assert_eq!(
+            state.sessions[&1].silent_ms, 0,
+            "it was counted before the session was heard"
+        );
+        assert_eq!(
+            outcome(&mut state, Command::new(Change::Heard(9))),
+            Outcome::SessionExpired(9)
         );
     }
 

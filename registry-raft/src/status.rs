@@ -42,8 +42,17 @@ pub struct MemberStatus {
     pub address: String,
     /// `leader`, `follower` or `learner`.
     pub role: String,
-    /// How much of the log it has, as far as the member that answered knows.
-    pub matched: u64,
+    /// The index up to which its log is the Raft leader's, if the Raft leader could be asked.
+    pub matched: Option<u64>,
+    /// How many entries of the log it lacks, if the Raft leader could be asked.
+    pub lag: Option<u64>,
+}
+
+impl Status {
+    /// The Raft leader, if the member that answered knows one.
+    pub fn leader(&self) -> Option<&MemberStatus> {
+        self.members.iter().find(|member| member.role == "leader")
+    }
 }
 
 impl From<proto::StatusAnswer> for Status {
@@ -54,6 +63,7 @@ impl From<proto::StatusAnswer> for Status {
             address: member.address,
             role: member.role,
             matched: member.matched,
+            lag: member.lag,
         };
         Self {
             members: answer.members.into_iter().map(member).collect(),

@@ -160,3 +160,38 @@ async fn without_a_quorum_only_stale_reads_are_answered_until_it_is_back() {
     .await;
     registry.close().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn repeated_changes_of_the_leader_keep_no_dead_session() {
+    let group = Group::start(3).await;
+    let wire = registry_tests::Wire::to(group.addresses()[0].parse().unwrap()).await;
+    let remote = RaftConfig::remote([wire.address().to_string()]);
+    let eight = Options {
+        session_ttl: registry_api::SessionTtl::new(Duration::from_secs(8)).unwrap(),
+        ..options()
+    };
+    let dead = registry_raft::connect(&remote, &eight).await.unwrap();
+    dead.put_ephemeral(&key("/e"), "").await.unwrap();
+    let registry = group.connect(1).await;
+    wire.cut();
+    let cut = std::time::Instant::now();
+    // A leader for five seconds each: none of them sees the whole TTL pass.
+    while registry.get(&key("/e"), Read::Linearizable).await.unwrap().is_some() {
+        assert!(
+            cut.elapsed() < Duration::from_secs(40),
+            "the elections keep the dead session"
+        );
+        let before = std::time::Instant::now();
+        while before.elapsed() < Duration::from_secs(5) {
+            if registry.get(&key("/e"), Read::Linearizable).await.unwrap().is_none() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let next = (group.leader().await + 1) % 3;
+        let name = group.member(next).name().to_owned();
+        let change = registry_raft::MemberChange::Transfer { name };
+        group.member(next).change_members(change).await.unwrap();
+    }
+    registry.close().await.unwrap();
+}

@@ -72,19 +72,7 @@ async fn run(settings: &Settings, out: Output) -> Outcome {
     {
         let asked = registry::raft::status(raft, &config.options).await;
         let status = asked.map_err(|error| Failure::connect(error, &config))?;
-        for member in &status.members {
-            out.line(
-                || {
-                    let this = if member.id == status.answered_by {
-                        "  (answered)"
-                    } else {
-                        ""
-                    };
-                    format!("member {:10} {:8} {}{this}", member.name, member.role, member.address)
-                },
-                || json!({ "member": member }),
-            )?;
-        }
+        super::members::show(&status, out)?;
         let people = || {
             format!(
                 "term {}, applied {}, revision {} (watchable after {})\n{} keys, {} sessions, {} watches\nlog {}, snapshot {}",

@@ -71,8 +71,8 @@ impl Group {
     }
 
     pub fn addresses(&self) -> Vec<String> {
-        self.configs
-            .iter()
+        let founders = self.configs.iter().filter(|config| config.join.is_empty());
+        founders
             .map(|config| config.cluster[config.member.as_deref().unwrap_or("a")].clone())
             .collect()
     }
@@ -115,6 +115,30 @@ impl Group {
         let leader = self.leader().await;
         let others = (0..self.members.len()).find(|at| *at != leader && self.members[*at].is_some());
         others.expect("there is another")
+    }
+
+    /// Starts one more member, which joins at the others' addresses. Answers its place.
+    pub async fn join(&mut self, name: &str, set: impl Fn(&mut RaftConfig)) -> usize {
+        let mut config = RaftConfig::default();
+        config.member = Some(name.into());
+        config.data_dir = Some(self.directory().join(format!("{name}-{}", self.configs.len())));
+        config.listen = Some(format!("127.0.0.1:{}", free_port()));
+        config.join = self.addresses();
+        config.timers = Timers::Fast;
+        set(&mut config);
+        let member = registry_tests::within(PATIENCE, Member::start(&config))
+            .await
+            .expect("it joins");
+        self.configs.push(config);
+        self.members.push(Some(member));
+        self.members.len() - 1
+    }
+
+    /// The role of a member, as that member sees it.
+    pub fn role(&self, at: usize) -> String {
+        let status = self.member(at).status();
+        let own = status.members.iter().find(|member| member.id == status.answered_by);
+        own.map_or_else(|| "none".into(), |member| member.role.clone())
     }
 
     pub async fn connect(&self, at: usize) -> Arc<dyn Registry> {

@@ -1,0 +1,301 @@
+//! Who is in the group, changed while it runs; and who of them leads.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use openraft::async_runtime::WatchReceiver;
+use openraft::error::{ChangeMembershipError, ClientWriteError, RaftError};
+use openraft::{ChangeMembers, Instant as _, LogIdOptionExt};
+use registry_api::{Error, Result};
+use tokio::sync::watch;
+
+use crate::founding::greet;
+use crate::leader::Leader;
+use crate::link::Link;
+use crate::member::{Core, unavailable};
+use crate::proto;
+use crate::proto::registry::peer::v1 as message;
+use crate::proto::request::Call;
+use crate::types::Peer;
+
+/// How often it is looked whether this member still leads.
+const LOOK: Duration = Duration::from_millis(20);
+/// The pause before a change is asked for again.
+const PAUSE: Duration = Duration::from_millis(100);
+/// How many entries a learner may lack that is to have a vote.
+const LAG: u64 = 1000;
+
+/// A change of the group's members, by their names. It is an entry of the log, and one at a time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MemberChange {
+    /// Takes in a member that was started with `join`, as a learner: it follows the log and has no vote. One that joined
+    /// by itself is there already.
+    Add {
+        /// Its name.
+        name: String,
+        /// Where it listens.
+        address: String,
+    },
+    /// Gives a learner a vote, once it has the log.
+    Promote {
+        /// Its name.
+        name: String,
+    },
+    /// Takes a member out for good: it stops, and its directory is of no use any more. One that is dead can be removed
+    /// as long as more than half of the others with a vote live.
+    Remove {
+        /// Its name.
+        name: String,
+    },
+    /// Makes another member the Raft leader.
+    Transfer {
+        /// Its name.
+        name: String,
+    },
+}
+
+impl From<MemberChange> for proto::ChangeMembers {
+    fn from(change: MemberChange) -> Self {
+        use proto::change_members::Kind;
+        let (kind, name, address) = match change {
+            MemberChange::Add { name, address } => (Kind::Add, name, address),
+            MemberChange::Promote { name } => (Kind::Promote, name, String::new()),
+            MemberChange::Remove { name } => (Kind::Remove, name, String::new()),
+            MemberChange::Transfer { name } => (Kind::Transfer, name, String::new()),
+        };
+        Self {
+            kind: kind.into(),
+            name,
+            address,
+        }
+    }
+}
+
+/// Asks for a change, again while it is not known to be made and there is time.
+pub(crate) async fn ask(link: &dyn Link, change: MemberChange, patience: Duration) -> Result<()> {
+    let until = Instant::now() + patience;
+    let removal = matches!(change, MemberChange::Remove { .. });
+    let mut unknown = false;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        match link.call(Call::Members(change.clone().into()), left).await {
+            Ok(_) => return Ok(()),
+            // It is gone: an earlier try has removed it.
+            Err(Error::InvalidRequest(_)) if unknown && removal => return Ok(()),
+            Err(error @ (Error::OutcomeUnknown { .. } | Error::Unavailable { .. })) => {
+                unknown |= matches!(error, Error::OutcomeUnknown { .. });
+                if left < PAUSE {
+                    return Err(error);
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+impl Core {
+    /// Changes the members, on the Raft leader. What is so already is no error.
+    pub(crate) async fn change_members(&self, change: proto::ChangeMembers) -> Result<()> {
+        use proto::change_members::Kind;
+        let name = &change.name;
+        if change.kind() == Kind::Add {
+            return self.invite(name, &change.address).await;
+        }
+        let metrics = self.raft().metrics().borrow_watched().clone();
+        let membership = metrics.membership_config.membership().clone();
+        let Some((id, _)) = membership.nodes().find(|(_, peer)| peer.name == *name) else {
+            let names: Vec<_> = membership.nodes().map(|(_, peer)| peer.name.as_str()).collect();
+            let reason = format!("there is no member {name:?}; there are {}", names.join(", "));
+            return Err(Error::InvalidRequest(reason));
+        };
+        let (id, votes) = (*id, membership.voter_ids().collect::<BTreeSet<_>>());
+        match change.kind() {
+            Kind::Add => Ok(()),
+            Kind::Promote if votes.contains(&id) => Ok(()),
+            Kind::Promote => {
+                self.caught_up(id, name).await?;
+                self.propose_members(ChangeMembers::AddVoterIds(BTreeSet::from([id])), true)
+                    .await
+            }
+            Kind::Remove if votes.len() == 1 && votes.contains(&id) => Err(Error::InvalidRequest(format!(
+                "{name:?} is the only member with a vote: stop it instead"
+            ))),
+            Kind::Remove if votes.contains(&id) => {
+                self.propose_members(ChangeMembers::RemoveVoters(BTreeSet::from([id])), false)
+                    .await
+            }
+            Kind::Remove => {
+                self.propose_members(ChangeMembers::RemoveNodes(BTreeSet::from([id])), false)
+                    .await
+            }
+            Kind::Transfer if !votes.contains(&id) => Err(Error::InvalidRequest(format!(
+                "{name:?} is a learner: promote it first"
+            ))),
+            Kind::Transfer => self.transfer(id).await,
+        }
+    }
+
+    async fn invite(&self, name: &str, address: &str) -> Result<()> {
+        let lane = self.network().new_lane(address);
+        let nobody = |reason: String| Err(Error::InvalidRequest(reason));
+        let greeting = match greet(&lane, message::Greeting::default()).await {
+            Ok(greeting) => greeting,
+            Err(status) => {
+                let reason = format!(
+                    "nobody answers at {address}: start it there with `join` ({})",
+                    status.message()
+                );
+                return Err(unavailable(reason));
+            }
+        };
+        if greeting.name != name {
+            return nobody(format!("at {address} is member {:?}, not {name:?}", greeting.name));
+        }
+        if !greeting.cluster.is_empty() && *greeting.cluster != self.identity().cluster {
+            return nobody(format!("the member at {address} is in another group"));
+        }
+        let admission = message::Admission {
+            cluster: bytes::Bytes::copy_from_slice(&self.identity().cluster),
+            id: greeting.id,
+            name: name.into(),
+            address: address.into(),
+            forwarded: true,
+        };
+        let admitted = self.admit(admission).await;
+        admitted.map_err(|status| match status.code() {
+            tonic::Code::AlreadyExists => Error::InvalidRequest(status.message().into()),
+            _ => unavailable(status.message().to_owned()),
+        })
+    }
+
+    /// Waits until a learner has nearly all of the log.
+    async fn caught_up(&self, id: u64, name: &str) -> Result<()> {
+        let mut metrics = self.raft().metrics();
+        loop {
+            {
+                let metrics = metrics.borrow_watched();
+                let Some(replication) = &metrics.replication else {
+                    return Err(unavailable("the Raft leader has changed"));
+                };
+                let matched = replication.get(&id).copied().flatten();
+                if matched.next_index() + LAG >= metrics.last_log_index.map_or(0, |index| index + 1)
+                    && matched.is_some()
+                {
+                    return Ok(());
+                }
+            }
+            let changed = tokio::time::timeout(Duration::from_secs(5), metrics.changed()).await;
+            match changed {
+                Ok(changed) => changed.map_err(unavailable)?,
+                Err(_) => return Err(unavailable(format!("{name:?} does not catch up"))),
+            }
+        }
+    }
+
+    async fn propose_members(&self, change: ChangeMembers<u64, Peer>, retain: bool) -> Result<()> {
+        match self.raft().change_membership(change, retain).await {
+            Ok(_) => Ok(()),
+            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => {
+                Err(unavailable("the Raft leader has changed"))
+            }
+            Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(
+                error @ (ChangeMembershipError::InProgress(_) | ChangeMembershipError::UncommittedLeaderLog(_)),
+            ))) => Err(unavailable(error)),
+            Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(error))) => {
+                Err(Error::InvalidRequest(error.to_string()))
+            }
+            Err(error) => Err(Error::OutcomeUnknown {
+                operation: "a change of members",
+                source: error.into(),
+            }),
+        }
+    }
+
+    /// Makes another member lead, and waits until it does.
+    pub(crate) async fn transfer(&self, to: u64) -> Result<()> {
+        if to == self.identity().member {
+            return Ok(());
+        }
+        // Who asks whether this member leads is told the end before another can begin.
+        self.handing_over().send_replace(true);
+        let handed = async {
+            self.raft().trigger().transfer_leader(to).await.map_err(unavailable)?;
+            let mut metrics = self.raft().server_metrics();
+            loop {
+                match self.known_leader() {
+                    Some(Leader::Other(leader, _)) if leader == to => return Ok(()),
+                    Some(Leader::Other(_, peer)) => return Err(unavailable(format!("{} leads instead", peer.name))),
+                    Some(Leader::This) | None => metrics.changed().await.map_err(unavailable)?,
+                }
+            }
+        };
+        let patience = Duration::from_millis(3 * self.timers().millis().2);
+        let handed = match tokio::time::timeout(patience, handed).await {
+            Ok(handed) => handed,
+            Err(_) => Err(unavailable("the other member did not take over")),
+        };
+        self.handing_over().send_replace(false);
+        handed
+    }
+
+    /// Before an orderly stop: makes the member lead that has most of the log, so that nobody waits for the silence.
+    pub(crate) async fn hand_over(&self) {
+        if self.known_leader() != Some(Leader::This) {
+            return;
+        }
+        let next = {
+            let metrics = self.raft().metrics();
+            let metrics = metrics.borrow_watched();
+            let matched: BTreeMap<_, _> = metrics.replication.clone().unwrap_or_default();
+            let heard = metrics.heartbeat.clone().unwrap_or_default();
+            let voters = metrics.membership_config.membership().voter_ids().collect::<Vec<_>>();
+            let others = voters.into_iter().filter(|id| *id != self.identity().member);
+            // One that is not heard of would leave everybody waiting.
+            others.max_by_key(|id| {
+                (
+                    heard.get(id).copied().flatten().map(|at| *at),
+                    matched.get(id).copied().flatten(),
+                )
+            })
+        };
+        let Some(next) = next else { return };
+        let start = Instant::now();
+        match self.transfer(next).await {
+            Ok(()) => tracing::info!(took = ?start.elapsed(), "another member leads now"),
+            Err(error) => tracing::warn!(%error, "the leadership could not be handed over"),
+        }
+    }
+
+    /// Tells in which term this member leads, as long as no other can, as far as its clock tells.
+    pub(crate) async fn keep_leadership(self, told: watch::Sender<Option<u64>>, mut stopping: watch::Receiver<bool>) {
+        let mut metrics = self.raft().metrics();
+        let mut handing_over = self.handing_over().subscribe();
+        while !*stopping.borrow_and_update() {
+            let leads = self.leads_surely().filter(|_| !*handing_over.borrow_and_update());
+            told.send_if_modified(|told| std::mem::replace(told, leads) != leads);
+            tokio::select! {
+                // It may end by time alone.
+                () = tokio::time::sleep(LOOK), if leads.is_some() => {}
+                changed = metrics.changed() => if changed.is_err() { break },
+                // An error says that the member is gone.
+                _ = handing_over.changed() => {}
+                _ = stopping.changed() => {}
+            }
+        }
+        told.send_replace(None);
+    }
+
+    /// The term this member leads in, if a majority heard it a short time ago: the others elect nobody else for
+    /// `election_timeout_max` after they heard it.
+    fn leads_surely(&self) -> Option<u64> {
+        let term = self.leads()?;
+        let metrics = self.raft().metrics();
+        let metrics = metrics.borrow_watched();
+        let voters = metrics.membership_config.membership().voter_ids().count();
+        let lease = Duration::from_millis(self.timers().millis().2).mul_f64(0.8);
+        let heard = metrics.last_quorum_acked.is_some_and(|at| at.elapsed() < lease);
+        (voters == 1 || heard).then_some(term)
+    }
+}

@@ -1,0 +1,269 @@
+//! The members of a group, changed while it runs.
+
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+
+use std::time::{Duration, Instant};
+
+use harness::{Group, PATIENCE};
+use registry_api::{Error, Read, WatchItem, WatchRequest, WatchScope};
+use registry_raft::{Member, MemberChange};
+use registry_tests::cluster::eventually;
+use registry_tests::{key, within};
+
+fn promote(name: &str) -> MemberChange {
+    MemberChange::Promote { name: name.into() }
+}
+
+fn remove(name: &str) -> MemberChange {
+    MemberChange::Remove { name: name.into() }
+}
+
+fn transfer(name: &str) -> MemberChange {
+    MemberChange::Transfer { name: name.into() }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_member_catches_up_by_snapshot_while_writes_go_on_then_votes() {
+    let mut group = Group::start_with(3, |config| config.snapshot_log_bytes = Some(1 << 20)).await;
+    let leader = group.leader().await;
+    let registry = group.connect(leader).await;
+    // More than the log keeps: what is left of it begins after the first entries.
+    for n in 0..40 {
+        registry
+            .put(&key(&format!("/k/{n}")), vec![b'v'; 100_000])
+            .await
+            .unwrap();
+    }
+    group.member(leader).snapshot().await.unwrap();
+    eventually(PATIENCE, || async { group.member(leader).status().snapshot_bytes > 0 }).await;
+    let writing = tokio::spawn({
+        let registry = registry.clone();
+        async move {
+            let mut written = 0_u32;
+            for n in 0..200 {
+                registry.put(&key("/busy"), n.to_string()).await.unwrap();
+                written = n;
+            }
+            written
+        }
+    });
+    let d = group
+        .join("d", |config| config.snapshot_log_bytes = Some(1 << 20))
+        .await;
+    assert_eq!(group.role(d), "learner");
+    let learner = group.connect(d).await;
+    for n in 0..40 {
+        let entry = learner
+            .get(&key(&format!("/k/{n}")), Read::Linearizable)
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!(entry.value.len(), 100_000);
+    }
+    let mut watch = learner
+        .watch(WatchRequest::new(key("/w"), WatchScope::Key))
+        .await
+        .unwrap();
+    assert!(matches!(watch.next().await.unwrap().unwrap(), WatchItem::Synced(_)));
+    registry.put(&key("/w"), "told").await.unwrap();
+    let told = within(PATIENCE, watch.next()).await.unwrap().unwrap();
+    assert!(
+        matches!(&told, WatchItem::Changes(events) if events[0].entry().value == "told"),
+        "{told:?}"
+    );
+    assert_eq!(
+        learner.get(&key("/w"), Read::Stale).await.unwrap().unwrap().value,
+        "told"
+    );
+    let last = writing.await.unwrap();
+    assert_eq!(
+        learner
+            .get(&key("/busy"), Read::Linearizable)
+            .await
+            .unwrap()
+            .unwrap()
+            .value,
+        last.to_string()
+    );
+    let follower = group.follower().await;
+    group.member(follower).change_members(promote("d")).await.unwrap();
+    group.member(follower).change_members(promote("d")).await.unwrap();
+    eventually(PATIENCE, || async { group.role(d) != "learner" }).await;
+    registry.close().await.unwrap();
+    learner.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removed_member_stops_and_says_so_and_does_not_come_back() {
+    let mut group = Group::start(3).await;
+    let gone = group.follower().await;
+    let leader = group.leader().await;
+    let name = group.member(gone).name().to_owned();
+    group.member(leader).change_members(remove(&name)).await.unwrap();
+    let reason = within(PATIENCE, group.member(gone).ended()).await;
+    assert!(reason.contains("was removed"), "{reason}");
+    group.stop(gone).await;
+    let refused = Member::start(&group.configs[gone]).await.unwrap_err();
+    assert!(
+        matches!(&refused, Error::Storage { reason, .. } if reason.contains("was removed")),
+        "{refused}"
+    );
+    let registry = group.connect(leader).await;
+    registry.put(&key("/a"), "goes on").await.unwrap();
+    registry.close().await.unwrap();
+    let unknown = group.member(leader).change_members(remove("nobody")).await;
+    assert!(matches!(unknown, Err(Error::InvalidRequest(_))), "{unknown:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removed_leader_stops_and_the_others_go_on() {
+    let mut group = Group::start(3).await;
+    let leader = group.leader().await;
+    let name = group.member(leader).name().to_owned();
+    let other = (leader + 1) % 3;
+    let registry = group.connect(other).await;
+    registry.put(&key("/a"), "before").await.unwrap();
+    group.member(other).change_members(remove(&name)).await.unwrap();
+    within(PATIENCE, group.member(leader).ended()).await;
+    group.stop(leader).await;
+    assert_eq!(
+        registry
+            .get(&key("/a"), Read::Linearizable)
+            .await
+            .unwrap()
+            .unwrap()
+            .value,
+        "before"
+    );
+    registry.put(&key("/a"), "after").await.unwrap();
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_machine_is_replaced_and_its_name_is_free_again() {
+    let mut group = Group::start(3).await;
+    let dead = group.follower().await;
+    let leader = group.leader().await;
+    let name = group.member(dead).name().to_owned();
+    let before: Vec<_> = group
+        .member(leader)
+        .status()
+        .members
+        .iter()
+        .map(|member| member.id)
+        .collect();
+    let registry = group.connect(leader).await;
+    registry.put(&key("/a"), "1").await.unwrap();
+    group.stop(dead).await;
+    group.member(leader).change_members(remove(&name)).await.unwrap();
+    let new = group.join(&name, |_| {}).await;
+    group.member(leader).change_members(promote(&name)).await.unwrap();
+    let after = group.member(leader).status().members;
+    assert_eq!(after.len(), 3);
+    let id = after.iter().find(|member| member.name == name).unwrap().id;
+    assert!(!before.contains(&id), "an id was given again");
+    // With the other follower gone the new one makes the majority.
+    let other = (0..3).find(|at| *at != leader && *at != dead).unwrap();
+    group.stop(other).await;
+    registry.put(&key("/a"), "2").await.unwrap();
+    let replaced = group.connect(new).await;
+    assert_eq!(
+        replaced
+            .get(&key("/a"), Read::Linearizable)
+            .await
+            .unwrap()
+            .unwrap()
+            .value,
+        "2"
+    );
+    registry.close().await.unwrap();
+    replaced.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_leadership_is_transferred_and_told_with_its_term() {
+    let group = Group::start(3).await;
+    let leader = group.leader().await;
+    let mut leads = group.member(leader).leadership();
+    let term = within(PATIENCE, leads.wait_for(Option::is_some))
+        .await
+        .unwrap()
+        .unwrap();
+    let next = (leader + 1) % 3;
+    let mut next_leads = group.member(next).leadership();
+    assert_eq!(*next_leads.borrow(), None);
+    let name = group.member(next).name().to_owned();
+    group.member(leader).change_members(transfer(&name)).await.unwrap();
+    within(PATIENCE, leads.wait_for(Option::is_none)).await.unwrap();
+    let later = within(PATIENCE, next_leads.wait_for(Option::is_some))
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(later > term, "{later} is not after {term}");
+    assert_eq!(group.leader().await, next);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_without_its_majority_is_told_before_long() {
+    let mut group = Group::start(3).await;
+    let leader = group.leader().await;
+    let mut leads = group.member(leader).leadership();
+    within(PATIENCE, leads.wait_for(Option::is_some)).await.unwrap();
+    for other in (0..3).filter(|other| *other != leader) {
+        group.stop(other).await;
+    }
+    within(PATIENCE, leads.wait_for(Option::is_none)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_orderly_stop_hands_over() {
+    let mut group = Group::start_with(3, |config| config.timers = registry_raft::Timers::Default).await;
+    let leader = group.leader().await;
+    let other = (leader + 1) % 3;
+    let registry = group.connect(other).await;
+    registry.put(&key("/a"), "1").await.unwrap();
+    let stopping = Instant::now();
+    let stopped = group.stop(leader);
+    // From the first moment of the stop on, somebody writes: the longest wait is the hand-over.
+    let writing = async {
+        let mut longest = Duration::ZERO;
+        while stopping.elapsed() < Duration::from_secs(1) {
+            let asked = Instant::now();
+            registry.put(&key("/a"), "2").await.unwrap();
+            longest = longest.max(asked.elapsed());
+        }
+        longest
+    };
+    let ((), longest) = tokio::join!(stopped, writing);
+    // An election by silence takes 900 ms and more; a busy machine gets most of that.
+    assert!(longest < Duration::from_millis(800), "{longest:?}");
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_of_one_grows() {
+    let mut group = Group::start(1).await;
+    let registry = group.connect(0).await;
+    registry.put(&key("/a"), "1").await.unwrap();
+    let b = group.join("b", |_| {}).await;
+    let c = group.join("c", |_| {}).await;
+    for name in ["b", "c"] {
+        group.member(0).change_members(promote(name)).await.unwrap();
+    }
+    group.stop(0).await;
+    let others = group.connect(b).await;
+    assert_eq!(
+        others.get(&key("/a"), Read::Linearizable).await.unwrap().unwrap().value,
+        "1"
+    );
+    others.put(&key("/a"), "2").await.unwrap();
+    let third = group.connect(c).await;
+    assert_eq!(
+        third.get(&key("/a"), Read::Linearizable).await.unwrap().unwrap().value,
+        "2"
+    );
+    others.close().await.unwrap();
+    third.close().await.unwrap();
+}

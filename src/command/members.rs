@@ -1,0 +1,89 @@
+//! members
+
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use registry::Backend;
+use registry::raft::{MemberChange, Status};
+use serde_json::json;
+
+use super::output::Output;
+use super::{Failure, Outcome, Settings};
+
+#[derive(Debug, Args)]
+pub(crate) struct Members {
+    #[command(subcommand)]
+    change: Option<Change>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Change {
+    /// Takes in a member that was started with `join`, as a learner without a vote.
+    Add {
+        /// Its name.
+        name: String,
+        /// Where it listens, as host:port.
+        address: String,
+    },
+    /// Gives a learner a vote, once it has caught up.
+    Promote {
+        /// Its name.
+        name: String,
+    },
+    /// Takes a member out for good: it stops, and can't come back with its data.
+    Remove {
+        /// Its name.
+        name: String,
+    },
+    /// Makes another member the Raft leader.
+    Transfer {
+        /// Its name.
+        name: String,
+    },
+}
+
+impl Members {
+    pub(crate) async fn run(self, settings: &Settings, out: Output) -> Outcome {
+        let config = settings.remote()?;
+        let Backend::Raft(raft) = &config.backend else {
+            return Err(Failure::usage("only the embedded store has members of its own"));
+        };
+        if let Some(change) = self.change {
+            let change = match change {
+                Change::Add { name, address } => MemberChange::Add { name, address },
+                Change::Promote { name } => MemberChange::Promote { name },
+                Change::Remove { name } => MemberChange::Remove { name },
+                Change::Transfer { name } => MemberChange::Transfer { name },
+            };
+            registry::raft::change_members(raft, &config.options, change).await?;
+        }
+        let status = registry::raft::status(raft, &config.options).await;
+        show(&status.map_err(|error| Failure::connect(error, &config))?, out)?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// A line for each member.
+pub(super) fn show(status: &Status, out: Output) -> Result<(), Failure> {
+    for member in &status.members {
+        out.line(
+            || {
+                let lag = match member.lag {
+                    Some(0) => String::new(),
+                    Some(lag) => format!("  lacks {lag} entries"),
+                    None => "  how far it is, is not known".into(),
+                };
+                let this = match member.id == status.answered_by {
+                    true => "  (answered)",
+                    false => "",
+                };
+                format!(
+                    "member {:10} {:8} {}{lag}{this}",
+                    member.name, member.role, member.address
+                )
+            },
+            || json!({ "member": member }),
+        )?;
+    }
+    Ok(())
+}
