@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use registry_api::{Error, Result};
@@ -13,6 +14,8 @@ use crate::log::Identity;
 
 const FORMAT: u32 = 1;
 const IDENTITY: &str = "identity";
+/// How long a member that was dropped may take to let go of its directory.
+const LET_GO: Duration = Duration::from_secs(2);
 
 /// An open data directory. Dropping it lets another process open it.
 #[derive(Debug)]
@@ -46,7 +49,7 @@ impl Directory {
             OpenOptions::new().create(true).truncate(false).write(true),
         );
         let lock = lock.map_err(failed("can't be locked"))?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        match lock_within(&lock, LET_GO) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 return Err(storage(
@@ -131,6 +134,19 @@ impl Directory {
             *label = changed;
         }
         Ok(())
+    }
+}
+
+/// Takes the lock, at the latest when a member that just ended has let go of it.
+fn lock_within(lock: &File, patience: Duration) -> rustix::io::Result<()> {
+    let until = Instant::now() + patience;
+    loop {
+        match flock(lock, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            taken => return taken,
+        }
     }
 }
 

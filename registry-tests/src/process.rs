@@ -3,6 +3,7 @@
 use std::io;
 use std::net::TcpListener;
 use std::process::Stdio;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -52,6 +53,16 @@ impl Process {
         self.child.wait().await
     }
 
+    /// Its number, as long as it runs.
+    pub fn id(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Waits until it ends by itself.
+    pub async fn ended(&mut self) -> io::Result<std::process::ExitStatus> {
+        self.child.wait().await
+    }
+
     /// Stops its clock.
     pub fn pause(&self) {
         self.signal(Signal::STOP);
@@ -73,8 +84,16 @@ impl Process {
     }
 }
 
-/// A port that was free a moment ago.
+/// A port that was free a moment ago. It is none that the system gives to connections: a server that is killed finds it
+/// free again.
 pub fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
-    listener.local_addr().expect("a listener has an address").port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id().wrapping_mul(7919);
+    loop {
+        let next = first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = u16::try_from(10_000 + next % 20_000).expect("it is less than 30,000");
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }

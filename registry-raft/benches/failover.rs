@@ -1,0 +1,191 @@
+//! How long nobody can write after the leader is killed (`kill -9`), and after it stops in an orderly way: three members
+//! as processes, medians and extremes of 20 trials for each profile of timers.
+//!
+//! `cargo bench -p registry-raft --bench failover [-- TRIALS]`
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use registry_api::{Key, Options, Registry, Result, SessionTtl};
+use registry_raft::{Member, RaftConfig, Status, Timers};
+
+const NAMES: [&str; 3] = ["a", "b", "c"];
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let arguments: Vec<_> = std::env::args()
+        .skip(1)
+        .filter(|argument| argument != "--bench")
+        .collect();
+    if let [what, name, dir, timers, addresses] = &arguments[..]
+        && what == "member"
+    {
+        return member(name, dir.into(), timers, addresses).await;
+    }
+    let trials = arguments.first().and_then(|trials| trials.parse().ok()).unwrap_or(20);
+    for timers in ["fast", "default"] {
+        let dir = std::env::temp_dir().join(format!("registry-failover-{}-{timers}", std::process::id()));
+        let measured = measure(timers, &dir, trials).await;
+        // The figures are printed; what can't be removed is for the user to see.
+        let _ = std::fs::remove_dir_all(&dir);
+        measured?;
+    }
+    Ok(())
+}
+
+fn config(name: &str, dir: &Path, timers: &str, addresses: &[String]) -> RaftConfig {
+    let mut config = RaftConfig::default();
+    config.member = Some(name.into());
+    config.data_dir = Some(dir.join(name));
+    let list = NAMES.iter().map(ToString::to_string).zip(addresses.iter().cloned());
+    config.cluster = list.collect::<BTreeMap<_, _>>();
+    config.timers = if timers == "fast" {
+        Timers::Fast
+    } else {
+        Timers::Default
+    };
+    config
+}
+
+/// A member, until its standard input ends.
+async fn member(name: &str, dir: PathBuf, timers: &str, addresses: &str) -> Result<()> {
+    let addresses: Vec<_> = addresses.split(',').map(str::to_owned).collect();
+    let member = Member::start(&config(name, &dir, timers, &addresses)).await?;
+    println!("ready");
+    let ended = tokio::task::spawn_blocking(|| std::io::stdin().lines().for_each(drop));
+    ended.await.expect("reading does not panic");
+    member.stop().await
+}
+
+struct Group {
+    dir: PathBuf,
+    timers: String,
+    addresses: Vec<String>,
+    processes: Vec<Child>,
+}
+
+impl Group {
+    fn spawn(&self, at: usize) -> Child {
+        let mut command = Command::new(std::env::current_exe().expect("this program has a file"));
+        command
+            .args(["member", NAMES[at]])
+            .arg(&self.dir)
+            .arg(&self.timers)
+            .arg(self.addresses.join(","));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.spawn().expect("a member can be started")
+    }
+
+    fn ready(process: &mut Child) {
+        let output = process.stdout.take().expect("its output is a pipe");
+        let first = BufReader::new(output).lines().next();
+        assert!(first.is_some_and(|line| line.is_ok()), "a member did not start");
+    }
+
+    /// Which member leads and every one follows.
+    async fn leader(&self) -> usize {
+        loop {
+            let remote = RaftConfig::remote(self.addresses.clone());
+            let status = registry_raft::status(&remote, &options()).await;
+            let followed = |status: &Status| {
+                let leader = status.leader()?.name.clone();
+                let all = status
+                    .members
+                    .iter()
+                    .all(|member| member.lag.is_some_and(|lag| lag < 10));
+                NAMES.iter().position(|name| *name == leader).filter(|_| all)
+            };
+            if let Some(leader) = status.ok().as_ref().and_then(followed) {
+                return leader;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    async fn connect(&self) -> Result<Arc<dyn Registry>> {
+        registry_raft::connect(&RaftConfig::remote(self.addresses.clone()), &options()).await
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        for process in &mut self.processes {
+            // It may have ended.
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
+
+fn options() -> Options {
+    Options {
+        session_ttl: SessionTtl::new(Duration::from_secs(10)).expect("it is one"),
+        ..Options::default()
+    }
+}
+
+async fn measure(timers: &str, dir: &Path, trials: usize) -> Result<()> {
+    let free = || {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+        listener.local_addr().expect("it has an address").to_string()
+    };
+    let mut group = Group {
+        dir: dir.into(),
+        timers: timers.into(),
+        addresses: NAMES.iter().map(|_| free()).collect(),
+        processes: Vec::new(),
+    };
+    for at in 0..NAMES.len() {
+        let process = group.spawn(at);
+        group.processes.push(process);
+    }
+    group.processes.iter_mut().for_each(Group::ready);
+    let registry = group.connect().await?;
+    let session = registry.session().live()?;
+    for how in ["kill -9", "orderly stop"] {
+        let mut took = Vec::new();
+        for _ in 0..trials {
+            let leader = group.leader().await;
+            registry.put(&key(), "before").await?;
+            let longest = tokio::spawn(longest_put(registry.clone()));
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            match how {
+                "kill -9" => group.processes[leader].kill().expect("it runs"),
+                _ => drop(group.processes[leader].stdin.take()),
+            }
+            took.push(longest.await.expect("it does not panic")?);
+            group.processes[leader].wait().expect("it ends");
+            group.processes[leader] = group.spawn(leader);
+            Group::ready(&mut group.processes[leader]);
+        }
+        took.sort();
+        println!(
+            "timers {timers:8} {how:13} until the next write is acknowledged: median {:6.0?}, least {:6.0?}, most {:6.0?} ({trials} trials)",
+            took[took.len() / 2],
+            took[0],
+            took[took.len() - 1]
+        );
+    }
+    let kept = registry.session().live()? == session;
+    println!("timers {timers:8} the session is the one of the beginning: {kept}");
+    registry.close().await
+}
+
+fn key() -> Key {
+    Key::parse("/k").expect("it is one")
+}
+
+/// The longest that one put took, of a writer that goes on for three seconds.
+async fn longest_put(registry: Arc<dyn Registry>) -> Result<Duration> {
+    let (start, mut longest) = (Instant::now(), Duration::ZERO);
+    while start.elapsed() < Duration::from_secs(3) {
+        let asked = Instant::now();
+        registry.put(&key(), "v").await?;
+        longest = longest.max(asked.elapsed());
+    }
+    Ok(longest)
+}

@@ -1,0 +1,186 @@
+//! A group whose members are processes, each killed with the test.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Output;
+use std::sync::Arc;
+use std::time::Duration;
+
+use registry::raft::{self, RaftConfig, Status};
+use registry::{Options, Registry, SessionTtl};
+use registry_tests::{Process, process, within};
+use tempfile::TempDir;
+use tokio::process::Command;
+
+use crate::net::Net;
+
+pub(crate) const PATIENCE: Duration = Duration::from_secs(40);
+const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
+
+pub(crate) struct Group {
+    dir: TempDir,
+    pub(crate) net: Net,
+    pub(crate) listen: Vec<SocketAddr>,
+    processes: Vec<Option<Process>>,
+}
+
+impl Group {
+    pub(crate) async fn start(size: usize) -> Self {
+        let listen: Vec<_> = (0..size)
+            .map(|_| SocketAddr::from(([127, 0, 0, 1], process::free_port())))
+            .collect();
+        let net = Net::before(&listen).await;
+        let dir = TempDir::new().unwrap();
+        let list: String = (0..size)
+            .map(|at| format!("{} = \"{}\"\n", NAMES[at], net.address(at)))
+            .collect();
+        for (at, listen) in listen.iter().enumerate() {
+            let name = NAMES[at];
+            let data = dir.path().join(name);
+            let text = format!(
+                "[registry.raft]\nmember = \"{name}\"\ndata_dir = \"{}\"\nlisten = \"{listen}\"\n\
+                 [registry.raft.cluster]\n{list}",
+                data.display()
+            );
+            std::fs::write(dir.path().join(format!("{name}.toml")), text).unwrap();
+        }
+        let mut group = Self {
+            dir,
+            net,
+            listen,
+            processes: (0..size).map(|_| None).collect(),
+        };
+        group.restart(&(0..size).collect::<Vec<_>>()).await;
+        group
+    }
+
+    pub(crate) fn size(&self) -> usize {
+        self.processes.len()
+    }
+
+    pub(crate) fn config_file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(format!("{name}.toml"))
+    }
+
+    pub(crate) fn directory(&self) -> PathBuf {
+        self.dir.path().into()
+    }
+
+    /// Starts these members, all at once, and waits until each is ready.
+    pub(crate) async fn restart(&mut self, members: &[usize]) {
+        let starting = members.iter().map(|at| Self::serve(self.config_file(NAMES[*at])));
+        let started = futures_util::future::join_all(starting).await;
+        for (at, process) in members.iter().zip(started) {
+            self.net.runs(*at, process.id());
+            self.processes[*at] = Some(process);
+        }
+    }
+
+    pub(crate) async fn serve(config: PathBuf) -> Process {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_registry"));
+        command
+            .arg("serve")
+            .arg("--config")
+            .arg(config)
+            .env_remove("REGISTRY_CONFIG");
+        let ready = |line: &str| line.contains("ready").then_some(());
+        Process::start(command, ready).await.0
+    }
+
+    pub(crate) async fn kill(&mut self, at: usize) {
+        self.net.runs(at, None);
+        self.processes[at].take().unwrap().kill().await;
+    }
+
+    pub(crate) fn process(&mut self, at: usize) -> &mut Process {
+        self.processes[at].as_mut().unwrap()
+    }
+
+    /// A handle on one member alone.
+    pub(crate) async fn connect(&self, at: usize) -> Arc<dyn Registry> {
+        raft::connect(&self.remote(at), &options()).await.unwrap()
+    }
+
+    /// A handle that knows all members.
+    pub(crate) async fn connect_all(&self) -> Arc<dyn Registry> {
+        let remote = RaftConfig::remote(self.listen.iter().map(ToString::to_string));
+        raft::connect(&remote, &options()).await.unwrap()
+    }
+
+    pub(crate) fn remote(&self, at: usize) -> RaftConfig {
+        RaftConfig::remote([self.listen[at].to_string()])
+    }
+
+    /// How one member sees the group; nothing if it does not answer.
+    pub(crate) async fn status(&self, at: usize) -> Option<Status> {
+        let quick = Options {
+            connect_timeout: Duration::from_secs(2),
+            ..options()
+        };
+        raft::status(&self.remote(at), &quick).await.ok()
+    }
+
+    /// Who leads, as these members see it, once they see the same one of `among`.
+    pub(crate) async fn leader_of(&self, who: &[usize], among: &[usize]) -> usize {
+        let agreed = async {
+            loop {
+                let mut leaders = Vec::new();
+                for at in who {
+                    let status = self.status(*at).await;
+                    let leader = status
+                        .as_ref()
+                        .and_then(Status::leader)
+                        .map(|leader| leader.name.clone());
+                    leaders.push(leader.and_then(|name| NAMES.iter().position(|other| *other == name)));
+                }
+                if let Some(leader) = leaders[0].filter(|leader| among.contains(leader))
+                    && leaders.iter().all(|other| *other == Some(leader))
+                {
+                    return leader;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        within(PATIENCE, agreed).await
+    }
+
+    pub(crate) async fn leader(&self) -> usize {
+        let running: Vec<_> = (0..self.size()).filter(|at| self.processes[*at].is_some()).collect();
+        self.leader_of(&running, &running).await
+    }
+
+    pub(crate) async fn followers(&self) -> Vec<usize> {
+        let leader = self.leader().await;
+        (0..self.size())
+            .filter(|at| *at != leader && self.processes[*at].is_some())
+            .collect()
+    }
+
+    /// Runs the command with a member's settings.
+    pub(crate) async fn command(&self, config: &str, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_registry"));
+        command.arg("--config").arg(self.config_file(config)).args(arguments);
+        command.env_remove("REGISTRY_CONFIG").kill_on_drop(true);
+        within(PATIENCE, command.output()).await.unwrap()
+    }
+
+    /// As [`Group::command`], for one that must succeed; answers what it printed.
+    pub(crate) async fn run(&self, config: &str, arguments: &[&str]) -> String {
+        let output = self.command(config, arguments).await;
+        let (out, err) = (
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+        );
+        assert!(output.status.success(), "{arguments:?}: {out}{err}");
+        out.trim_end().into()
+    }
+}
+
+pub(crate) fn options() -> Options {
+    Options {
+        session_ttl: SessionTtl::new(Duration::from_secs(10)).unwrap(),
+        request_timeout: Duration::from_secs(10),
+        connect_timeout: Duration::from_secs(20),
+        ..Options::default()
+    }
+}

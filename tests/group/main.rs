@@ -1,0 +1,366 @@
+//! Groups of members that are processes: killed, stopped for a while and cut off from each other.
+
+#![cfg(feature = "raft")]
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+mod net;
+mod walk_through;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use harness::{Group, PATIENCE, options};
+use registry::{Error, Expect, Options, Read, Registry, SessionState, SessionTtl, WatchItem, WatchRequest, WatchScope};
+use registry_tests::{key, within};
+
+/// Asks again until the answer is yes.
+async fn until<F: Future<Output = bool>>(what: &str, mut ask: impl FnMut() -> F) {
+    let asking = async {
+        while !ask().await {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    if tokio::time::timeout(PATIENCE, asking).await.is_err() {
+        panic!("not within {PATIENCE:?}: {what}");
+    }
+}
+
+async fn value(registry: &Arc<dyn Registry>, path: &str, read: Read) -> Option<String> {
+    let entry = registry.get(&key(path), read).await.unwrap();
+    entry.map(|entry| String::from_utf8_lossy(&entry.value).into_owned())
+}
+
+/// What kvrocks' Raft engine and raftexample lose: a put is acknowledged by a follower, and the leader dies.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_put_answered_by_a_follower_whose_leader_dies_is_durable() {
+    let mut group = Group::start(3).await;
+    for round in 0..4 {
+        let leader = group.leader().await;
+        let follower = (leader + 1) % 3;
+        let registry = group.connect(follower).await;
+        let putting = tokio::spawn({
+            let registry = registry.clone();
+            async move {
+                for n in 0..u32::MAX {
+                    let put = registry.put(&key(&format!("/{round}/{n}")), n.to_string()).await;
+                    put.unwrap_or_else(|error| panic!("put {n}: {error}"));
+                    if n % 16 == 15 {
+                        tokio::time::sleep(Duration::from_millis(1)).await;
+                    }
+                }
+            }
+        });
+        until("some are put", || async {
+            value(&registry, &format!("/{round}/50"), Read::Stale).await.is_some()
+        })
+        .await;
+        group.kill(leader).await;
+        let at = registry
+            .count(&key(&format!("/{round}")).into(), Read::Stale)
+            .await
+            .unwrap();
+        until("more are put", || async {
+            registry
+                .count(&key(&format!("/{round}")).into(), Read::Stale)
+                .await
+                .unwrap()
+                > at + 20
+        })
+        .await;
+        putting.abort();
+        let acknowledged = registry
+            .count(&key(&format!("/{round}")).into(), Read::Linearizable)
+            .await
+            .unwrap();
+        for n in 0..acknowledged.saturating_sub(1) {
+            let found = value(&registry, &format!("/{round}/{n}"), Read::Linearizable).await;
+            assert_eq!(found, Some(n.to_string()), "an acknowledged put is lost");
+        }
+        group.restart(&[leader]).await;
+        registry.close().await.unwrap();
+    }
+}
+
+/// What etcd's raftexample, kvrocks and DSS do not do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_no_leader_every_call_ends_by_its_deadline_and_goes_on_by_itself() {
+    let mut group = Group::start(3).await;
+    let here = group.followers().await[0];
+    let others: Vec<_> = (0..3).filter(|at| *at != here).collect();
+    let short = Options {
+        session_ttl: SessionTtl::new(Duration::from_secs(4)).unwrap(),
+        request_timeout: Duration::from_secs(2),
+        ..options()
+    };
+    let registry = registry::raft::connect(&group.remote(here), &short).await.unwrap();
+    registry.put(&key("/a"), "1").await.unwrap();
+    assert_eq!(value(&registry, "/a", Read::Linearizable).await.unwrap(), "1");
+    let held = registry.lock(&key("/l")).acquire().await.unwrap();
+    let leadership = registry.election(&key("/e")).campaign("here").await.unwrap();
+    let mut states = registry.session().states();
+    let mut watch = registry
+        .watch(WatchRequest::new(key("/a"), WatchScope::Key))
+        .await
+        .unwrap();
+    for other in &others {
+        group.kill(*other).await;
+    }
+    let limit = Duration::from_secs(4);
+    let read = within(limit, registry.get(&key("/a"), Read::Linearizable)).await;
+    assert!(matches!(read, Err(Error::Unavailable { .. })), "{read:?}");
+    let write = within(limit, registry.put(&key("/a"), "2")).await;
+    assert!(
+        matches!(write, Err(Error::Unavailable { .. } | Error::OutcomeUnknown { .. })),
+        "{write:?}"
+    );
+    let deleted = within(limit, registry.delete_prefix(&key("/b").into())).await;
+    assert!(deleted.is_err(), "{deleted:?}");
+    assert!(within(limit, registry.health()).await.is_err());
+    assert_eq!(value(&registry, "/a", Read::Stale).await.unwrap(), "1");
+    within(PATIENCE, held.lost()).await;
+    within(PATIENCE, leadership.lost()).await;
+    within(
+        PATIENCE,
+        states.wait_for(|state| !matches!(state, SessionState::Connected(_))),
+    )
+    .await
+    .unwrap();
+    group.restart(&others).await;
+    registry.wait_connected(PATIENCE).await.unwrap();
+    until("writes go on", || async { registry.put(&key("/a"), "3").await.is_ok() }).await;
+    let again = within(PATIENCE, registry.lock(&key("/l")).acquire()).await.unwrap();
+    assert!(again.token() > held.token());
+    let told = async {
+        loop {
+            match watch.next().await.unwrap().unwrap() {
+                WatchItem::Changes(events) if events.iter().any(|event| event.entry().value == "3") => return,
+                _ => {}
+            }
+        }
+    };
+    within(PATIENCE, told).await;
+    registry.close().await.unwrap();
+}
+
+/// What kvrocks' Raft engine does: it applies the tail of its log on restart, committed or not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_uncommitted_tail_is_not_applied_on_restart() {
+    let mut group = Group::start(3).await;
+    let leader = group.leader().await;
+    let others: Vec<_> = (0..3).filter(|at| *at != leader).collect();
+    let quick = Options {
+        request_timeout: Duration::from_millis(300),
+        ..options()
+    };
+    let registry = registry::raft::connect(&group.remote(leader), &quick).await.unwrap();
+    until("it is committed", || async {
+        registry.put(&key("/a"), "committed").await.is_ok()
+    })
+    .await;
+    let revision = group.status(leader).await.unwrap().revision;
+    group.net.isolate(leader);
+    let put = registry.put(&key("/a"), "never").await;
+    assert!(
+        matches!(put, Err(Error::OutcomeUnknown { .. } | Error::Unavailable { .. })),
+        "{put:?}"
+    );
+    for at in 0..3 {
+        group.kill(at).await;
+    }
+    group.net.mend();
+    group.restart(&[leader]).await;
+    let alone = group.status(leader).await.unwrap();
+    assert_eq!(
+        (alone.revision, alone.leader()),
+        (revision, None),
+        "what nobody else has was applied"
+    );
+    group.restart(&others).await;
+    let registry = group.connect(leader).await;
+    let read = value(&registry, "/a", Read::Linearizable).await.unwrap();
+    // Who leads now has the tail and commits it, or has it not, and it is gone.
+    assert!(read == "committed" || read == "never", "{read}");
+    registry.close().await.unwrap();
+}
+
+/// Everything a handle has goes over from one leader to the next.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_loses_no_session_no_event_and_no_lock() {
+    let mut group = Group::start(3).await;
+    let registry = group.connect_all().await;
+    let session = registry.session().live().unwrap();
+    let held = registry.lock(&key("/l")).acquire().await.unwrap();
+    let leadership = registry.election(&key("/e")).campaign("me").await.unwrap();
+    registry.put_ephemeral(&key("/eph"), "").await.unwrap();
+    let mut watch = registry
+        .watch(WatchRequest::new(key("/n"), WatchScope::Key))
+        .await
+        .unwrap();
+    let mut next = 0_u32;
+    for round in 0..4 {
+        let leader = group.leader().await;
+        for _ in 0..20 {
+            registry.put(&key("/n"), next.to_string()).await.unwrap();
+            next += 1;
+        }
+        if round % 2 == 0 {
+            group.kill(leader).await;
+        } else {
+            group.process(leader).pause();
+        }
+        for _ in 0..20 {
+            registry.put(&key("/n"), next.to_string()).await.unwrap();
+            next += 1;
+        }
+        if round % 2 == 0 {
+            group.restart(&[leader]).await;
+        } else {
+            group.process(leader).resume();
+        }
+    }
+    let mut told = 0;
+    while told < next {
+        match within(PATIENCE, watch.next()).await.unwrap().unwrap() {
+            WatchItem::Changes(events) => {
+                for event in events {
+                    assert_eq!(event.entry().value, told.to_string(), "an event is lost, or came twice");
+                    told += 1;
+                }
+            }
+            WatchItem::Synced(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(registry.session().live().unwrap(), session);
+    assert!(!held.is_lost() && !leadership.is_lost());
+    assert!(value(&registry, "/eph", Read::Linearizable).await.is_some());
+    held.release().await.unwrap();
+    leadership.resign().await.unwrap();
+    registry.close().await.unwrap();
+}
+
+/// A counter that is only ever raised by one: what was acknowledged counts once, whatever happens to the leader.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_counter_under_failovers_counts_every_success_once() {
+    let mut group = Group::start(3).await;
+    let setup = group.connect_all().await;
+    setup.put(&key("/counter"), "0").await.unwrap();
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let mut workers = Vec::new();
+    for _ in 0..4 {
+        let (registry, stopped) = (group.connect_all().await, stopped.clone());
+        workers.push(tokio::spawn(async move {
+            let (mut sure, mut unknown) = (0_u64, 0_u64);
+            while !*stopped.borrow() {
+                let Ok(Some(entry)) = registry.get(&key("/counter"), Read::Linearizable).await else {
+                    continue;
+                };
+                let count: u64 = std::str::from_utf8(&entry.value).unwrap().parse().unwrap();
+                let expect = Expect::ModRevision(entry.mod_revision);
+                match registry.put_if(&key("/counter"), expect, (count + 1).to_string()).await {
+                    Ok(_) => sure += 1,
+                    Err(Error::Conflict { .. } | Error::Unavailable { .. } | Error::SessionExpired { .. }) => {}
+                    Err(Error::OutcomeUnknown { .. }) => unknown += 1,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            registry.close().await.unwrap();
+            (sure, unknown)
+        }));
+    }
+    for round in 0..4 {
+        let leader = group.leader().await;
+        let before: u64 = value(&setup, "/counter", Read::Linearizable)
+            .await
+            .unwrap()
+            .parse()
+            .unwrap();
+        if round % 2 == 0 {
+            group.kill(leader).await;
+        } else {
+            group.process(leader).pause();
+        }
+        until("the counting goes on", || async {
+            let now = setup.get(&key("/counter"), Read::Linearizable).await;
+            now.is_ok_and(|now| {
+                let now = now.unwrap();
+                std::str::from_utf8(&now.value).unwrap().parse::<u64>().unwrap() > before + 5
+            })
+        })
+        .await;
+        if round % 2 == 0 {
+            group.restart(&[leader]).await;
+        } else {
+            group.process(leader).resume();
+        }
+    }
+    stop.send_replace(true);
+    let (mut sure, mut unknown) = (0, 0);
+    for worker in workers {
+        let counted = within(PATIENCE, worker).await.unwrap();
+        (sure, unknown) = (sure + counted.0, unknown + counted.1);
+    }
+    let count: u64 = value(&setup, "/counter", Read::Linearizable)
+        .await
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert!(
+        (sure..=sure + unknown).contains(&count),
+        "{sure} were acknowledged, {unknown} are unknown, and the counter says {count}"
+    );
+    setup.close().await.unwrap();
+}
+
+/// openraft's issue 2080: a leader that a majority does not hear keeps a follower between the two sides from voting.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_partial_partition_does_not_keep_the_majority_from_electing() {
+    let mut group = Group::start(5).await;
+    let old = group.leader().await;
+    let others: Vec<_> = (0..5).filter(|at| *at != old).collect();
+    let (bridge, rest, dead) = (others[0], [others[1], others[2]], others[3]);
+    group.kill(dead).await;
+    for one in rest {
+        group.net.cut(old, one);
+    }
+    let among = [bridge, rest[0], rest[1]];
+    let next = group.leader_of(&among, &among).await;
+    assert_ne!(next, old);
+    let registry = group.connect(rest[0]).await;
+    registry.put(&key("/a"), "elected").await.unwrap();
+    group.net.mend();
+    let old = group.connect(old).await;
+    assert_eq!(value(&old, "/a", Read::Linearizable).await.unwrap(), "elected");
+    registry.close().await.unwrap();
+    old.close().await.unwrap();
+}
+
+/// A member that comes back from a partition has no larger term: it follows whom the others follow.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_comes_back_does_not_depose_the_leader() {
+    let group = Group::start(3).await;
+    // Another election in these seconds would be the machine's fault; three times it is not.
+    for attempt in 0.. {
+        let leader = group.leader().await;
+        let away = (leader + 1) % 3;
+        let term = group.status(leader).await.unwrap().term;
+        group.net.isolate(away);
+        let registry = group.connect(leader).await;
+        for n in 0..20 {
+            registry.put(&key("/a"), n.to_string()).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        group.net.mend();
+        let back = group.connect(away).await;
+        assert_eq!(value(&back, "/a", Read::Linearizable).await.unwrap(), "19");
+        registry.put(&key("/a"), "20").await.unwrap();
+        back.close().await.unwrap();
+        registry.close().await.unwrap();
+        let after = group.status(away).await.unwrap();
+        if after.term == term && group.leader().await == leader {
+            return;
+        }
+        assert!(attempt < 2, "the term went from {term} to {}", after.term);
+    }
+}
