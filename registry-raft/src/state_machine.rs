@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use futures_util::{Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftStateMachine};
@@ -16,6 +17,9 @@ use crate::types::{LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 
 /// The most entries that are applied under one hold of the lock.
 const CHUNK: usize = 256;
+/// How long a snapshot that can't be written waits for the next try.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 /// A member's state machine.
 #[derive(Clone, Debug)]
@@ -150,8 +154,18 @@ pub(crate) struct Builder {
 impl RaftSnapshotBuilder<TypeConfig> for Builder {
     type SnapshotData = SnapshotData;
 
+    /// Writes it, and tries again until that is done: to openraft a snapshot that fails is the end of the member. The
+    /// log goes on meanwhile; when the disk has no room for that either, the log says so and ends the process.
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
-        let (snapshots, frozen) = (self.snapshots.clone(), self.frozen.clone());
-        tokio::task::spawn_blocking(move || snapshots.write(&frozen)).await?
+        let mut wait = FIRST_WAIT;
+        loop {
+            let (snapshots, frozen) = (self.snapshots.clone(), self.frozen.clone());
+            match tokio::task::spawn_blocking(move || snapshots.write(&frozen)).await? {
+                Ok(snapshot) => return Ok(snapshot),
+                Err(error) => tracing::warn!(%error, again_in = ?wait, "a snapshot can't be written, the log grows on"),
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(LONGEST_WAIT);
+        }
     }
 }
