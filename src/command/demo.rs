@@ -1,28 +1,37 @@
 //! demo: what a registry does, shown and checked.
 
-use std::process::{ExitCode, Stdio};
+mod group;
+
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use registry::raft::RaftConfig;
 use registry::{Event, Expect, Key, Prefix, Read, Registry, Watch, WatchItem, WatchRequest, WatchScope};
 
 use super::{Failure, Outcome};
+use group::{Group, kill, spawn, within};
 
 /// What the demo starts as another process, to be killed.
 #[derive(Debug, Args)]
 pub(crate) struct Worker {
-    endpoint: String,
+    /// Where the members answer, separated by commas.
+    endpoints: String,
     key: String,
     /// Stands in this election.
     election: Option<String>,
 }
 
-const TTL: &str = "1s";
+/// Of the workers, who are killed: what the demo waits for.
+const WORKER_TTL: &str = "2s";
+/// Of the demo itself, which nothing is to disturb.
+const TTL: &str = "6s";
 const PATIENCE: Duration = Duration::from_secs(10);
 
-fn config(raft: registry::raft::RaftConfig) -> Result<registry::Config, Failure> {
-    let mut config = registry::Config::load(None, &vec![("session_ttl".into(), TTL.into())])?;
+/// The settings of a handle of the demo, whatever those of the caller are.
+fn config(raft: RaftConfig, ttl: &str) -> Result<registry::Config, Failure> {
+    let mut config = registry::Config::load(None, &vec![("session_ttl".into(), ttl.into())])?;
     config.options.namespace = registry::Namespace::default();
     config.backend = registry::Backend::Raft(raft);
     Ok(config)
@@ -31,13 +40,11 @@ fn config(raft: registry::raft::RaftConfig) -> Result<registry::Config, Failure>
 impl Worker {
     /// Registers, stands if asked, and goes on until it is killed.
     pub(crate) async fn run(self) -> Outcome {
-        let remote = registry::raft::RaftConfig::remote([self.endpoint]);
-        let registry = registry::connect(&config(remote)?).await?;
-        let _registration = registry
-            .register(&Key::parse(&self.key).map_err(registry::Error::from)?, "alive")
-            .await?;
+        let remote = RaftConfig::remote(self.endpoints.split(',').map(String::from));
+        let registry = registry::connect(&config(remote, WORKER_TTL)?).await?;
+        let _registration = registry.register(&key(&self.key)?, "alive").await?;
         if let Some(election) = self.election {
-            let election = registry.election(&Key::parse(&election).map_err(registry::Error::from)?);
+            let election = registry.election(&key(&election)?);
             let leadership = election.campaign(format!("process {}", std::process::id())).await?;
             leadership.lost().await;
         }
@@ -48,20 +55,28 @@ impl Worker {
 pub(crate) async fn run() -> Outcome {
     let start = Instant::now();
     let dir = tempfile::tempdir().map_err(|error| Failure::io("no temporary directory", &error))?;
-    let mut member_config = registry::raft::RaftConfig::default();
-    member_config.data_dir = Some(dir.path().join("data"));
-    member_config.listen = Some("127.0.0.1:0".into());
-    println!("1. A registry in this process: one member of the embedded store, its data in a temporary directory.");
-    let member = registry::raft::Member::start(&member_config).await?;
-    let address = member.address().map_or_else(String::new, |address| address.to_string());
-    println!("   ready on {address} after {:.0?}", start.elapsed());
-    let registry = member.connect(&config(member_config.clone())?.options).await?;
+    println!(
+        "1. A registry of three members: one in this process, two in processes of their own, data in a temporary directory."
+    );
+    let mut group = Group::found(dir.path()).await?;
+    let registry = group
+        .here()
+        .connect(&config(RaftConfig::default(), TTL)?.options)
+        .await?;
+    let addresses = group.addresses().join(",");
+    println!(
+        "   ready on {addresses} after {:.0?}; {} leads",
+        start.elapsed(),
+        group.leader().await?
+    );
 
     keys(&registry).await?;
-    workers(&registry, &address).await?;
-    locks(&registry, &member).await?;
-    elections(&registry, &address).await?;
-    restart(registry, member, &member_config).await?;
+    workers(&registry, &addresses).await?;
+    locks(&registry, group.here()).await?;
+    elections(&registry, &addresses).await?;
+    failover(&registry, &mut group).await?;
+    registry.close().await?;
+    group.stop().await?;
     println!(
         "\nAll of it was checked as it was shown, in {:.1} s.",
         start.elapsed().as_secs_f64()
@@ -123,55 +138,30 @@ async fn event(watch: &mut Watch) -> Result<Event, Failure> {
             }
         }
     };
-    tokio::time::timeout(PATIENCE, next)
-        .await
-        .unwrap_or_else(|_| Err(Failure::new(1, "the event did not come")))
+    within("the event did not come", next).await?
 }
 
-fn spawn(arguments: &[&str]) -> Result<tokio::process::Child, Failure> {
-    let program = std::env::current_exe().map_err(|error| Failure::io("this program's file", &error))?;
-    let mut command = tokio::process::Command::new(program);
-    command
-        .arg("demo-worker")
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .kill_on_drop(true);
-    command
-        .spawn()
-        .map_err(|error| Failure::io("can't start a worker", &error))
-}
-
-async fn kill(mut child: tokio::process::Child) -> Result<Instant, Failure> {
-    let killed = Instant::now();
-    child
-        .kill()
-        .await
-        .map_err(|error| Failure::io("can't kill a worker", &error))?;
-    Ok(killed)
-}
-
-async fn workers(registry: &Arc<dyn Registry>, address: &str) -> Result<(), Failure> {
+async fn workers(registry: &Arc<dyn Registry>, addresses: &str) -> Result<(), Failure> {
     println!("\n3. Who is alive: two processes register, and one is killed (kill -9).");
     let mut watch = registry
         .watch(WatchRequest::new(&key("/app/workers")?, WatchScope::Children))
         .await?;
-    let first = spawn(&[address, "/app/workers/w1"])?;
+    let mut first = spawn(["demo-worker", addresses, "/app/workers/w1"])?;
     println!("   watch: created {}", event(&mut watch).await?.key());
-    let second = spawn(&[address, "/app/workers/w2"])?;
+    let mut second = spawn(["demo-worker", addresses, "/app/workers/w2"])?;
     println!("   watch: created {}", event(&mut watch).await?.key());
-    let killed = kill(first).await?;
+    let killed = kill(&mut first).await?;
     let gone = event(&mut watch).await?;
     check(
         matches!(&gone, Event::Deleted { .. }) && gone.key().name() == "w1",
         "the killed worker's key goes",
     )?;
     println!(
-        "   watch: expired {} {:.1} s after the kill, its session's TTL being {TTL}",
+        "   watch: expired {} {:.1} s after the kill, its session's TTL being {WORKER_TTL}",
         gone.key(),
         killed.elapsed().as_secs_f64()
     );
-    kill(second).await.map(|_| ())
+    kill(&mut second).await.map(|_| ())
 }
 
 async fn locks(registry: &Arc<dyn Registry>, member: &registry::raft::Member) -> Result<(), Failure> {
@@ -181,9 +171,7 @@ async fn locks(registry: &Arc<dyn Registry>, member: &registry::raft::Member) ->
     println!("   first  holds it with token {}", held.token());
     let mut waiters = Vec::new();
     for who in ["second", "third"] {
-        let other = member
-            .connect(&config(registry::raft::RaftConfig::default())?.options)
-            .await?;
+        let other = member.connect(&config(RaftConfig::default(), TTL)?.options).await?;
         let place = registry.lock(&name).contenders().await?.len();
         let lock = other.lock(&name).label(who);
         waiters.push(tokio::spawn(async move {
@@ -200,9 +188,7 @@ async fn locks(registry: &Arc<dyn Registry>, member: &registry::raft::Member) ->
             }
             Ok::<_, registry::Error>(())
         };
-        tokio::time::timeout(PATIENCE, queued)
-            .await
-            .map_err(|_| Failure::new(1, "a waiter did not queue"))??;
+        within("a waiter did not queue", queued).await??;
     }
     let mut last = held.token();
     held.release().await?;
@@ -214,28 +200,26 @@ async fn locks(registry: &Arc<dyn Registry>, member: &registry::raft::Member) ->
     Ok(())
 }
 
-async fn elections(registry: &Arc<dyn Registry>, address: &str) -> Result<(), Failure> {
-    println!("\n5. An election of two processes; the leader is killed.");
+async fn elections(registry: &Arc<dyn Registry>, addresses: &str) -> Result<(), Failure> {
+    println!("\n5. An election of two processes; the one that leads is killed.");
     let election = registry.election(&key("/app/scheduler")?);
     let mut course = election.observe().await?;
-    let first = spawn(&[address, "/app/schedulers/s1", "/app/scheduler"])?;
+    let mut first = spawn(["demo-worker", addresses, "/app/schedulers/s1", "/app/scheduler"])?;
     let leader = next_leader(&mut course).await?;
     println!(
         "   {} leads with token {}",
         String::from_utf8_lossy(&leader.value),
         leader.token
     );
-    let second = spawn(&[address, "/app/schedulers/s2", "/app/scheduler"])?;
+    let mut second = spawn(["demo-worker", addresses, "/app/schedulers/s2", "/app/scheduler"])?;
     let standing = async {
         while election.candidates().await?.len() < 2 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         Ok::<_, registry::Error>(())
     };
-    tokio::time::timeout(PATIENCE, standing)
-        .await
-        .map_err(|_| Failure::new(1, "no second candidate came"))??;
-    let killed = kill(first).await?;
+    within("no second candidate came", standing).await??;
+    let killed = kill(&mut first).await?;
     let next = next_leader(&mut course).await?;
     check(next.token > leader.token, "the next leader's token is larger")?;
     println!(
@@ -244,7 +228,7 @@ async fn elections(registry: &Arc<dyn Registry>, address: &str) -> Result<(), Fa
         next.token,
         killed.elapsed().as_secs_f64()
     );
-    kill(second).await.map(|_| ())
+    kill(&mut second).await.map(|_| ())
 }
 
 async fn next_leader(course: &mut registry::Campaign) -> Result<registry::Leader, Failure> {
@@ -258,30 +242,58 @@ async fn next_leader(course: &mut registry::Campaign) -> Result<registry::Leader
             }
         }
     };
-    tokio::time::timeout(PATIENCE, next)
-        .await
-        .unwrap_or_else(|_| Err(Failure::new(1, "no leader came")))
+    within("no leader came", next).await?
 }
 
-async fn restart(
-    registry: Arc<dyn Registry>,
-    member: registry::raft::Member,
-    config: &registry::raft::RaftConfig,
-) -> Result<(), Failure> {
-    println!("\n6. What was acknowledged is on disk: the member stops, and starts again on its directory.");
-    registry.close().await?;
-    member.stop().await?;
-    let start = Instant::now();
-    let member = registry::raft::Member::start(config).await?;
-    let registry = member.connect(&registry::Options::default()).await?;
-    let entry = registry.get(&key("/app/config")?, Read::Linearizable).await?;
-    let entry = entry.ok_or_else(|| Failure::new(1, "/app/config is gone"))?;
-    check(entry.value == "v2", "the value is the last one put")?;
+async fn failover(registry: &Arc<dyn Registry>, group: &mut Group) -> Result<(), Failure> {
+    println!("\n6. The member that leads the group is killed (kill -9), while a lock is held.");
+    let held = registry.lock(&key("/app/migration")?).acquire().await?;
+    registry.put(&key("/app/config")?, "v4").await?;
+    let (killed, when) = group.kill_leader().await?;
+    let (path, value) = (key("/app/config")?, "v5");
+    let revision = loop {
+        match registry.put(&path, value).await {
+            Ok(revision) => break revision,
+            // It may have been written by a leader that could not say so any more; to put it again does no harm.
+            Err(error) if when.elapsed() < PATIENCE => println!("   put v5: {error}; again"),
+            Err(error) => return Err(error.into()),
+        }
+    };
+    let acknowledged = when.elapsed();
     println!(
-        "   ready after {:.0?}; get /app/config: v2, put at revision {}",
-        start.elapsed(),
-        entry.mod_revision
+        "   {killed} killed; {} leads, and the next put is acknowledged {acknowledged:.0?} after the kill, at revision {revision}",
+        group.leader().await?
     );
+    check(!held.is_lost(), "the lock is held on")?;
+    println!(
+        "   the lock with token {} is held on, by the same session",
+        held.token()
+    );
+    held.release().await?;
+
+    let (start, address) = (Instant::now(), group.restart(killed)?);
+    let back = async {
+        loop {
+            if let Some(found) = at(&address, &path).await?.filter(|found| found == value) {
+                return Ok::<_, Failure>(found);
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let found = within("the member did not come back", back).await??;
+    println!(
+        "   {killed} starts again on its directory; get /app/config at it alone, after {:.0?}: {found}",
+        start.elapsed()
+    );
+    Ok(())
+}
+
+/// What one member has, if it answers.
+async fn at(address: &str, path: &Key) -> Result<Option<String>, Failure> {
+    let Ok(registry) = registry::connect(&config(RaftConfig::remote([address.to_owned()]), TTL)?).await else {
+        return Ok(None);
+    };
+    let entry = registry.get(path, Read::Stale).await?;
     registry.close().await?;
-    Ok(member.stop().await?)
+    Ok(entry.map(|entry| String::from_utf8_lossy(&entry.value).into_owned()))
 }
