@@ -6,6 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use registry_api::{Key, Options, Prefix, Registry, Result, SessionId};
 
+use crate::net::Net;
 use crate::proxy::Wire;
 
 /// The TTL that the suite asks for unless a store grants only longer ones.
@@ -68,8 +69,14 @@ pub trait Members: Cluster {
     /// Lets one go on.
     async fn resume_member(&self, member: usize);
 
-    /// Has the store forget what it need not keep: of its log, of the history that watches resume from.
-    async fn trim(&self);
+    /// Has the store forget what it need not keep: of its log, of the history that watches resume from. Says whether
+    /// there is a way.
+    async fn trim(&self) -> bool;
+
+    /// The network between them, if it can be broken.
+    fn net(&self) -> Option<&Net> {
+        None
+    }
 }
 
 /// A key that is one.

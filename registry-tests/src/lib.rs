@@ -12,6 +12,7 @@ pub mod failure;
 pub mod history;
 pub mod keys;
 pub mod lock;
+pub mod net;
 pub mod process;
 pub mod proxy;
 pub mod recipe;
@@ -22,6 +23,7 @@ pub mod watch;
 
 pub use cluster::{Cluster, Members, TTL, key, prefix, within};
 pub use dice::Dice;
+pub use net::Net;
 pub use process::Process;
 pub use proxy::{Direction, Wire};
 

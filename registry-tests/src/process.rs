@@ -6,8 +6,8 @@ use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::process::{Pid, Signal, kill_process};
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
 
 /// A process that is killed with the test.
 #[derive(Debug)]
@@ -18,13 +18,9 @@ pub struct Process {
 
 impl Process {
     /// Starts it, and waits for a line of its output that `ready` takes.
-    pub async fn start<T>(mut command: Command, ready: impl Fn(&str) -> Option<T>) -> (Self, T) {
-        let name = format!("{:?}", command.as_std().get_program());
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
-        let mut child = command
-            .spawn()
-            .unwrap_or_else(|error| panic!("{name} can't be started: {error}"));
-        let mut lines = BufReader::new(child.stdout.take().expect("its output is a pipe")).lines();
+    pub async fn start<T>(command: Command, ready: impl Fn(&str) -> Option<T>) -> (Self, T) {
+        let (process, mut lines) = Self::spawn(command);
+        let name = process.name.clone();
         let waiting = async {
             while let Some(line) = lines.next_line().await.expect("its output can be read") {
                 if let Some(found) = ready(&line) {
@@ -34,9 +30,25 @@ impl Process {
             panic!("{name} ended before it was ready");
         };
         let found = crate::within(std::time::Duration::from_secs(30), waiting).await;
-        // What it prints later is read and thrown away, so that it never waits for a reader.
-        tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
-        (Self { child, name }, found)
+        drain(lines);
+        (process, found)
+    }
+
+    /// Starts it, and waits for nothing: for one that is ready only with others.
+    pub fn start_unready(command: Command) -> Self {
+        let (process, lines) = Self::spawn(command);
+        drain(lines);
+        process
+    }
+
+    fn spawn(mut command: Command) -> (Self, Lines<BufReader<ChildStdout>>) {
+        let name = format!("{:?}", command.as_std().get_program());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
+        let mut child = command
+            .spawn()
+            .unwrap_or_else(|error| panic!("{name} can't be started: {error}"));
+        let lines = BufReader::new(child.stdout.take().expect("its output is a pipe")).lines();
+        (Self { child, name }, lines)
     }
 
     /// Kills it (SIGKILL) and waits until it is gone.
@@ -82,6 +94,11 @@ impl Process {
         let pid = pid.unwrap_or_else(|| panic!("{} has ended", self.name));
         kill_process(pid, signal).unwrap_or_else(|error| panic!("{}: {error}", self.name));
     }
+}
+
+/// What it prints later is read and thrown away, so that it never waits for a reader.
+fn drain(mut lines: Lines<BufReader<ChildStdout>>) {
+    tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
 }
 
 /// A port that was free a moment ago. It is none that the system gives to connections: a server that is killed finds it

@@ -20,7 +20,7 @@ pub enum Direction {
 
 /// What becomes of what goes one way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Way {
+pub(crate) enum Way {
     #[default]
     Open,
     /// It comes later.

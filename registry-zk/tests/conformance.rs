@@ -15,3 +15,5 @@ mod faults {
     use super::*;
     registry_tests::properties!(faults tests_of, Own<1>);
 }
+
+registry_tests::torture!(Own<1>);

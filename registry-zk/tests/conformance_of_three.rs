@@ -15,3 +15,5 @@ mod faults {
     use super::*;
     registry_tests::properties!(faults tests_of, Own<3>);
 }
+
+registry_tests::torture!(Own<3>);

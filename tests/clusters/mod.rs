@@ -162,12 +162,13 @@ impl Members for Served {
         self.resume().await;
     }
 
-    async fn trim(&self) {
+    async fn trim(&self) -> bool {
         let registry = self.connect().await.expect("the member runs");
         for _ in 0..3 {
             let put = registry.put(&key("/ballast/3"), vec![0; SNAPSHOT_LOG_BYTES / 2]).await;
             put.expect("the member runs");
         }
         registry.close().await.expect("the member runs");
+        true
     }
 }

@@ -8,28 +8,31 @@ use std::time::Duration;
 
 use registry::raft::{self, RaftConfig, Status};
 use registry::{Options, Registry, SessionTtl};
-use registry_tests::{Process, process, within};
+use registry_tests::{Net, Process, process, within};
 use tempfile::TempDir;
 use tokio::process::Command;
-
-use crate::net::Net;
 
 pub(crate) const PATIENCE: Duration = Duration::from_secs(40);
 const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
 
 pub(crate) struct Group {
     dir: TempDir,
-    pub(crate) net: Net,
+    pub(crate) net: Arc<Net>,
     pub(crate) listen: Vec<SocketAddr>,
     processes: Vec<Option<Process>>,
 }
 
 impl Group {
     pub(crate) async fn start(size: usize) -> Self {
+        Self::start_with(size, "").await
+    }
+
+    /// As [`Group::start`], with more lines in the table of each member.
+    pub(crate) async fn start_with(size: usize, settings: &str) -> Self {
         let listen: Vec<_> = (0..size)
             .map(|_| SocketAddr::from(([127, 0, 0, 1], process::free_port())))
             .collect();
-        let net = Net::before(&listen).await;
+        let net = Arc::new(Net::before(&listen).await);
         let dir = TempDir::new().unwrap();
         let list: String = (0..size)
             .map(|at| format!("{} = \"{}\"\n", NAMES[at], net.address(at)))
@@ -39,7 +42,7 @@ impl Group {
             let data = dir.path().join(name);
             let text = format!(
                 "[registry.raft]\nmember = \"{name}\"\ndata_dir = \"{}\"\nlisten = \"{listen}\"\n\
-                 [registry.raft.cluster]\n{list}",
+                 {settings}\n[registry.raft.cluster]\n{list}",
                 data.display()
             );
             std::fs::write(dir.path().join(format!("{name}.toml")), text).unwrap();
@@ -76,15 +79,26 @@ impl Group {
         }
     }
 
+    /// Starts one, and waits for nothing: it may not find the others.
+    pub(crate) fn start_unready(&mut self, at: usize) {
+        let process = Process::start_unready(Self::serving(self.config_file(NAMES[at])));
+        self.net.runs(at, process.id());
+        self.processes[at] = Some(process);
+    }
+
     pub(crate) async fn serve(config: PathBuf) -> Process {
+        let ready = |line: &str| line.contains("ready").then_some(());
+        Process::start(Self::serving(config), ready).await.0
+    }
+
+    fn serving(config: PathBuf) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_registry"));
         command
             .arg("serve")
             .arg("--config")
             .arg(config)
             .env_remove("REGISTRY_CONFIG");
-        let ready = |line: &str| line.contains("ready").then_some(());
-        Process::start(command, ready).await.0
+        command
     }
 
     pub(crate) async fn kill(&mut self, at: usize) {

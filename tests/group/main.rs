@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod harness;
-mod net;
+mod torture;
 mod walk_through;
 
 use std::sync::Arc;

@@ -108,13 +108,14 @@ impl<const MEMBERS: usize> Members for Own<MEMBERS> {
         self.servers.lock().await.signal(member, Signal::CONT);
     }
 
-    async fn trim(&self) {
+    async fn trim(&self) -> bool {
         let client = self.servers.lock().await.raw().await;
         let mut kv = client.kv_client();
-        // Without a leader there is nobody to trim, and with one that was just asked, nothing to.
-        if let Ok(read) = kv.get("trim", None).await {
-            let _ = kv.compact(read.header().unwrap().revision(), None).await;
-        }
+        // Without a leader there is nobody to trim.
+        let Ok(read) = kv.get("trim", None).await else {
+            return false;
+        };
+        kv.compact(read.header().unwrap().revision(), None).await.is_ok()
     }
 }
 

@@ -105,13 +105,14 @@ impl Members for Own {
         self.resume().await;
     }
 
-    async fn trim(&self) {
+    async fn trim(&self) -> bool {
         let sql = "UPDATE test.registry_namespaces SET compacted = revision; \
                    DELETE c FROM test.registry_changes c JOIN test.registry_namespaces n ON c.namespace = n.id \
                    WHERE c.revision <= n.compacted";
         // A server that does not run has nothing to trim.
-        if let Some(mut root) = self.server.lock().await.try_root().await {
-            let _ = root.execute(sqlx::raw_sql(sql)).await;
+        match self.server.lock().await.try_root().await {
+            Some(mut root) => root.execute(sqlx::raw_sql(sql)).await.is_ok(),
+            None => false,
         }
     }
 }

@@ -7,35 +7,17 @@ use futures_util::future::join_all;
 use registry_api::Options;
 
 use super::Run;
-use crate::{Dice, Direction, Members, Wire};
+use crate::{Dice, Direction, Members, Net, Wire};
 
 /// Breaks the connections of some of the clients, again and again; all are whole at the end.
 pub(super) async fn break_wires(wires: &[Arc<Wire>], options: &Options, until: Instant, mut dice: Dice, run: &Run) {
     let ttl = options.session_ttl.get();
     while Instant::now() < until {
         for wire in wires {
-            match dice.roll(9) {
-                0 => {
-                    run.counts.one("wires cut");
-                    wire.cut();
-                }
-                1 => {
-                    run.counts.one("wires refused");
-                    wire.refuse();
-                }
-                2 => {
-                    run.counts.one("wires cut one way");
-                    wire.cut_one_way(Direction::ToServer);
-                }
-                3 => {
-                    run.counts.one("wires cut one way");
-                    wire.cut_one_way(Direction::ToClient);
-                }
-                4 => {
-                    run.counts.one("wires slowed");
-                    wire.slow(dice.time(Duration::from_millis(200)));
-                }
-                _ => wire.mend(),
+            if dice.roll(2) == 0 {
+                break_wire(wire, &mut dice, run);
+            } else {
+                wire.mend();
             }
         }
         sleep(dice.time(3 * ttl / 2), until).await;
@@ -47,7 +29,32 @@ pub(super) async fn break_wires(wires: &[Arc<Wire>], options: &Options, until: I
     wires.iter().for_each(|wire| wire.mend());
 }
 
-/// Breaks members of the store, again and again; all run at the end.
+fn break_wire(wire: &Wire, dice: &mut Dice, run: &Run) {
+    match dice.roll(5) {
+        0 => {
+            run.counts.one("wires cut");
+            wire.cut();
+        }
+        1 => {
+            run.counts.one("wires refused");
+            wire.refuse();
+        }
+        2 => {
+            run.counts.one("wires slowed");
+            wire.slow(dice.time(Duration::from_millis(200)));
+        }
+        way => {
+            run.counts.one("wires cut one way");
+            wire.cut_one_way(if way == 3 {
+                Direction::ToServer
+            } else {
+                Direction::ToClient
+            });
+        }
+    }
+}
+
+/// Breaks members of the store, and their ways to each other, again and again; all run, and reach each other, at the end.
 pub(super) async fn break_members(
     cluster: &impl Members,
     options: &Options,
@@ -63,7 +70,7 @@ pub(super) async fn break_members(
             0 => (0..cluster.members()).collect(),
             _ => vec![one],
         };
-        match dice.roll(5) {
+        match dice.roll(7) {
             0 | 1 => {
                 run.counts.one("kills");
                 join_all(members.iter().map(|&member| cluster.kill_member(member))).await;
@@ -78,12 +85,45 @@ pub(super) async fn break_members(
                 sleep(dice.time(5 * ttl / 2), until).await;
                 join_all(members.iter().map(|&member| cluster.resume_member(member))).await;
             }
+            4 if cluster.trim().await => run.counts.one("trims"),
             _ => {
-                run.counts.one("trims");
-                cluster.trim().await;
+                if let Some(net) = cluster.net() {
+                    break_net(net, one, cluster.members(), &mut dice, run);
+                    sleep(dice.time(5 * ttl / 2), until).await;
+                    net.mend();
+                }
             }
         }
         sleep(dice.time(ttl / 2), until).await;
+    }
+}
+
+/// Breaks ways of one member to the others.
+fn break_net(net: &Net, one: usize, members: usize, dice: &mut Dice, run: &Run) {
+    let others: Vec<_> = (0..members).filter(|other| *other != one).collect();
+    match dice.roll(5) {
+        0 => {
+            run.counts.one("members cut off");
+            net.isolate(one);
+        }
+        1 => {
+            run.counts.one("members cut off one way");
+            others.iter().for_each(|&other| net.cut_one_way(one, other));
+        }
+        2 => {
+            run.counts.one("members cut off one way");
+            others.iter().for_each(|&other| net.cut_one_way(other, one));
+        }
+        3 => {
+            // All others reach both sides.
+            run.counts.one("bridges");
+            net.cut(one, others[dice.pick(others.len())]);
+        }
+        _ => {
+            run.counts.one("members slowed");
+            let by = dice.time(Duration::from_millis(200));
+            others.iter().for_each(|&other| net.slow(one, other, by));
+        }
     }
 }
 

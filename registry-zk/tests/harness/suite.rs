@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use async_trait::async_trait;
 use registry_api::{Namespace, Options, Registry, Result, SessionId, SessionTtl};
 
-use registry_tests::{Cluster, Wire};
+use registry_tests::{Cluster, Members, Wire};
 use rustix::process::Signal;
 use tokio::sync::Mutex;
 
@@ -81,6 +81,33 @@ impl<const SERVERS: usize> Cluster for Own<SERVERS> {
 
     async fn revoke(&self, session: SessionId) {
         self.servers.lock().await.close_session(session).await;
+    }
+}
+
+#[async_trait]
+impl<const SERVERS: usize> Members for Own<SERVERS> {
+    fn members(&self) -> usize {
+        SERVERS
+    }
+
+    async fn kill_member(&self, member: usize) {
+        self.servers.lock().await.kill(member);
+    }
+
+    async fn restart_member(&self, member: usize) {
+        self.servers.lock().await.spawn(member);
+    }
+
+    async fn pause_member(&self, member: usize) {
+        self.servers.lock().await.signal(member, Signal::STOP);
+    }
+
+    async fn resume_member(&self, member: usize) {
+        self.servers.lock().await.signal(member, Signal::CONT);
+    }
+
+    async fn trim(&self) -> bool {
+        false
     }
 }
 

@@ -1,10 +1,11 @@
-//! A network between member processes in which each way from one to another can be cut.
+//! A network between member processes in which each way from one to another can be cut or slowed.
 //!
 //! Each member is reached through a proxy. Who calls is told by the process that holds the other end of the connection.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -12,25 +13,31 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-/// Two members between which nothing passes.
-type Cuts = HashSet<(usize, usize)>;
+use crate::proxy::Way;
 
-pub(crate) struct Net {
-    cuts: watch::Sender<Cuts>,
+/// What becomes of bytes from one member to another, where it is not what should.
+type Broken = HashMap<(usize, usize), Way>;
+
+/// A network between members. Dropping it cuts it for good.
+#[derive(Debug)]
+pub struct Net {
+    broken: watch::Sender<Broken>,
     processes: Arc<Mutex<Vec<Option<u32>>>>,
     proxies: Vec<(SocketAddr, JoinHandle<()>)>,
 }
 
 impl Net {
     /// A network before members that listen there.
-    pub(crate) async fn before(members: &[SocketAddr]) -> Self {
-        let (cuts, cut) = watch::channel(Cuts::new());
+    pub async fn before(members: &[SocketAddr]) -> Self {
+        let (broken, seen) = watch::channel(Broken::new());
         let processes = Arc::new(Mutex::new(vec![None; members.len()]));
         let mut proxies = Vec::new();
         for (to, member) in members.iter().copied().enumerate() {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let address = listener.local_addr().unwrap();
-            let (cut, processes) = (cut.clone(), processes.clone());
+            let listener = TcpListener::bind("127.0.0.1:0")
+                .await
+                .expect("loopback has a free port");
+            let address = listener.local_addr().expect("a listener has an address");
+            let (broken, processes) = (seen.clone(), processes.clone());
             let proxy = tokio::spawn(async move {
                 while let Ok((client, address)) = listener.accept().await {
                     let caller = Arc::new(Caller {
@@ -38,43 +45,56 @@ impl Net {
                         processes: processes.clone(),
                         found: OnceLock::new(),
                     });
-                    tokio::spawn(connection(client, member, caller, to, cut.clone()));
+                    tokio::spawn(connection(client, member, caller, to, broken.clone()));
                 }
             });
             proxies.push((address, proxy));
         }
         Self {
-            cuts,
+            broken,
             processes,
             proxies,
         }
     }
 
     /// Where the others reach a member.
-    pub(crate) fn address(&self, member: usize) -> SocketAddr {
+    pub fn address(&self, member: usize) -> SocketAddr {
         self.proxies[member].0
     }
 
     /// A member runs as that process now.
-    pub(crate) fn runs(&self, member: usize, process: Option<u32>) {
-        self.processes.lock().unwrap()[member] = process;
+    pub fn runs(&self, member: usize, process: Option<u32>) {
+        self.processes.lock().unwrap_or_else(PoisonError::into_inner)[member] = process;
     }
 
     /// Loses every byte between two members, both ways, and tells nobody.
-    pub(crate) fn cut(&self, one: usize, other: usize) {
-        self.cuts.send_modify(|cuts| cuts.extend([(one, other), (other, one)]));
+    pub fn cut(&self, one: usize, other: usize) {
+        self.cut_one_way(one, other);
+        self.cut_one_way(other, one);
+    }
+
+    /// Loses every byte from one member to another, whoever of them called, and tells nobody.
+    pub fn cut_one_way(&self, from: usize, to: usize) {
+        self.broken
+            .send_modify(|broken| broken.extend([((from, to), Way::Cut)]));
+    }
+
+    /// Holds up whatever goes between two members, for so long each way.
+    pub fn slow(&self, one: usize, other: usize, by: Duration) {
+        self.broken
+            .send_modify(|broken| broken.extend([(one, other), (other, one)].map(|way| (way, Way::Slow(by)))));
     }
 
     /// Cuts a member off from all others.
-    pub(crate) fn isolate(&self, member: usize) {
+    pub fn isolate(&self, member: usize) {
         for other in (0..self.proxies.len()).filter(|other| *other != member) {
             self.cut(member, other);
         }
     }
 
     /// Makes everything whole again.
-    pub(crate) fn mend(&self) {
-        self.cuts.send_modify(HashSet::clear);
+    pub fn mend(&self) {
+        self.broken.send_modify(HashMap::clear);
     }
 }
 
@@ -100,7 +120,7 @@ impl Caller {
             return Some(*found);
         }
         let port = format!(":{:04X}", self.address.port());
-        let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        let table = std::fs::read_to_string("/proc/net/tcp").expect("the system says who is connected");
         let mut sockets = table
             .lines()
             .skip(1)
@@ -115,7 +135,8 @@ impl Caller {
                 .flatten()
                 .any(|file| std::fs::read_link(file.path()).is_ok_and(|target| target.to_string_lossy() == name))
         };
-        let found = self.processes.lock().unwrap().iter().position(holds)?;
+        let processes = self.processes.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = processes.iter().position(holds)?;
         Some(*self.found.get_or_init(|| found))
     }
 }
@@ -125,7 +146,7 @@ async fn connection(
     member: SocketAddr,
     caller: Arc<Caller>,
     to: usize,
-    cuts: watch::Receiver<Cuts>,
+    broken: watch::Receiver<Broken>,
 ) {
     let Ok(server) = TcpStream::connect(member).await else {
         return;
@@ -136,25 +157,40 @@ async fn connection(
     }
     let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
     tokio::select! {
-        () = pass(from_client, to_server, &caller, to, cuts.clone()) => {}
-        () = pass(from_server, to_client, &caller, to, cuts) => {}
+        () = pass(from_client, to_server, broken.clone(), || Some((caller.member()?, to))) => {}
+        () = pass(from_server, to_client, broken, || Some((to, caller.member()?))) => {}
     }
 }
 
+/// Passes on what comes, in a direction that is known once the caller is.
 async fn pass(
     mut from: OwnedReadHalf,
     mut into: OwnedWriteHalf,
-    caller: &Caller,
-    to: usize,
-    mut cuts: watch::Receiver<Cuts>,
+    mut broken: watch::Receiver<Broken>,
+    direction: impl Fn() -> Option<(usize, usize)>,
 ) {
     let mut buffer = vec![0; 64 << 10];
     loop {
         let Ok(read) = from.read(&mut buffer).await else {
             return;
         };
-        let whole = |cuts: &Cuts| cuts.is_empty() || caller.member().is_none_or(|from| !cuts.contains(&(from, to)));
-        if read == 0 || cuts.wait_for(whole).await.is_err() || into.write_all(&buffer[..read]).await.is_err() {
+        let way = |broken: &Broken| match broken.is_empty() {
+            true => Way::Open,
+            false => direction()
+                .and_then(|way| broken.get(&way).copied())
+                .unwrap_or_default(),
+        };
+        let Ok(passable) = broken
+            .wait_for(|broken| way(broken) != Way::Cut)
+            .await
+            .map(|broken| way(&broken))
+        else {
+            return;
+        };
+        if let Way::Slow(by) = passable {
+            tokio::time::sleep(by).await;
+        }
+        if read == 0 || into.write_all(&buffer[..read]).await.is_err() {
             return;
         }
     }
