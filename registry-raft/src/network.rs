@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::io::Read;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -239,6 +240,12 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
             return stream_append_sequential(self, input, option);
         }
         Box::pin(async move {
+            // The pause after a failure is taken by the entries, not by who asks for them: without the first of them there
+            // is nothing to connect for.
+            let mut input = input.peekable();
+            if Pin::new(&mut input).peek().await.is_none() {
+                return Ok(stream::empty().boxed());
+            }
             let on_their_way = Arc::new(OnTheirWay::default());
             let (sent, header) = (on_their_way.clone(), self.header());
             let requests = input.map(move |request| {

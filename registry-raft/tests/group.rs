@@ -195,3 +195,30 @@ async fn repeated_changes_of_the_leader_keep_no_dead_session() {
     }
     registry.close().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_is_gone_is_called_with_pauses() {
+    let mut group = Group::start(3).await;
+    let gone = group.follower().await;
+    let registry = group.connect(group.leader().await).await;
+    group.stop(gone).await;
+    // Somebody else has its address, and hangs up.
+    let address = group.configs[gone].cluster[group.configs[gone].member.as_deref().unwrap()].clone();
+    let there = tokio::net::TcpListener::bind(address).await.unwrap();
+    let writing = tokio::spawn(async move {
+        while registry.put(&key("/a"), "1").await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    });
+    let mut calls = 0_u32;
+    let counting = async {
+        loop {
+            drop(there.accept().await.unwrap());
+            calls += 1;
+        }
+    };
+    assert!(tokio::time::timeout(Duration::from_secs(2), counting).await.is_err());
+    writing.abort();
+    // One way pauses for 50 ms, and each of several heartbeats calls once; without the pause it is a thousand and more.
+    assert!((1..400).contains(&calls), "{calls} calls in two seconds");
+}
