@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use registry_api::{Key, Options, Registry, Result, SessionTtl};
 use registry_raft::{Member, RaftConfig, Status, Timers};
+use tokio::sync::watch;
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
 
@@ -151,14 +152,15 @@ async fn measure(timers: &str, dir: &Path, trials: usize) -> Result<()> {
         for _ in 0..trials {
             let leader = group.leader().await;
             registry.put(&key(), "before").await?;
-            let longest = tokio::spawn(longest_put(registry.clone()));
-            tokio::time::sleep(Duration::from_millis(200)).await;
+            let (tell, told) = watch::channel(false);
+            let longest = tokio::spawn(longest_put(registry.clone(), told));
             match how {
                 "kill -9" => group.processes[leader].kill().expect("it runs"),
                 _ => drop(group.processes[leader].stdin.take()),
             }
-            took.push(longest.await.expect("it does not panic")?);
             group.processes[leader].wait().expect("it ends");
+            tell.send_replace(true);
+            took.push(longest.await.expect("it does not panic")?);
             group.processes[leader] = group.spawn(leader);
             Group::ready(&mut group.processes[leader]);
         }
@@ -179,13 +181,15 @@ fn key() -> Key {
     Key::parse("/k").expect("it is one")
 }
 
-/// The longest that one put took, of a writer that goes on for three seconds.
-async fn longest_put(registry: Arc<dyn Registry>) -> Result<Duration> {
-    let (start, mut longest) = (Instant::now(), Duration::ZERO);
-    while start.elapsed() < Duration::from_secs(3) {
-        let asked = Instant::now();
+/// The longest that one put took, of a writer that goes on until it is told, and once more.
+async fn longest_put(registry: Arc<dyn Registry>, told: watch::Receiver<bool>) -> Result<Duration> {
+    let mut longest = Duration::ZERO;
+    loop {
+        let (last, asked) = (*told.borrow(), Instant::now());
         registry.put(&key(), "v").await?;
         longest = longest.max(asked.elapsed());
+        if last {
+            return Ok(longest);
+        }
     }
-    Ok(longest)
 }

@@ -74,7 +74,7 @@ impl Core {
     }
 
     /// Ends when another leads than this one, or nobody.
-    async fn deposed(&self, leader: &Leader) {
+    pub(crate) async fn deposed(&self, leader: &Leader) {
         let mut metrics = self.raft().server_metrics();
         while self.known_leader().as_ref() == Some(leader) {
             if metrics.changed().await.is_err() {

@@ -49,6 +49,9 @@ const QUORUM: Duration = Duration::from_secs(10);
 const CHANGE: Duration = Duration::from_secs(30);
 /// How long the Raft leader may take to say how the members stand.
 const STATUS: Duration = Duration::from_millis(500);
+/// For how long who leads is asked again that does not do what it is asked, and the pause before it.
+const SUCCESSION: Duration = Duration::from_millis(100);
+const PAUSE: Duration = Duration::from_millis(4);
 /// How many bytes of log that a snapshot covers are kept for members that lag behind.
 const KEPT: u64 = 32 << 20;
 /// How many bytes of changes may be on their way at once; more wait their turn.
@@ -591,14 +594,35 @@ impl Core {
     }
 
     async fn answer(&self, call: Call, until: Instant) -> Result<Answer> {
-        let left = || until.saturating_duration_since(Instant::now());
         match call {
-            Call::Command(_) | Call::KeepAlive(_) | Call::Members(_) => match self.leader().await? {
-                Leader::This => self.answer_here(call).await,
-                leader => self.forward(&leader, call, left()).await,
-            },
-            Call::Status(_) => Ok(Answer::Status(self.status_of_all(left()).await)),
+            Call::Command(_) | Call::KeepAlive(_) | Call::Members(_) => self.answer_by_leader(call, until).await,
+            Call::Status(_) => {
+                let left = until.saturating_duration_since(Instant::now());
+                Ok(Answer::Status(self.status_of_all(left).await))
+            }
             _ => self.answer_here(call).await,
+        }
+    }
+
+    /// Has it done by whoever leads. One that is about to be followed by another refuses what it is asked, and so does one
+    /// that no majority has heard yet: whoever leads in a moment is asked again.
+    async fn answer_by_leader(&self, call: Call, until: Instant) -> Result<Answer> {
+        let patience = Instant::now() + SUCCESSION;
+        loop {
+            let leader = self.leader().await?;
+            let done = match leader {
+                Leader::This => self.answer_here(call.clone()).await,
+                Leader::Other(..) => {
+                    let left = until.saturating_duration_since(Instant::now());
+                    self.forward(&leader, call.clone(), left).await
+                }
+            };
+            let nothing_done = matches!(done, Err(Error::Unavailable { .. }));
+            if !nothing_done || Instant::now() > patience {
+                return done;
+            }
+            // Another may lead sooner.
+            let _ = tokio::time::timeout(PAUSE, self.deposed(&leader)).await;
         }
     }
 

@@ -1,6 +1,6 @@
 //! Who is in the group, changed while it runs; and who of them leads.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver;
@@ -231,7 +231,7 @@ impl Core {
                 }
             }
         };
-        let patience = Duration::from_millis(3 * self.timers().millis().2);
+        let patience = Duration::from_millis(2 * self.timers().millis().2);
         let handed = match tokio::time::timeout(patience, handed).await {
             Ok(handed) => handed,
             Err(_) => Err(unavailable("the other member did not take over")),
@@ -240,32 +240,35 @@ impl Core {
         handed
     }
 
-    /// Before an orderly stop: makes the member lead that has most of the log, so that nobody waits for the silence.
+    /// Before an orderly stop: makes another member lead, so that nobody waits for the silence.
     pub(crate) async fn hand_over(&self) {
-        if self.known_leader() != Some(Leader::This) {
-            return;
-        }
-        let next = {
-            let metrics = self.raft().metrics();
-            let metrics = metrics.borrow_watched();
-            let matched: BTreeMap<_, _> = metrics.replication.clone().unwrap_or_default();
-            let heard = metrics.heartbeat.clone().unwrap_or_default();
-            let voters = metrics.membership_config.membership().voter_ids().collect::<Vec<_>>();
-            let others = voters.into_iter().filter(|id| *id != self.identity().member);
-            // One that is not heard of would leave everybody waiting.
-            others.max_by_key(|id| {
-                (
-                    heard.get(id).copied().flatten().map(|at| *at),
-                    matched.get(id).copied().flatten(),
-                )
-            })
-        };
-        let Some(next) = next else { return };
         let start = Instant::now();
-        match self.transfer(next).await {
-            Ok(()) => tracing::info!(took = ?start.elapsed(), "another member leads now"),
-            Err(error) => tracing::warn!(%error, "the leadership could not be handed over"),
+        for next in self.successors() {
+            if self.known_leader() != Some(Leader::This) {
+                break;
+            }
+            match self.transfer(next).await {
+                Ok(()) => tracing::info!(took = ?start.elapsed(), "another member leads now"),
+                Err(error) => tracing::warn!(%error, "the leadership could not be handed over"),
+            }
         }
+    }
+
+    /// The other members with a vote that live, as far as is known: first who has most of the log.
+    fn successors(&self) -> Vec<u64> {
+        let alive = Duration::from_millis(self.timers().millis().2);
+        let metrics = self.raft().metrics();
+        let metrics = metrics.borrow_watched();
+        let (Some(matched), Some(heard)) = (&metrics.replication, &metrics.heartbeat) else {
+            return Vec::new();
+        };
+        let voters = metrics.membership_config.membership().voter_ids();
+        let mut next: Vec<_> = voters
+            .filter(|id| *id != self.identity().member)
+            .filter(|id| heard.get(id).copied().flatten().is_some_and(|at| at.elapsed() < alive))
+            .collect();
+        next.sort_by_key(|id| std::cmp::Reverse(matched.get(id).copied().flatten()));
+        next
     }
 
     /// Tells in which term this member leads, as long as no other can, as far as its clock tells.
