@@ -8,6 +8,7 @@ use registry_api::{Key, Options, Prefix, Registry, Result, SessionId};
 
 use crate::net::Net;
 use crate::proxy::Wire;
+use crate::torture::Usage;
 
 /// The TTL that the suite asks for unless a store grants only longer ones.
 pub const TTL: Duration = Duration::from_secs(1);
@@ -75,6 +76,11 @@ pub trait Members: Cluster {
 
     /// The network between them, if it can be broken.
     fn net(&self) -> Option<&Net> {
+        None
+    }
+
+    /// What the processes use, if that is of interest.
+    async fn usage(&self) -> Option<Usage> {
         None
     }
 }

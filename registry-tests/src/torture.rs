@@ -9,6 +9,7 @@ mod counts;
 mod faults;
 mod holders;
 mod readers;
+mod soak;
 mod writers;
 
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use crate::history::{self, Answer, History};
 use crate::{Dice, Members, Wire, key, prefix};
 
 pub use counts::Counts;
+pub use soak::Usage;
 
 /// How long a store may take to come back when everything is mended.
 const PATIENCE: Duration = Duration::from_secs(40);
@@ -161,13 +163,13 @@ pub async fn run(cluster: &impl Members, plan: Plan) -> Arc<Counts> {
     let wires: Vec<_> = parties.iter().filter_map(|party| party.wire.clone()).collect();
     let until = Instant::now() + plan.lasts;
     let break_wires = faults::break_wires(&wires, &options, until, dice.split(), &run);
-    match plan.breaks {
-        Breaks::Wires => break_wires.await,
-        Breaks::Everything => {
-            let break_members = faults::break_members(cluster, &options, until, dice.split(), &run);
-            tokio::join!(break_wires, break_members);
+    let break_members = async {
+        if plan.breaks == Breaks::Everything {
+            faults::break_members(cluster, &options, until, dice.split(), &run).await;
         }
-    }
+    };
+    let soak = soak::Soak::watch(cluster, until, &run);
+    let ((), (), soak) = tokio::join!(break_wires, break_members, soak);
 
     // Everything is mended: whoever has a handle has a store again, with nothing done for it (F5).
     for party in &parties {
@@ -195,6 +197,7 @@ pub async fn run(cluster: &impl Members, plan: Plan) -> Arc<Counts> {
     let judged = tokio::task::spawn_blocking(move || history::check(&calls)).await;
     let judged = judged.expect("the judge does not panic");
     println!("seed {}, {:?}: {}", plan.seed, plan.breaks, run.counts);
+    soak.check();
     judged.unwrap_or_else(|violation| panic!("seed {}: {violation}", plan.seed));
     for party in &parties {
         party.registry.close().await.expect("the store is back");

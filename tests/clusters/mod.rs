@@ -7,6 +7,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use registry::raft::{self, Member, RaftConfig};
 use registry::{Options, Registry, Result, SessionId, SessionTtl};
+use registry_tests::torture::Usage;
 use registry_tests::{Cluster, Members, Process, TTL, Wire, key, process};
 use tempfile::TempDir;
 use tokio::process::Command;
@@ -170,5 +171,9 @@ impl Members for Served {
         }
         registry.close().await.expect("the member runs");
         true
+    }
+
+    async fn usage(&self) -> Option<Usage> {
+        Some(Usage::of(self.process.lock().await.id(), self.dir.path()))
     }
 }

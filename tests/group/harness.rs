@@ -110,6 +110,11 @@ impl Group {
         self.processes[at].as_mut().unwrap()
     }
 
+    /// The numbers of the processes that run.
+    pub(crate) fn process_ids(&self) -> Vec<u32> {
+        self.processes.iter().flatten().filter_map(Process::id).collect()
+    }
+
     /// A handle on one member alone.
     pub(crate) async fn connect(&self, at: usize) -> Arc<dyn Registry> {
         raft::connect(&self.remote(at), &options()).await.unwrap()

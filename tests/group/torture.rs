@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use futures_util::future::join_all;
 use registry::raft::{self, RaftConfig};
 use registry::{Options, Registry, Result, SessionId, SessionTtl};
+use registry_tests::torture::Usage;
 use registry_tests::{Cluster, Members, Net, Wire, key};
 use tokio::sync::Mutex;
 
@@ -122,6 +123,11 @@ impl Members for Three {
 
     fn net(&self) -> Option<&Net> {
         Some(&self.net)
+    }
+
+    async fn usage(&self) -> Option<Usage> {
+        let group = self.group.lock().await;
+        Some(Usage::of(group.process_ids(), &group.directory()))
     }
 }
 
