@@ -156,15 +156,15 @@ impl RaftRegistry {
         backoff: &mut Backoff,
     ) -> Result<Outcome> {
         let sequence = Sequence::next(&self.sequences);
-        let command = Command {
-            session: session.0,
-            sequence: sequence.number,
-            answered_below: sequence.answered_below,
-            change: Some(change),
-        };
         let mut unknown = None;
         loop {
-            match self.link.command(command.clone(), deadline.left()).await {
+            let command = Command {
+                session: session.0,
+                sequence: sequence.number,
+                answered_below: sequence.answered_below(),
+                change: Some(change.clone()),
+            };
+            match self.link.command(command, deadline.left()).await {
                 Ok(reply) => match (reply.result.ok_or_else(not_understood)?, unknown) {
                     (Outcome::SessionExpired(_), Some(unknown)) => {
                         // An earlier try may have been carried out before the session went.
@@ -175,6 +175,11 @@ impl RaftRegistry {
                         self.session.told_expired(session);
                         return Err(Error::SessionExpired { session });
                     }
+                    // Nothing was done: there is room again when what went before is answered.
+                    (Outcome::Crowded(most), unknown) if !backoff.within(deadline) => {
+                        return Err(unknown.unwrap_or_else(|| crowded(most)));
+                    }
+                    (Outcome::Crowded(_), before) => unknown = before,
                     (outcome, _) => return Ok(outcome),
                 },
                 Err(error @ Error::OutcomeUnknown { .. }) => unknown = Some(error),
@@ -336,6 +341,13 @@ impl Registry for RaftRegistry {
     }
 }
 
+fn crowded(most: u64) -> Error {
+    Error::Unavailable {
+        backend: BACKEND,
+        source: format!("{most} changes of this handle wait for their answers").into(),
+    }
+}
+
 /// The revision that the answer to a read tells.
 fn revision(answer: &Answer) -> u64 {
     match answer {
@@ -403,7 +415,6 @@ struct Sequences {
 struct Sequence<'a> {
     sequences: &'a Mutex<Sequences>,
     number: u64,
-    answered_below: u64,
 }
 
 impl<'a> Sequence<'a> {
@@ -412,12 +423,12 @@ impl<'a> Sequence<'a> {
         locked.last += 1;
         let number = locked.last;
         locked.waiting.insert(number);
-        let answered_below = locked.waiting.first().copied().unwrap_or(number);
-        Self {
-            sequences,
-            number,
-            answered_below,
-        }
+        Self { sequences, number }
+    }
+
+    /// Every number below was answered.
+    fn answered_below(&self) -> u64 {
+        self.sequences.lock().waiting.first().copied().unwrap_or(self.number)
     }
 }
 

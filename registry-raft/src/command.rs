@@ -110,9 +110,11 @@ pub(crate) fn txn_result(namespace: &Namespace, txn: &Txn, outcome: Outcome) -> 
         Outcome::SessionExpired(session) => Err(Error::SessionExpired {
             session: SessionId(session),
         }),
-        Outcome::SessionOpened(_) | Outcome::Deleted(_) | Outcome::Done(_) | Outcome::Marked(_) => {
-            Err(not_understood())
-        }
+        Outcome::SessionOpened(_)
+        | Outcome::Deleted(_)
+        | Outcome::Done(_)
+        | Outcome::Marked(_)
+        | Outcome::Crowded(_) => Err(not_understood()),
     }
 }
 

@@ -10,6 +10,9 @@ use crate::command::{Change, Command, Outcome, Reply};
 use crate::proto;
 use crate::tree::{Record, Tree};
 
+/// How many answers are remembered for one session. One that never says what it received costs no more.
+pub(crate) const MAX_REPLIES: usize = 1 << 16;
+
 /// The replicated state.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct State {
@@ -125,6 +128,12 @@ impl State {
             if answered_below > record.answered_below {
                 record.answered_below = answered_below;
                 record.replies = record.replies.split_off(&answered_below);
+            }
+            if record.replies.len() >= MAX_REPLIES {
+                return Applied {
+                    reply: Outcome::Crowded(MAX_REPLIES as u64).into(),
+                    changes,
+                };
             }
         }
         let outcome = match change {
@@ -367,6 +376,36 @@ mod tests {
             key: key.into(),
             write: Some(Write::Put(put)),
         }
+    }
+
+    /// A client that never says which answers it received can't fill the members' memory, nor their snapshots; one that
+    /// says it goes on.
+    #[test]
+    fn the_answers_of_one_session_are_bounded() {
+        let mut state = State::default();
+        state.apply(1, Command::new(Change::Open(proto::OpenSession { ttl_ms: 1000 })));
+        let mut outcome = |sequence, answered_below| {
+            let command = Command {
+                answered_below,
+                ..command(1, sequence, txn(vec![put("/ns/a", false)]))
+            };
+            let applied = state.apply(1, command);
+            (applied.reply.result, state.sessions[&1].replies.len())
+        };
+        let most = MAX_REPLIES as u64;
+        for sequence in 1..=most {
+            let (reply, _) = outcome(sequence, 0);
+            assert!(matches!(reply, Some(Outcome::Committed(_))), "{reply:?}");
+        }
+        let crowded = (Some(Outcome::Crowded(most)), MAX_REPLIES);
+        assert_eq!(outcome(most + 1, 0), crowded);
+        assert_eq!(outcome(most + 1, 1), crowded, "nothing was answered");
+        // What was carried out is still known.
+        let (again, _) = outcome(7, 1);
+        assert!(matches!(again, Some(Outcome::Committed(_))), "{again:?}");
+        let (reply, held) = outcome(most + 1, most);
+        assert!(matches!(reply, Some(Outcome::Committed(_))), "{reply:?}");
+        assert_eq!(held, 2);
     }
 
     fn txn(operations: Vec<proto::Operation>) -> Change {
