@@ -21,6 +21,8 @@
 
 mod backend;
 mod backup;
+#[cfg(test)]
+mod bad_input;
 mod command;
 mod config;
 mod directory;

@@ -129,7 +129,7 @@ fn with_causes(error: &Error) -> String {
 }
 
 /// Refuses what no handle of ours sends: a caller on the network may be anybody.
-fn check(call: &Call) -> Result<(), Error> {
+pub(crate) fn check(call: &Call) -> Result<(), Error> {
     match call {
         Call::Get(get) => qualified_key(&get.key),
         Call::Count(count) => qualified_prefix(&count.prefix).map(|_| ()),
@@ -212,7 +212,7 @@ fn check_txn(txn: &proto::Txn) -> Result<(), Error> {
     checked.check()
 }
 
-fn watch_request(request: proto::WatchRequest) -> Result<(Namespace, WatchRequest), Error> {
+pub(crate) fn watch_request(request: proto::WatchRequest) -> Result<(Namespace, WatchRequest), Error> {
     use proto::watch_request::{From, Scope};
     let (namespace, prefix) = qualified_prefix(&request.prefix)?;
     let scope = match request.scope() {

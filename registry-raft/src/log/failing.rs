@@ -176,6 +176,53 @@ async fn a_flipped_bit_at_the_end_is_cut_and_never_served() {
     }
 }
 
+/// Whatever bit of whatever file is another: the log is refused, or what is cut is at its very end, where nothing proves
+/// that it was acknowledged. Never is anything served that was not written, nor anything before the end left out.
+#[tokio::test]
+async fn a_flipped_bit_anywhere_is_refused_or_cut_and_never_served() {
+    let disk = Faulty::default();
+    let (mut log, _) = open(&disk);
+    for index in 0..60 {
+        append(&mut log, index).await.await.unwrap().unwrap();
+        if index % 10 == 9 {
+            log.save_vote(&Vote::new(index, 1)).await.unwrap();
+        }
+    }
+    log.log().close().unwrap();
+    let files = disk.files();
+    let segments: Vec<_> = files.iter().filter(|(name, _)| name.ends_with(".log")).collect();
+    assert!(segments.len() > 1, "{}", segments.len());
+    let mut dice = Dice::of_run();
+    let (mut flips, mut refused, mut cut) = (0, 0, 0);
+    for (name, good) in segments {
+        let end = good.iter().rposition(|&byte| byte != 0).unwrap() + 1;
+        for at in 0..end {
+            flips += 1;
+            let bad = disk.killed();
+            let file = super::disk::Disk::open(&bad, name).unwrap();
+            file.write_at(&[good[at] ^ (1 << dice.roll(8))], at as u64).unwrap();
+            let opened = LogStore::on(Arc::new(bad), IDENTITY, OPTIONS, Arc::new(|_: &_| {}));
+            let Ok(mut log) = opened else {
+                refused += 1;
+                continue;
+            };
+            let held = log.try_get_log_entries(..).await.unwrap();
+            assert!(
+                held.len() >= 59,
+                "{name}, byte {at}: only {} entries are left",
+                held.len()
+            );
+            assert!(
+                held.into_iter().zip(0..).all(|(held, index)| held == entry(index)),
+                "{name}, byte {at}"
+            );
+            cut += 1;
+        }
+    }
+    println!("{flips} flips: {refused} were refused, {cut} cut the end or touched nothing");
+    assert!(refused > cut && cut > 0);
+}
+
 #[tokio::test]
 async fn entries_purged_while_they_are_sent_are_no_hole() {
     let disk = Faulty::default();
