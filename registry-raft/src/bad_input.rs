@@ -7,8 +7,8 @@ use prost::Message;
 use registry_api::Namespace;
 
 use crate::command::{self, Change, Command, Outcome};
+use crate::disk::faulty::Dice;
 use crate::log::Identity;
-use crate::log::disk::faulty::Dice;
 use crate::proto::registry::log::v1 as log;
 use crate::proto::registry::peer::v1 as peer;
 use crate::proto::request::Call;

@@ -26,6 +26,7 @@ mod bad_input;
 mod command;
 mod config;
 mod directory;
+mod disk;
 mod expiry;
 mod founding;
 mod history;

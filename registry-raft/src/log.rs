@@ -5,7 +5,6 @@
 //! no linger; what comes while the disk works is the next batch. The first error that the disk gives is the last thing
 //! the log does: after a failed sync, what the page cache says about the data is worth nothing.
 
-pub(crate) mod disk;
 #[cfg(test)]
 mod failing;
 pub mod measure;
@@ -33,7 +32,7 @@ use tokio::sync::oneshot;
 use crate::directory::storage;
 use crate::types::{LogEntry, LogId, TypeConfig, Vote};
 
-use disk::{Disk, DiskFile};
+use crate::disk::{Disk, DiskFile};
 use reserve::Reserve;
 use writer::Writer;
 

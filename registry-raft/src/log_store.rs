@@ -11,7 +11,7 @@ use openraft::{LogState, RaftLogReader};
 use registry_api::Result;
 use tokio::sync::oneshot;
 
-use crate::log::disk::{Disk, DiskFile, Folder};
+use crate::disk::{Disk, DiskFile, Folder};
 use crate::log::{self, Identity, Job, Log, OnFatal, Options, Place};
 use crate::types::{LogEntry, LogId, TypeConfig, Vote};
 

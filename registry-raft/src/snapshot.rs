@@ -4,9 +4,8 @@
 //! written beside, synced, renamed, and the directory synced, before the log that it covers may be dropped.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Cursor, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
@@ -16,7 +15,8 @@ use parking_lot::Mutex;
 use prost::Message;
 use registry_api::Result;
 
-use crate::directory::{owned, storage};
+use crate::directory::storage;
+use crate::disk::{self, Disk, Folder};
 use crate::log::Identity;
 use crate::proto::registry::snapshot::v1::{self as file, frame::Frame};
 use crate::state::{SessionRecord, State};
@@ -78,7 +78,7 @@ pub(crate) enum SnapshotData {
 impl SnapshotData {
     pub(crate) fn open(&self) -> io::Result<Box<dyn io::Read>> {
         Ok(match self {
-            Self::File(file) => Box::new(BufReader::with_capacity(1 << 20, File::open(&file.path)?)),
+            Self::File(file) => Box::new(file.open()?),
             Self::Memory(bytes) => Box::new(Cursor::new(bytes.clone())),
         })
     }
@@ -87,32 +87,41 @@ impl SnapshotData {
 /// A snapshot's file. One that is replaced goes when nobody sends it any more.
 #[derive(Debug)]
 pub(crate) struct SnapshotFile {
-    path: PathBuf,
+    disk: Arc<dyn Disk>,
+    name: String,
     replaced: AtomicBool,
 }
 
 impl SnapshotFile {
-    fn new(path: PathBuf, replaced: bool) -> Arc<Self> {
-        let replaced = AtomicBool::new(replaced);
-        Arc::new(Self { path, replaced })
+    fn new(disk: &Arc<dyn Disk>, name: String, replaced: bool) -> Arc<Self> {
+        Arc::new(Self {
+            disk: disk.clone(),
+            name,
+            replaced: AtomicBool::new(replaced),
+        })
+    }
+
+    fn open(&self) -> io::Result<impl io::Read + use<>> {
+        let file = disk::Reader::new(self.disk.open(&self.name)?)?;
+        Ok(BufReader::with_capacity(1 << 20, file))
     }
 }
 
 impl Drop for SnapshotFile {
     fn drop(&mut self) {
         if *self.replaced.get_mut() {
-            let path = std::mem::take(&mut self.path);
+            let (disk, name) = (self.disk.clone(), std::mem::take(&mut self.name));
             // It takes a while, and who lets go of it last may be in a hurry. What is left is removed at the next start.
             let _ = std::thread::Builder::new()
                 .name("registry-remove".into())
-                .spawn(move || remove(&path));
+                .spawn(move || remove(&*disk, &name));
         }
     }
 }
 
 /// A snapshot that comes from another member. Dropped before its end it leaves nothing.
 pub(crate) struct Incoming {
-    file: Option<(File, Arc<SnapshotFile>)>,
+    file: Option<(disk::Writer, Arc<SnapshotFile>)>,
     memory: Vec<u8>,
 }
 
@@ -141,7 +150,7 @@ impl Write for Incoming {
 /// A member's snapshots: the newest, and the means to make the next.
 #[derive(Debug)]
 pub(crate) struct Snapshots {
-    directory: Option<PathBuf>,
+    disk: Option<Arc<dyn Disk>>,
     identity: Identity,
     newest: Mutex<Option<(SnapshotMeta, SnapshotData, u64)>>,
     writing: AtomicBool,
@@ -152,13 +161,19 @@ pub(crate) struct Snapshots {
 impl Snapshots {
     /// Snapshots in that directory, or in memory. What a crash left half written is removed.
     pub(crate) fn open(directory: Option<PathBuf>, identity: Identity) -> Result<Self> {
-        if let Some(directory) = &directory {
-            for beside in files(directory, ".new").map_err(|e| storage(directory, e.to_string()))? {
-                fs::remove_file(&beside).map_err(|e| storage(&beside, e.to_string()))?;
+        let disk = directory.map(|directory| Arc::new(Folder(directory)) as Arc<dyn Disk>);
+        Self::on(disk, identity)
+    }
+
+    fn on(disk: Option<Arc<dyn Disk>>, identity: Identity) -> Result<Self> {
+        if let Some(disk) = &disk {
+            for beside in files(&**disk, ".new")? {
+                disk.remove(&beside)
+                    .map_err(|e| storage(&disk.path(&beside), e.to_string()))?;
             }
         }
         Ok(Self {
-            directory,
+            disk,
             identity,
             newest: Mutex::default(),
             writing: AtomicBool::new(false),
@@ -177,18 +192,18 @@ impl Snapshots {
 
     /// Room for a snapshot that another member sends.
     pub(crate) fn incoming(&self) -> io::Result<Incoming> {
-        let Some(directory) = &self.directory else {
+        let Some(disk) = &self.disk else {
             return Ok(Incoming {
                 file: None,
                 memory: Vec::new(),
             });
         };
         let number = self.received.fetch_add(1, Ordering::Relaxed);
-        let path = directory.join(format!("from-a-member-{number}.new"));
-        let file = owned(path.clone(), OpenOptions::new().create(true).truncate(true).write(true))?;
+        let name = format!("from-a-member-{number}.new");
+        let file = disk::Writer::new(disk.create(&name)?);
         Ok(Incoming {
             // Installed it is written anew, as this member's own.
-            file: Some((file, SnapshotFile::new(path, true))),
+            file: Some((file, SnapshotFile::new(disk, name, true))),
             memory: Vec::new(),
         })
     }
@@ -203,26 +218,28 @@ impl Snapshots {
 
     /// Reads the newest file, at start. A damaged one is refused, not skipped: the log it covered may be gone.
     pub(crate) fn load(&self) -> Result<Option<Frozen>> {
-        let Some(directory) = &self.directory else {
+        let Some(disk) = &self.disk else {
             return Ok(None);
         };
-        let mut found = files(directory, ".snap").map_err(|e| storage(directory, e.to_string()))?;
-        let Some(path) = found.pop() else { return Ok(None) };
+        let mut found = files(&**disk, ".snap")?;
+        let Some(name) = found.pop() else { return Ok(None) };
+        // A rename that was seen but not synced before the last stop must not be undone by the next.
+        disk.sync()
+            .map_err(|e| storage(&disk.path(""), format!("can't be synced: {e}")))?;
+        let path = disk.path(&name);
         let refused = |error: io::Error| {
             storage(
                 &path,
                 format!("{error}; nothing was changed: restore a backup into a new directory"),
             )
         };
-        let frozen = File::open(&path)
-            .and_then(|file| self.read(BufReader::with_capacity(1 << 20, file)))
-            .map_err(refused)?;
-        let bytes = fs::metadata(&path).map_err(refused)?.len();
+        let file = SnapshotFile::new(disk, name, false);
+        let frozen = file.open().and_then(|file| self.read(file)).map_err(refused)?;
+        let bytes = disk.open(&file.name).and_then(|file| file.size()).map_err(refused)?;
         for older in found {
-            drop(SnapshotFile::new(older, true));
+            drop(SnapshotFile::new(disk, older, true));
         }
-        let data = SnapshotData::File(SnapshotFile::new(path, false));
-        *self.newest.lock() = Some((frozen.meta.clone(), data, bytes));
+        *self.newest.lock() = Some((frozen.meta.clone(), SnapshotData::File(file), bytes));
         Ok(Some(frozen))
     }
 
@@ -253,24 +270,20 @@ impl Snapshots {
 
     fn store(&self, meta: &SnapshotMeta, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<Snapshot> {
         let index = meta.last_log_id.map_or(0, |id| id.index);
-        let (data, size) = match &self.directory {
-            Some(directory) => {
-                let name = format!("{index:020}");
-                let (beside, path) = (
-                    directory.join(format!("{name}.new")),
-                    directory.join(format!("{name}.snap")),
-                );
-                let written = durable(&beside, write).and_then(|size| {
-                    fs::rename(&beside, &path)?;
-                    File::open(directory)?.sync_all()?;
+        let (data, size) = match &self.disk {
+            Some(disk) => {
+                let (beside, name) = (format!("{index:020}.new"), format!("{index:020}.snap"));
+                let written = durable(&**disk, &beside, write).and_then(|size| {
+                    disk.rename(&beside, &name)?;
+                    disk.sync()?;
                     Ok(size)
                 });
                 if written.is_err() {
                     // On a full disk its room is the log's. What can't be removed now is at the next start.
-                    let _ = fs::remove_file(&beside);
+                    let _ = disk.remove(&beside);
                 }
                 let size = written?;
-                (SnapshotData::File(SnapshotFile::new(path, false)), size)
+                (SnapshotData::File(SnapshotFile::new(disk, name, false)), size)
             }
             None => {
                 let mut out = Vec::new();
@@ -282,7 +295,7 @@ impl Snapshots {
         let before = self.newest.lock().replace((meta.clone(), data.clone(), size));
         if let (Some((_, SnapshotData::File(before), _)), SnapshotData::File(now)) = (&before, &data) {
             // Written again for the same place in the log, it is the same file.
-            before.replaced.store(before.path != now.path, Ordering::Release);
+            before.replaced.store(before.name != now.name, Ordering::Release);
         }
         Ok(Snapshot {
             meta: meta.clone(),
@@ -378,18 +391,17 @@ pub(crate) fn read(mut from: impl io::Read, mut each: impl FnMut(Record)) -> io:
 }
 
 /// Writes a file that is durable when this returns, but for its name, and answers its size.
-fn durable(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<u64> {
-    let file = owned(path.into(), OpenOptions::new().create(true).truncate(true).write(true))?;
+fn durable(disk: &dyn Disk, name: &str, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<u64> {
     let paced = Paced {
-        file,
+        file: disk::Writer::new(disk.create(name)?),
         unsynced: 0,
         since: Instant::now(),
     };
     let mut out = BufWriter::with_capacity(1 << 20, paced);
     write(&mut out)?;
     let file = out.into_inner().map_err(io::IntoInnerError::into_error)?.file;
-    file.sync_all()?;
-    Ok(file.metadata()?.len())
+    file.sync()?;
+    Ok(file.written())
 }
 
 /// Writes a state as a file.
@@ -456,22 +468,22 @@ pub(crate) fn write(out: &mut dyn Write, identity: &Identity, frozen: &Frozen) -
 }
 
 /// Removes a large file piece by piece: its blocks freed at once would hold up the log's writes.
-fn remove(path: &Path) -> io::Result<()> {
-    let file = File::options().write(true).open(path)?;
-    let mut left = file.metadata()?.len();
+fn remove(disk: &dyn Disk, name: &str) -> io::Result<()> {
+    let file = disk.open(name)?;
+    let mut left = file.size()?;
     while left > 0 {
         left = left.saturating_sub(8 * PACE as u64);
-        file.set_len(left)?;
-        file.sync_data()?;
+        file.truncate(left)?;
+        file.sync()?;
         std::thread::sleep(std::time::Duration::from_millis(2));
     }
-    fs::remove_file(path)
+    disk.remove(name)
 }
 
 /// A file that is synced as it grows, and written half of the time only. Hundreds of megabytes at once would hold up the
 /// log's small writes, which share its disk and its processors.
 struct Paced {
-    file: File,
+    file: disk::Writer,
     unsynced: usize,
     since: Instant,
 }
@@ -481,7 +493,7 @@ impl Write for Paced {
         let written = self.file.write(bytes)?;
         self.unsynced += written;
         if self.unsynced >= PACE {
-            self.file.sync_data()?;
+            self.file.sync()?;
             std::thread::sleep(self.since.elapsed());
             (self.unsynced, self.since) = (0, Instant::now());
         }
@@ -522,14 +534,9 @@ fn next(from: &mut impl io::Read) -> io::Result<Frame> {
 }
 
 /// The files with that ending, by name.
-fn files(directory: &Path, ending: &str) -> io::Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    for file in fs::read_dir(directory)? {
-        let path = file?.path();
-        if path.to_string_lossy().ends_with(ending) {
-            files.push(path);
-        }
-    }
+fn files(disk: &dyn Disk, ending: &str) -> Result<Vec<String>> {
+    let mut files = disk.list().map_err(|e| storage(&disk.path(""), e.to_string()))?;
+    files.retain(|name| name.ends_with(ending));
     files.sort();
     Ok(files)
 }
@@ -539,7 +546,13 @@ fn invalid(reason: &str) -> io::Error {
 }
 
 #[cfg(test)]
+mod power;
+
+#[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::path::Path;
+
     use super::*;
     use crate::command::{Change, Command};
     use crate::proto;
@@ -650,7 +663,7 @@ mod tests {
         snapshots(dir.path())
             .write(&Frozen::of(&state, SnapshotMeta::default()))
             .unwrap();
-        let path = files(dir.path(), ".snap").unwrap().pop().unwrap();
+        let path = dir.path().join("00000000000000000000.snap");
         let good = fs::read(&path).unwrap();
         let refusal = |bytes: &[u8]| {
             fs::write(&path, bytes).unwrap();

@@ -9,8 +9,8 @@ use openraft::storage::{IOFlushed, RaftLogStorage};
 use openraft::type_config::TypeConfigExt;
 use openraft::{EntryPayload, RaftLogReader};
 
-use super::disk::faulty::{Dice, Faulty};
 use super::{Identity, OnFatal, Options};
+use crate::disk::faulty::{Dice, Faulty};
 use crate::log_store::LogStore;
 use crate::types::{LogEntry, LogId, Proposal, TypeConfig, Vote};
 
@@ -148,7 +148,7 @@ async fn what_a_stop_left_half_made_is_removed() {
     let disk = Faulty::default();
     drop(open(&disk));
     let half = disk.killed();
-    super::disk::Disk::create(&half, "wal-next.tmp").unwrap();
+    crate::disk::Disk::create(&half, "wal-next.tmp").unwrap();
     let names = |disk: &Faulty| disk.files().into_keys().collect::<Vec<_>>();
     let (log, _) = open(&half);
     until(|| has_reserve(&log));
@@ -168,7 +168,7 @@ async fn a_flipped_bit_at_the_end_is_cut_and_never_served() {
     let end = good.iter().rposition(|&byte| byte != 0).unwrap() + 1;
     for (at, byte) in good.iter().enumerate().take(end).skip(end - 200) {
         let bad = disk.killed();
-        let file = super::disk::Disk::open(&bad, name).unwrap();
+        let file = crate::disk::Disk::open(&bad, name).unwrap();
         file.write_at(&[byte ^ 1], at as u64).unwrap();
         let (mut log, _) = open(&bad);
         // It can't be told from a torn one: nothing follows that proves it was acknowledged.
@@ -196,11 +196,11 @@ async fn a_flipped_bit_anywhere_is_refused_or_cut_and_never_served() {
     let (mut flips, mut refused, mut cut) = (0, 0, 0);
     for (name, good) in segments {
         let end = good.iter().rposition(|&byte| byte != 0).unwrap() + 1;
-        for at in 0..end {
+        for (at, byte) in good.iter().enumerate().take(end) {
             flips += 1;
             let bad = disk.killed();
-            let file = super::disk::Disk::open(&bad, name).unwrap();
-            file.write_at(&[good[at] ^ (1 << dice.roll(8))], at as u64).unwrap();
+            let file = crate::disk::Disk::open(&bad, name).unwrap();
+            file.write_at(&[byte ^ (1 << dice.roll(8))], at as u64).unwrap();
             let opened = LogStore::on(Arc::new(bad), IDENTITY, OPTIONS, Arc::new(|_: &_| {}));
             let Ok(mut log) = opened else {
                 refused += 1;

@@ -9,8 +9,8 @@ use openraft::type_config::TypeConfigExt;
 use openraft::{EntryPayload, RaftLogReader};
 use registry_api::Result;
 
-use super::disk::faulty::{Dice, Faulty};
 use super::{Identity, Options};
+use crate::disk::faulty::{Dice, Faulty};
 use crate::log_store::LogStore;
 use crate::types::{LogEntry, LogId, Proposal, TypeConfig, Vote};
 

@@ -2,9 +2,9 @@
 
 use std::io;
 
-use super::disk::DiskFile;
 use super::invalid;
 use super::record::{self, Record};
+use crate::disk::DiskFile;
 use crate::types::{LogEntry, LogId};
 use crate::wire;
 

@@ -9,11 +9,11 @@ use std::path::Path;
 
 use registry_api::{Error, Result};
 
-use super::disk::{Disk, DiskFile};
 use super::record::{self, Record};
 use super::segment::{self, HEADER, Head};
 use super::{Identity, Options, Place, State, invalid, reserve};
 use crate::directory::storage;
+use crate::disk::{Disk, DiskFile};
 use crate::wire;
 
 /// The log as it was.

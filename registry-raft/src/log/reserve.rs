@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use super::disk::Disk;
+use crate::disk::Disk;
 
 /// The reserve's name while it waits, and while it is made.
 const NAME: &str = "wal-next.zero";

@@ -5,7 +5,7 @@ use std::io;
 use prost::Message;
 
 use super::Identity;
-use super::disk::DiskFile;
+use crate::disk::DiskFile;
 use crate::proto::registry::log::v1::SegmentHeader;
 
 const MAGIC: &[u8; 8] = b"REGWAL\0\0";

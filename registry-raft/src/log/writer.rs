@@ -7,12 +7,12 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use super::disk::{Disk, DiskFile};
 use super::record::{self, Record};
 use super::recovery::Segments;
 use super::reserve::Reserve;
 use super::segment::{self, HEADER};
 use super::{Identity, Job, OnFatal, Options, Place, State};
+use crate::disk::{Disk, DiskFile};
 use crate::proto::registry::log::v1::Truncate;
 use crate::types::LogId;
 use crate::wire;

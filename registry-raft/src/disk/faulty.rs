@@ -123,7 +123,14 @@ impl Change {
 struct Content {
     seen: Vec<u8>,
     durable: Vec<u8>,
-    pending: Vec<(usize, Vec<u8>)>,
+    pending: Vec<(usize, Piece)>,
+}
+
+#[derive(Clone, Debug)]
+enum Piece {
+    Bytes(Vec<u8>),
+    /// Nothing is beyond.
+    End,
 }
 
 fn write(to: &mut Vec<u8>, offset: usize, bytes: &[u8]) {
@@ -221,7 +228,13 @@ impl Faulty {
             .map(|(name, content)| {
                 let content = content.lock();
                 let mut durable = content.durable.clone();
-                for (offset, bytes) in &content.pending {
+                for (offset, piece) in &content.pending {
+                    let Piece::Bytes(bytes) = piece else {
+                        if is_kept() {
+                            durable.truncate(*offset);
+                        }
+                        continue;
+                    };
                     let mut at = 0;
                     while at < bytes.len() {
                         let end = bytes.len().min(at + SECTOR - (offset + at) % SECTOR);
@@ -342,7 +355,17 @@ impl DiskFile for OpenFile {
         }
         let mut content = self.content.lock();
         write(&mut content.seen, offset as usize, bytes);
-        content.pending.push((offset as usize, bytes.to_vec()));
+        content.pending.push((offset as usize, Piece::Bytes(bytes.to_vec())));
+        self.disk.spend()
+    }
+
+    fn truncate(&self, length: u64) -> io::Result<()> {
+        if self.disk.is_off() {
+            return Err(io::Error::other("the power went"));
+        }
+        let mut content = self.content.lock();
+        content.seen.truncate(length as usize);
+        content.pending.push((length as usize, Piece::End));
         self.disk.spend()
     }
 
@@ -359,8 +382,11 @@ impl DiskFile for OpenFile {
             content.pending.clear();
             return Err(io::Error::other("the sync failed"));
         }
-        for (offset, bytes) in std::mem::take(&mut content.pending) {
-            write(&mut content.durable, offset, &bytes);
+        for (offset, piece) in std::mem::take(&mut content.pending) {
+            match piece {
+                Piece::Bytes(bytes) => write(&mut content.durable, offset, &bytes),
+                Piece::End => content.durable.truncate(offset),
+            }
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! What the log needs of a disk: one directory of files. Tests put one beneath it that loses power.
+//! What log and snapshots need of a disk: one directory of files. Tests put one beneath them that loses power.
 
 use std::fmt::Debug;
 use std::fs::{self, File, OpenOptions};
@@ -39,8 +39,67 @@ pub(crate) trait DiskFile: Debug + Send + Sync {
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
 
+    /// Cuts off what is beyond that length.
+    fn truncate(&self, length: u64) -> io::Result<()>;
+
     /// Makes what was written durable: `fdatasync`.
     fn sync(&self) -> io::Result<()>;
+}
+
+/// Reads a file from its beginning to its end.
+pub(crate) struct Reader {
+    file: Arc<dyn DiskFile>,
+    at: u64,
+    size: u64,
+}
+
+impl Reader {
+    pub(crate) fn new(file: Arc<dyn DiskFile>) -> io::Result<Self> {
+        let size = file.size()?;
+        Ok(Self { file, at: 0, size })
+    }
+}
+
+impl io::Read for Reader {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let left = usize::try_from(self.size - self.at).unwrap_or(usize::MAX);
+        let count = left.min(bytes.len());
+        self.file.read_at(&mut bytes[..count], self.at)?;
+        self.at += count as u64;
+        Ok(count)
+    }
+}
+
+/// Writes a file from its beginning.
+pub(crate) struct Writer {
+    file: Arc<dyn DiskFile>,
+    written: u64,
+}
+
+impl Writer {
+    pub(crate) fn new(file: Arc<dyn DiskFile>) -> Self {
+        Self { file, written: 0 }
+    }
+
+    pub(crate) fn written(&self) -> u64 {
+        self.written
+    }
+
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        self.file.sync()
+    }
+}
+
+impl io::Write for Writer {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write_at(bytes, self.written)?;
+        self.written += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A directory of the operating system's.
@@ -91,6 +150,10 @@ impl DiskFile for File {
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.write_all_at(bytes, offset)
+    }
+
+    fn truncate(&self, length: u64) -> io::Result<()> {
+        self.set_len(length)
     }
 
     fn sync(&self) -> io::Result<()> {
