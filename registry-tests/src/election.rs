@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use registry_api::{Campaign, Election, Error, Leader, Result};
+use registry_api::{Campaign, Election, Error, Leader, Prefix, Result};
 
 use crate::cluster::eventually;
 use crate::{Cluster, key, within};
@@ -204,4 +204,178 @@ pub async fn a_leader_can_lead_again(cluster: &impl Cluster) -> Result<()> {
         leadership.resign().await?;
     }
     registry.close().await
+}
+
+/// E1, E3. Candidates that come and go, refused ones and new values change nothing for the one that leads.
+pub async fn others_change_nothing_for_the_leader(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let (election, same) = (one.election(&key("/e")), other.election(&key("/e")));
+    let mut course = election.observe().await?;
+    assert_eq!(next(&mut course).await?, None);
+    let leadership = election.campaign("1").await?;
+    assert_eq!(next(&mut course).await?.expect("one leads").token, leadership.token());
+    for round in 0..3 {
+        let waiting = tokio::spawn({
+            let same = same.clone();
+            async move { same.campaign("waiting").await }
+        });
+        standing(&election, 2).await;
+        leadership.publish(format!("2.{round}")).await?;
+        let told = next(&mut course).await?.expect("one leads");
+        assert_eq!(told.token, leadership.token(), "another leads");
+        assert_eq!(told.value, format!("2.{round}"));
+        waiting.abort();
+        standing(&election, 1).await;
+    }
+    assert!(!leadership.is_lost());
+    leadership.resign().await?;
+    // Nothing was told in between but the values.
+    assert_eq!(next(&mut course).await?, None);
+    other.close().await?;
+    one.close().await
+}
+
+/// E3, S6. What is left of an old leader, its late end too, leaves the one that leads now alone.
+pub async fn an_old_leaders_end_leaves_the_present_one(cluster: &impl Cluster) -> Result<()> {
+    let (old, other) = (cluster.connect().await?, cluster.connect().await?);
+    let past = old.election(&key("/e")).campaign("same").await?;
+    let election = other.election(&key("/e"));
+    other.delete(&past.condition().key).await?;
+    let present = within(PATIENCE, election.campaign("same")).await?;
+    past.lost().await;
+    // It may still think so, and say so, late.
+    let late = past.publish("late").await;
+    assert!(matches!(late, Err(Error::HoldLost { .. })), "{late:?}");
+    // The end of a lost leadership changes nothing, with whatever answer.
+    let _ = past.resign().await;
+    old.close().await?;
+    let leader = election.leader().await?.expect("one leads");
+    assert_eq!(leader.token, present.token(), "another leads");
+    present.publish("still").await?;
+    assert!(!present.is_lost());
+    present.resign().await?;
+    other.close().await
+}
+
+/// E3. Who lost the leadership by another hand can stand and lead again, with a larger token, on the same handle.
+pub async fn who_lost_it_can_lead_again(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let election = one.election(&key("/e"));
+    let mut last = registry_api::Revision(0);
+    for _ in 0..5 {
+        let leadership = within(PATIENCE, election.campaign("me")).await?;
+        assert!(leadership.token() > last);
+        last = leadership.token();
+        other.delete(&leadership.condition().key).await?;
+        within(PATIENCE, leadership.lost()).await;
+    }
+    other.close().await?;
+    one.close().await
+}
+
+/// E4. A closed handle never leads again, and leaves nobody standing.
+pub async fn a_closed_handle_never_leads(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let election = one.election(&key("/e"));
+    let leadership = election.campaign("me").await?;
+    one.close().await?;
+    assert!(leadership.is_lost(), "a closed handle leads");
+    let again = election.campaign("me").await;
+    assert!(matches!(again, Err(Error::Closed)), "{again:?}");
+    assert!(other.election(&key("/e")).candidates().await?.is_empty());
+    other.close().await
+}
+
+/// E3. A candidate's key that is removed while it is about to lead: it leads with its key there, or knows that it does not.
+pub async fn a_removal_racing_the_election_is_noticed(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let (election, same) = (one.election(&key("/e")), other.election(&key("/e")));
+    let candidates = Prefix::from_store("~/election").expect("it is one");
+    for round in 0..20 {
+        let standing = tokio::spawn({
+            let election = election.clone();
+            async move { election.campaign("racing").await }
+        });
+        tokio::time::sleep(Duration::from_micros(300 * round)).await;
+        other.delete_prefix(&candidates).await?;
+        match within(PATIENCE, standing).await.expect("it does not panic") {
+            Ok(leadership) => {
+                // Removed after it was won, it is lost; what was removed before was never won.
+                if same.leader().await?.map(|leader| leader.token) != Some(leadership.token()) {
+                    within(PATIENCE, leadership.lost()).await;
+                    assert!(leadership.is_lost());
+                }
+            }
+            Err(Error::HoldLost { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    other.close().await?;
+    one.close().await
+}
+
+/// E3, E4. Who closes its handle when it learns that it leads no more is gone from every election.
+pub async fn closing_on_the_loss_ends_it(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let leadership = one.election(&key("/e")).campaign("me").await?;
+    let elsewhere = one.election(&key("/other")).campaign("me").await?;
+    let removed = leadership.condition().key;
+    let ending = tokio::spawn({
+        let one = one.clone();
+        async move {
+            leadership.lost().await;
+            one.close().await
+        }
+    });
+    other.delete(&removed).await?;
+    within(PATIENCE, ending).await.expect("it does not panic")?;
+    assert!(elsewhere.is_lost(), "a closed handle leads");
+    for name in ["/e", "/other"] {
+        let next = within(PATIENCE, other.election(&key(name)).campaign("next")).await?;
+        next.resign().await?;
+    }
+    other.close().await
+}
+
+/// E1, E3. Leadership lost and won so many times in a row, by resigning, by another hand on its key and on its session:
+/// each time with a larger token, told to an observer in that order, and nothing left of it.
+pub async fn lost_and_won(cluster: &impl Cluster, times: u32) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let election = one.election(&key("/e"));
+    let mut course = other.election(&key("/e")).observe().await?;
+    let mut last = registry_api::Revision(0);
+    for round in 0..times {
+        let leadership = loop {
+            match within(PATIENCE, election.campaign(round.to_string())).await {
+                Ok(leadership) => break leadership,
+                // The session was ended a moment ago; the next comes by itself.
+                Err(Error::SessionExpired { .. }) => one.wait_connected(PATIENCE).await?,
+                Err(error) => return Err(error),
+            }
+        };
+        assert!(leadership.token() > last, "{} after {last}", leadership.token());
+        last = leadership.token();
+        match round % 100 {
+            99 => {
+                cluster.revoke(one.session().live()?).await;
+                within(PATIENCE, leadership.lost()).await;
+            }
+            odd if odd % 2 == 1 => {
+                other.delete(&leadership.condition().key).await?;
+                within(PATIENCE, leadership.lost()).await;
+            }
+            _ => leadership.resign().await?,
+        }
+    }
+    assert!(election.candidates().await?.is_empty());
+    let (mut newest, mut told) = (registry_api::Revision(0), 0);
+    while newest < last {
+        if let Some(leader) = next(&mut course).await? {
+            assert!(leader.token >= newest, "{} was told after {newest}", leader.token);
+            (newest, told) = (leader.token, told + 1);
+        }
+    }
+    println!("{times} leaderships in a row, {told} of them told to an observer");
+    other.close().await?;
+    one.close().await
 }

@@ -387,6 +387,43 @@ pub async fn a_leader_learns_of_its_sessions_end(cluster: &impl Cluster) -> Resu
     one.close().await
 }
 
+/// E3, F5. A candidate that waits while the store is down leads when it comes to its turn, or is told that its session
+/// ended; one that stands then leads, and one at a time.
+pub async fn a_campaign_goes_on_over_a_restart(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let leadership = one.election(&key("/e")).campaign("one").await?;
+    let election = other.election(&key("/e"));
+    let waiting = tokio::spawn({
+        let election = election.clone();
+        async move { election.campaign("other").await }
+    });
+    let standing = &election;
+    eventually(PATIENCE, || async move {
+        standing.candidates().await.is_ok_and(|all| all.len() == 2)
+    })
+    .await;
+    cluster.kill().await;
+    cluster.restart().await;
+    one.wait_connected(PATIENCE).await?;
+    let token = leadership.token();
+    // Lost or not, it goes.
+    drop(leadership);
+    let next = match within(PATIENCE, waiting).await.expect("it does not panic") {
+        Ok(next) => next,
+        Err(Error::SessionExpired { .. } | Error::HoldLost { .. }) => {
+            other.wait_connected(PATIENCE).await?;
+            within(PATIENCE, election.campaign("again")).await?
+        }
+        Err(error) => return Err(error),
+    };
+    assert!(next.token() > token);
+    let leader = within(PATIENCE, election.leader()).await?.expect("one leads");
+    assert_eq!(leader.token, next.token());
+    next.resign().await?;
+    other.close().await?;
+    one.close().await
+}
+
 /// S5. A registration comes back by itself after its session expired.
 pub async fn an_expired_registration_comes_back(cluster: &impl Cluster) -> Result<()> {
     let (one, other) = (cluster.connect().await?, cluster.connect().await?);

@@ -56,7 +56,10 @@ macro_rules! properties {
                 locks_below_locks_are_apart;
             election: one_leads_in_order, the_leader_publishes, observe_ends_in_the_newest, resign_hands_over,
                 a_removed_leader_key_ends_the_leadership, a_candidate_that_stops_leaves_no_trace,
-                close_with_a_candidate_waiting_returns, equal_values_are_other_candidates, a_leader_can_lead_again;
+                close_with_a_candidate_waiting_returns, equal_values_are_other_candidates, a_leader_can_lead_again,
+                others_change_nothing_for_the_leader, an_old_leaders_end_leaves_the_present_one,
+                who_lost_it_can_lead_again, a_closed_handle_never_leads, a_removal_racing_the_election_is_noticed,
+                closing_on_the_loss_ends_it;
             recipe: a_registration_stays_and_goes, a_registration_comes_back_when_deleted,
                 a_registration_takes_over_when_asked, a_mirror_is_current;
             failure: health_answers, wait_connected_returns, connect_again_finds_all;
@@ -68,7 +71,7 @@ macro_rules! properties {
                 the_same_handle_works_again, a_short_cut_loses_no_session, a_long_cut_loses_it_before_others_can_hold,
                 a_dead_holder_is_replaced_in_time, a_watch_goes_on_over_a_restart, a_watch_bridges_a_cut,
                 a_waiter_learns_of_its_sessions_end, a_leader_learns_of_its_sessions_end, an_expired_registration_comes_back,
-                a_paused_store_loses_nothing_acknowledged;
+                a_campaign_goes_on_over_a_restart, a_paused_store_loses_nothing_acknowledged;
         }
     };
 }

@@ -232,6 +232,12 @@ fn cases() -> Vec<Case> {
         election::close_with_a_candidate_waiting_returns: CloseDoesNothing, "not within 10s";
         election::equal_values_are_other_candidates: QueuesAreTurnedRound, "the predecessor still leads|right";
         election::a_leader_can_lead_again: RevisionIsStuck, "leadership.token() > last";
+        election::others_change_nothing_for_the_leader: QueuesAreTurnedRound, "not within 10s|another leads";
+        election::an_old_leaders_end_leaves_the_present_one: SessionsAreShared, "is closed";
+        election::who_lost_it_can_lead_again: WatchesSayNothing, "not within 10s";
+        election::a_closed_handle_never_leads: CloseDoesNothing, "a closed handle leads";
+        election::a_removal_racing_the_election_is_noticed: WatchesSayNothing, "not within 10s";
+        election::closing_on_the_loss_ends_it: CloseDoesNothing, "a closed handle leads";
 
         recipe::a_registration_stays_and_goes: KindIsIgnored, "Ok(";
         recipe::a_registration_comes_back_when_deleted: WatchesSayNothing, "not within 10s";
@@ -260,6 +266,7 @@ fn fault_cases() -> Vec<Case> {
         failure::a_watch_bridges_a_cut: DeletesAreMissed, "created twice|right";
         failure::a_waiter_learns_of_its_sessions_end: SessionsNeverEnd, "not within 20s";
         failure::a_leader_learns_of_its_sessions_end: SessionsNeverEnd, "not within 20s";
+        failure::a_campaign_goes_on_over_a_restart: WatchesSayNothing, "not within 20s";
         failure::an_expired_registration_comes_back: SessionsNeverEnd, "not within 20s";
         failure::a_paused_store_loses_nothing_acknowledged: UnknownIsTakenForDone, "Ok(";
     }

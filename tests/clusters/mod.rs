@@ -24,6 +24,8 @@ fn options() -> Options {
 }
 
 /// Handles in the process of a member that keeps everything in memory.
+// Not every test has a use for both.
+#[allow(dead_code)]
 pub(crate) struct InProcess {
     member: Member,
 }
@@ -77,7 +79,7 @@ pub(crate) struct Served {
 }
 
 impl Served {
-    fn address(&self) -> SocketAddr {
+    pub(crate) fn address(&self) -> SocketAddr {
         SocketAddr::from(([127, 0, 0, 1], self.port))
     }
 

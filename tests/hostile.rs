@@ -1,0 +1,214 @@
+//! Clients that mean no good, or can do no better, at a served member: its memory stays bounded, and others are served.
+
+// A test may fail.
+#![allow(clippy::unwrap_used)]
+#![cfg(feature = "raft")]
+
+mod clusters;
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use clusters::Served;
+use registry::{Read, SessionState};
+use registry_tests::torture::Usage;
+use registry_tests::{Cluster, Dice, Members, key, within};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const MIB: u64 = 1 << 20;
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const SETTINGS: u8 = 4;
+const END_HEADERS: u8 = 4;
+
+/// A frame of HTTP/2 (RFC 9113, section 4.1).
+fn frame(kind: u8, flags: u8, stream: u32, body: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(body.len()).unwrap().to_be_bytes();
+    let mut frame = vec![length[1], length[2], length[3], kind, flags];
+    frame.extend(stream.to_be_bytes());
+    frame.extend(body);
+    frame
+}
+
+/// What a client of gRPC begins with: the preface, and a request's headers (RFC 7541, without its compression).
+fn request(stream: u32, method: &str) -> Vec<u8> {
+    let mut headers = vec![0x83, 0x86];
+    let mut text = |before: &[u8], text: &str| {
+        headers.extend(before);
+        headers.push(u8::try_from(text.len()).unwrap());
+        headers.extend(text.as_bytes());
+    };
+    text(&[0x04], method);
+    text(&[0x01], "member");
+    text(&[0x0f, 0x10], "application/grpc");
+    text(&[0x00, 2, b't', b'e'], "trailers");
+    frame(HEADERS, END_HEADERS, stream, &headers)
+}
+
+fn hello() -> Vec<u8> {
+    [PREFACE, &frame(SETTINGS, 0, 0, &[])].concat()
+}
+
+async fn open(address: SocketAddr) -> TcpStream {
+    within(PATIENCE, TcpStream::connect(address)).await.unwrap()
+}
+
+/// Sends until the member takes no more: it has closed the connection, or lets it wait.
+async fn pour(stream: &mut TcpStream, bytes: &[u8], most: usize) -> usize {
+    let mut sent = 0;
+    while sent < most {
+        match tokio::time::timeout(Duration::from_millis(300), stream.write(bytes)).await {
+            Ok(Ok(count)) if count > 0 => sent += count,
+            _ => break,
+        }
+    }
+    sent
+}
+
+struct Besieged {
+    cluster: Served,
+    before: Usage,
+}
+
+impl Besieged {
+    async fn start() -> Self {
+        let cluster = Served::start().await;
+        let registry = cluster.connect().await.unwrap();
+        registry.put(&key("/a"), "before").await.unwrap();
+        registry.close().await.unwrap();
+        let before = cluster.usage().await.unwrap();
+        Self { cluster, before }
+    }
+
+    /// Somebody else is served as if nothing was, and the member has grown by so much at most.
+    async fn serves(&self, most: u64) {
+        let began = Instant::now();
+        let registry = within(PATIENCE, self.cluster.connect()).await.unwrap();
+        for n in 0..100 {
+            registry.put(&key("/a"), n.to_string()).await.unwrap();
+            let entry = registry.get(&key("/a"), Read::Linearizable).await.unwrap();
+            assert_eq!(entry.unwrap().value, n.to_string());
+        }
+        assert!(matches!(registry.session().state(), SessionState::Connected(_)));
+        registry.close().await.unwrap();
+        let usage = self.cluster.usage().await.unwrap();
+        println!(
+            "before: {}; now: {usage}; others served within {:?}",
+            self.before,
+            began.elapsed()
+        );
+        let grown = usage.memory.saturating_sub(self.before.memory);
+        assert!(grown <= most, "the member grew by {} MiB", grown / MIB);
+    }
+
+    /// Nothing is left of who has gone.
+    async fn lets_go(&self) {
+        registry_tests::cluster::eventually(PATIENCE, || async {
+            self.cluster.usage().await.unwrap().files <= self.before.files + 10
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_thousand_who_say_nothing_or_half_a_word() {
+    let member = Besieged::start().await;
+    let address = member.cluster.address();
+    let mut held = Vec::new();
+    for n in 0..8_000_usize {
+        let mut stream = open(address).await;
+        // Nothing, half of the preface, or a request that never ends.
+        let said = match n % 4 {
+            0 => Vec::new(),
+            1 => PREFACE[..PREFACE.len() / 2].to_vec(),
+            2 => hello(),
+            _ => [
+                hello(),
+                request(1, "/registry.v1.Registry/Call"),
+                frame(DATA, 0, 1, &[0, 0, 0, 1]),
+            ]
+            .concat(),
+        };
+        stream.write_all(&said).await.unwrap();
+        held.push(stream);
+    }
+    println!("{} connections", held.len());
+    member.serves(512 * MIB).await;
+    drop(held);
+    member.lets_go().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_announces_gigabytes_sends_without_end_or_trickles() {
+    let member = Besieged::start().await;
+    let address = member.cluster.address();
+    let mut hostile = JoinSet::new();
+    for n in 0..60_u32 {
+        hostile.spawn(async move {
+            let mut stream = open(address).await;
+            let method = match n % 2 {
+                0 => "/registry.v1.Registry/Call",
+                _ => "/registry.peer.v1.Peers/Append",
+            };
+            stream.write_all(&hello()).await.unwrap();
+            // Many at once on one connection, each with a message that is never whole.
+            for id in (1..200).step_by(2) {
+                let length = if n % 3 == 0 { u32::MAX } else { 7 << 20 };
+                let head = [&[0][..], &length.to_be_bytes()].concat();
+                let begun = [request(id, method), frame(DATA, 0, id, &head)].concat();
+                if stream.write_all(&begun).await.is_err() {
+                    return (stream, 0);
+                }
+            }
+            let more = frame(DATA, 0, 1, &[7; 16_000]);
+            let sent = pour(&mut stream, &more, 64 << 20).await;
+            (stream, sent)
+        });
+    }
+    let mut held = Vec::new();
+    let mut sent = 0;
+    while let Some(ended) = hostile.join_next().await {
+        let (stream, some) = ended.unwrap();
+        sent += some;
+        held.push(stream);
+    }
+    println!(
+        "{} connections of 100 requests each sent {} MiB",
+        held.len(),
+        sent as u64 / MIB
+    );
+    member.serves(512 * MIB).await;
+    drop(held);
+    member.lets_go().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_speaks_nonsense_is_cut_off() {
+    let member = Besieged::start().await;
+    let address = member.cluster.address();
+    let mut dice = Dice(u64::from(std::process::id()));
+    println!("seed {}", dice.0);
+    let good = [
+        hello(),
+        request(1, "/registry.v1.Registry/Call"),
+        frame(DATA, 1, 1, &[0, 0, 0, 0, 4, 0x12, 2, 0x0a, 0]),
+    ]
+    .concat();
+    for _ in 0..1_000 {
+        let mut bytes = good.clone();
+        for _ in 0..=dice.pick(4) {
+            let at = dice.pick(bytes.len());
+            bytes[at] = u8::try_from(dice.pick(256)).unwrap();
+        }
+        let mut stream = open(address).await;
+        // It may be cut off in the middle.
+        let _ = stream.write_all(&bytes).await;
+    }
+    member.serves(256 * MIB).await;
+    member.lets_go().await;
+}
