@@ -170,14 +170,17 @@ impl Member {
     /// # Errors
     /// As [`crate::connect`].
     pub async fn connect(&self, options: &Options) -> Result<Arc<dyn Registry>> {
-        Ok(Arc::new(
-            RaftRegistry::open(Arc::new(self.core.clone()), options).await?,
-        ))
+        Ok(Arc::new(RaftRegistry::open(self.link(), options).await?))
+    }
+
+    /// The way to it within this process.
+    pub(crate) fn link(&self) -> Arc<dyn Link> {
+        Arc::new(self.core.clone())
     }
 
     /// A handle that owns this member, which stops when the handle is closed or dropped.
     pub(crate) async fn into_handle(self, options: &Options) -> Result<Arc<dyn Registry>> {
-        let handle = RaftRegistry::open(Arc::new(self.core.clone()), options).await?;
+        let handle = RaftRegistry::open(self.link(), options).await?;
         Ok(Arc::new(handle.owning(self)))
     }
 

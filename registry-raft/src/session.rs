@@ -91,3 +91,120 @@ impl SessionStore for Sessions {
             .map(|_| ())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::{StreamExt, TryStreamExt, stream};
+    use registry_api::{Key, Prefix, Read, SessionState, SessionTtl};
+
+    use super::*;
+    use crate::{Member, RaftConfig};
+
+    const MANY: usize = 5_000;
+    /// How many are asked for at once.
+    const AT_ONCE: usize = 256;
+
+    /// An ephemeral key of a session that nobody keeps alive.
+    async fn put(link: &dyn Link, session: SessionId, key: String) -> Result<()> {
+        let put = proto::Put {
+            ephemeral: true,
+            ..proto::Put::default()
+        };
+        let operations = vec![proto::Operation {
+            key,
+            write: Some(proto::operation::Write::Put(put)),
+        }];
+        let conditions = Vec::new();
+        let command = Command {
+            session: session.0,
+            sequence: 1,
+            answered_below: 1,
+            change: Some(Change::Txn(proto::Txn { conditions, operations })),
+        };
+        link.command(command, Duration::from_secs(30)).await.map(drop)
+    }
+
+    /// Ten thousand sessions are held. Half of them die at one moment: they expire in time, all with their keys; nobody
+    /// else's session is lost, and nobody who writes meanwhile waits for it.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn ten_thousand_are_held_and_half_of_them_die_at_once() {
+        let ttl = Duration::from_secs(10);
+        let options = Options {
+            session_ttl: SessionTtl::new(ttl).unwrap(),
+            request_timeout: Duration::from_secs(30),
+            connect_timeout: Duration::from_secs(30),
+            ..Options::default()
+        };
+        let member = Member::start(&RaftConfig::in_memory()).await.unwrap();
+        let alive: Vec<_> = stream::iter(0..MANY)
+            .map(|n| {
+                let (member, options) = (&member, &options);
+                async move {
+                    let registry = member.connect(options).await?;
+                    let key = Key::parse(&format!("/alive/{n}"))?;
+                    registry.put_ephemeral(&key, "").await?;
+                    Ok::<_, Error>(registry)
+                }
+            })
+            .buffer_unordered(AT_ONCE)
+            .try_collect()
+            .await
+            .unwrap();
+        let (link, sessions) = (member.link(), Sessions::new(member.link(), &options));
+        let dying: Vec<_> = stream::iter(0..MANY)
+            .map(|n| {
+                let (link, sessions) = (&link, &sessions);
+                async move {
+                    let session = sessions.open().await?.session;
+                    let key = Options::default().namespace.qualify(&format!("/dying/{n}"));
+                    put(&**link, session, key).await?;
+                    Ok::<_, Error>(session)
+                }
+            })
+            .buffer_unordered(AT_ONCE)
+            .try_collect()
+            .await
+            .unwrap();
+        let held: Vec<_> = alive
+            .iter()
+            .map(|registry| registry.session().live().unwrap())
+            .collect();
+        // Their last sign of life.
+        for session in &dying {
+            sessions.keep_alive(*session).await.unwrap();
+        }
+        let died = Instant::now();
+        let (registry, prefix) = (&alive[0], Prefix::parse("/dying").unwrap());
+        let key = Key::parse("/a").unwrap();
+        let (mut left, mut slowest, mut first) = (MANY as u64, Duration::ZERO, None);
+        while left > 0 {
+            assert!(died.elapsed() <= 2 * ttl + Duration::from_secs(1), "{left} are left");
+            let began = Instant::now();
+            registry.put(&key, "").await.unwrap();
+            slowest = slowest.max(began.elapsed());
+            left = registry.count(&prefix, Read::Linearizable).await.unwrap();
+            if left < MANY as u64 {
+                first.get_or_insert(died.elapsed());
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        println!(
+            "{MANY} expired from {first:?} to {:?}; the slowest put meanwhile took {slowest:?}",
+            died.elapsed()
+        );
+        let living = registry
+            .count(&Prefix::parse("/alive").unwrap(), Read::Linearizable)
+            .await
+            .unwrap();
+        assert_eq!(living, MANY as u64);
+        for (registry, session) in alive.iter().zip(held) {
+            assert_eq!(registry.session().state(), SessionState::Connected(session));
+        }
+        // It took its turn among them, and no deadline of a call.
+        assert!(slowest < options.request_timeout);
+        stream::iter(alive)
+            .for_each_concurrent(AT_ONCE, |registry| async move { registry.close().await.unwrap() })
+            .await;
+        member.stop().await.unwrap();
+    }
+}

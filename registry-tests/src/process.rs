@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process, setrlimit};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
 
@@ -99,6 +99,14 @@ impl Process {
 /// What it prints later is read and thrown away, so that it never waits for a reader.
 fn drain(mut lines: Lines<BufReader<ChildStdout>>) {
     tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+}
+
+/// Takes as many open files for this process, and those that it starts, as the system gives. Answers how many.
+pub fn take_open_files() -> u64 {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).expect("what is allowed can be taken");
+    limit.maximum.unwrap_or(u64::MAX)
 }
 
 /// A port that was free a moment ago. It is none that the system gives to connections: a server that is killed finds it
