@@ -193,8 +193,7 @@ async fn who_announces_gigabytes_sends_without_end_or_trickles() {
 async fn who_speaks_nonsense_is_cut_off() {
     let member = Besieged::start().await;
     let address = member.cluster.address();
-    let mut dice = Dice(u64::from(std::process::id()));
-    println!("seed {}", dice.0);
+    let mut dice = Dice::of_run();
     let good = [
         hello(),
         request(1, "/registry.v1.Registry/Call"),

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use prost::Message;
 use registry_api::Namespace;
+use registry_tests::Dice;
 
 use crate::command::{self, Change, Command, Outcome};
-use crate::disk::faulty::Dice;
 use crate::log::Identity;
 use crate::proto::registry::log::v1 as log;
 use crate::proto::registry::peer::v1 as peer;

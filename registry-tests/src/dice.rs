@@ -7,6 +7,23 @@ use std::time::Duration;
 pub struct Dice(pub u64);
 
 impl Dice {
+    /// Dice whose seed is printed.
+    pub fn of_run() -> Self {
+        let seed = Self::seed_of_run();
+        println!("REGISTRY_SEED={seed} repeats it");
+        Self(seed)
+    }
+
+    /// The seed that was asked for, or another in each process.
+    pub fn seed_of_run() -> u64 {
+        Self::seed_asked_for().unwrap_or_else(|| std::process::id().into())
+    }
+
+    /// `REGISTRY_SEED` of the environment.
+    pub fn seed_asked_for() -> Option<u64> {
+        std::env::var("REGISTRY_SEED").ok()?.parse().ok()
+    }
+
     /// A number below `sides`.
     pub fn roll(&mut self, sides: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -29,5 +46,28 @@ impl Dice {
     /// Another source of chance, to be used beside this one.
     pub fn split(&mut self) -> Self {
         Self(self.roll(u64::MAX))
+    }
+
+    /// The bytes with something wrong: flipped, lost, doubled, cut off, or made up.
+    pub fn damage(&mut self, good: &[u8]) -> Vec<u8> {
+        let mut bad = good.to_vec();
+        for _ in 0..=self.roll(3) {
+            let at = self.roll(bad.len() as u64 + 1) as usize;
+            let end = bad.len().min(at + self.roll(9) as usize);
+            let put: Vec<u8> = match self.roll(6) {
+                0 => bad[at..end].iter().map(|byte| byte ^ (1 << self.roll(8))).collect(),
+                1 => Vec::new(),
+                2 => bad[at..end].repeat(2),
+                3 => {
+                    bad.truncate(at);
+                    continue;
+                }
+                4 => (0..self.roll(9)).map(|_| self.roll(256) as u8).collect(),
+                // The largest of lengths and numbers.
+                _ => vec![0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01],
+            };
+            bad.splice(at..end, put);
+        }
+        bad
     }
 }

@@ -55,10 +55,12 @@ impl Plan {
     /// Connections break. The environment may say for how many seconds (`REGISTRY_TORTURE`, 5 if it does not) and from
     /// what seed (`REGISTRY_SEED`).
     pub fn of_wires() -> Self {
-        let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
+        let seconds = std::env::var("REGISTRY_TORTURE")
+            .ok()
+            .and_then(|text| text.parse().ok());
         Self {
-            seed: number("REGISTRY_SEED").unwrap_or_else(|| u64::from(std::process::id())),
-            lasts: Duration::from_secs(number("REGISTRY_TORTURE").unwrap_or(5)),
+            seed: Dice::seed_of_run(),
+            lasts: Duration::from_secs(seconds.unwrap_or(5)),
             breaks: Breaks::Wires,
         }
     }

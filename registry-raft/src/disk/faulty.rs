@@ -11,56 +11,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Condvar, Mutex};
+use registry_tests::Dice;
 
 use super::{Disk, DiskFile};
 
 const SECTOR: usize = 512;
-
-/// Random numbers that a seed repeats (Steele, Lea and Flood, *SplitMix*, 2014).
-#[derive(Debug)]
-pub(crate) struct Dice(pub(crate) u64);
-
-impl Dice {
-    /// Below `sides`.
-    pub(crate) fn roll(&mut self, sides: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % sides
-    }
-
-    /// Dice whose seed is printed, and is `REGISTRY_SEED` if that is set.
-    pub(crate) fn of_run() -> Self {
-        let seed = std::env::var("REGISTRY_SEED").ok().and_then(|seed| seed.parse().ok());
-        let seed = seed.unwrap_or_else(|| std::process::id().into());
-        println!("REGISTRY_SEED={seed} repeats it");
-        Self(seed)
-    }
-
-    /// The bytes with something wrong: flipped, lost, doubled, cut off, or made up.
-    pub(crate) fn damage(&mut self, good: &[u8]) -> Vec<u8> {
-        let mut bad = good.to_vec();
-        for _ in 0..=self.roll(3) {
-            let at = self.roll(bad.len() as u64 + 1) as usize;
-            let end = bad.len().min(at + self.roll(9) as usize);
-            let put: Vec<u8> = match self.roll(6) {
-                0 => bad[at..end].iter().map(|byte| byte ^ (1 << self.roll(8))).collect(),
-                1 => Vec::new(),
-                2 => bad[at..end].repeat(2),
-                3 => {
-                    bad.truncate(at);
-                    continue;
-                }
-                4 => (0..self.roll(9)).map(|_| self.roll(256) as u8).collect(),
-                // The largest of lengths and numbers.
-                _ => vec![0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01],
-            };
-            bad.splice(at..end, put);
-        }
-        bad
-    }
-}
 
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Faulty(Arc<Shared>);

@@ -8,9 +8,10 @@ use openraft::entry::RaftEntry;
 use openraft::storage::{IOFlushed, RaftLogStorage};
 use openraft::type_config::TypeConfigExt;
 use openraft::{EntryPayload, RaftLogReader};
+use registry_tests::Dice;
 
 use super::{Identity, OnFatal, Options};
-use crate::disk::faulty::{Dice, Faulty};
+use crate::disk::faulty::Faulty;
 use crate::log_store::LogStore;
 use crate::types::{LogEntry, LogId, Proposal, TypeConfig, Vote};
 

@@ -8,9 +8,10 @@ use openraft::storage::{IOFlushed, RaftLogStorage};
 use openraft::type_config::TypeConfigExt;
 use openraft::{EntryPayload, RaftLogReader};
 use registry_api::Result;
+use registry_tests::Dice;
 
 use super::{Identity, Options};
-use crate::disk::faulty::{Dice, Faulty};
+use crate::disk::faulty::Faulty;
 use crate::log_store::LogStore;
 use crate::types::{LogEntry, LogId, Proposal, TypeConfig, Vote};
 
@@ -220,12 +221,9 @@ fn run(seed: u64) -> usize {
 
 #[test]
 fn acknowledged_survives_the_loss_of_power_at_any_point() {
-    let (first, runs) = match std::env::var("REGISTRY_SEED")
-        .ok()
-        .and_then(|seed| seed.parse::<u64>().ok())
-    {
+    let (first, runs) = match Dice::seed_asked_for() {
         Some(seed) => (seed, 1),
-        None => (std::process::id().into(), 1500),
+        None => (Dice::seed_of_run(), 1500),
     };
     let mut lost = 0;
     for seed in 0..runs {

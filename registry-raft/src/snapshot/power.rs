@@ -1,8 +1,10 @@
 //! Tests of snapshots on a disk that loses power at every point there is, fills up and fails.
 
+use registry_tests::Dice;
+
 use super::*;
 use crate::command::{Change, Command};
-use crate::disk::faulty::{Dice, Faulty};
+use crate::disk::faulty::Faulty;
 use crate::proto;
 use crate::types::LogId;
 
