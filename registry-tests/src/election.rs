@@ -2,14 +2,22 @@
 
 use std::time::Duration;
 
-use registry_api::{Campaign, Election, Error, Leader, Prefix, Result};
+use registry_api::{Campaign, Election, Error, Leader, Leadership, Prefix, Result};
+use tokio::task::JoinHandle;
 
 use crate::cluster::eventually;
 use crate::{Cluster, key, within};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-async fn standing(election: &Election, candidates: usize) {
+/// A candidate that waits for its turn beside the test.
+pub(crate) fn campaigning(election: &Election, value: impl Into<Vec<u8>>) -> JoinHandle<Result<Leadership>> {
+    let (election, value) = (election.clone(), value.into());
+    tokio::spawn(async move { election.campaign(value).await })
+}
+
+/// Waits until so many stand.
+pub(crate) async fn standing(election: &Election, candidates: usize) {
     eventually(PATIENCE, || async move {
         election.candidates().await.is_ok_and(|all| all.len() == candidates)
     })
@@ -25,10 +33,7 @@ pub async fn one_leads_in_order(cluster: &impl Cluster) -> Result<()> {
     let (one, other) = (cluster.connect().await?, cluster.connect().await?);
     let (election, same) = (one.election(&key("/e")), other.election(&key("/e")));
     let first = election.campaign("first").await?;
-    let waiting = tokio::spawn({
-        let same = same.clone();
-        async move { same.campaign("second").await }
-    });
+    let waiting = campaigning(&same, "second");
     standing(&election, 2).await;
     assert_eq!(same.leader().await?.expect("one leads").value, "first");
     assert!(!waiting.is_finished());
@@ -95,10 +100,7 @@ pub async fn resign_hands_over(cluster: &impl Cluster) -> Result<()> {
     let election = registry.election(&key("/e"));
     let mut leadership = election.campaign("0").await?;
     for round in 1..4 {
-        let waiting = tokio::spawn({
-            let election = election.clone();
-            async move { election.campaign(round.to_string()).await }
-        });
+        let waiting = campaigning(&election, round.to_string());
         standing(&election, 2).await;
         leadership.resign().await?;
         leadership = within(PATIENCE, waiting).await.expect("it does not panic")?;
@@ -112,10 +114,7 @@ pub async fn a_removed_leader_key_ends_the_leadership(cluster: &impl Cluster) ->
     let (one, other) = (cluster.connect().await?, cluster.connect().await?);
     let leadership = one.election(&key("/e")).campaign("one").await?;
     let election = other.election(&key("/e"));
-    let waiting = tokio::spawn({
-        let election = election.clone();
-        async move { election.campaign("other").await }
-    });
+    let waiting = campaigning(&election, "other");
     standing(&election, 2).await;
     other.delete(&leadership.condition().key).await?;
     within(PATIENCE, leadership.lost()).await;
@@ -135,10 +134,7 @@ pub async fn a_candidate_that_stops_leaves_no_trace(cluster: &impl Cluster) -> R
     let registry = cluster.connect().await?;
     let election = registry.election(&key("/e"));
     let leadership = election.campaign("leader").await?;
-    let waiting = tokio::spawn({
-        let election = election.clone();
-        async move { election.campaign("waiting").await }
-    });
+    let waiting = campaigning(&election, "waiting");
     standing(&election, 2).await;
     waiting.abort();
     standing(&election, 1).await;
@@ -170,10 +166,7 @@ pub async fn equal_values_are_other_candidates(cluster: &impl Cluster) -> Result
     let (old, new) = (cluster.connect().await?, cluster.connect().await?);
     let predecessor = old.election(&key("/e")).campaign("10.0.0.7").await?;
     let election = new.election(&key("/e"));
-    let waiting = tokio::spawn({
-        let election = election.clone();
-        async move { election.campaign("10.0.0.7").await }
-    });
+    let waiting = campaigning(&election, "10.0.0.7");
     standing(&election, 2).await;
     assert!(
         !waiting.is_finished(),
@@ -215,10 +208,7 @@ pub async fn others_change_nothing_for_the_leader(cluster: &impl Cluster) -> Res
     let leadership = election.campaign("1").await?;
     assert_eq!(next(&mut course).await?.expect("one leads").token, leadership.token());
     for round in 0..3 {
-        let waiting = tokio::spawn({
-            let same = same.clone();
-            async move { same.campaign("waiting").await }
-        });
+        let waiting = campaigning(&same, "waiting");
         standing(&election, 2).await;
         leadership.publish(format!("2.{round}")).await?;
         let told = next(&mut course).await?.expect("one leads");
@@ -292,10 +282,7 @@ pub async fn a_removal_racing_the_election_is_noticed(cluster: &impl Cluster) ->
     let (election, same) = (one.election(&key("/e")), other.election(&key("/e")));
     let candidates = Prefix::from_store("~/election").expect("it is one");
     for round in 0..20 {
-        let standing = tokio::spawn({
-            let election = election.clone();
-            async move { election.campaign("racing").await }
-        });
+        let standing = campaigning(&election, "racing");
         tokio::time::sleep(Duration::from_micros(300 * round)).await;
         other.delete_prefix(&candidates).await?;
         match within(PATIENCE, standing).await.expect("it does not panic") {

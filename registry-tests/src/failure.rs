@@ -8,6 +8,7 @@ use registry_api::{
 };
 
 use crate::cluster::eventually;
+use crate::election::{campaigning, standing};
 use crate::lock::acquire;
 use crate::watch::{Picture, same_as_store};
 use crate::{Cluster, key, within};
@@ -393,15 +394,8 @@ pub async fn a_campaign_goes_on_over_a_restart(cluster: &impl Cluster) -> Result
     let (one, other) = (cluster.connect().await?, cluster.connect().await?);
     let leadership = one.election(&key("/e")).campaign("one").await?;
     let election = other.election(&key("/e"));
-    let waiting = tokio::spawn({
-        let election = election.clone();
-        async move { election.campaign("other").await }
-    });
-    let standing = &election;
-    eventually(PATIENCE, || async move {
-        standing.candidates().await.is_ok_and(|all| all.len() == 2)
-    })
-    .await;
+    let waiting = campaigning(&election, "other");
+    standing(&election, 2).await;
     cluster.kill().await;
     cluster.restart().await;
     one.wait_connected(PATIENCE).await?;
