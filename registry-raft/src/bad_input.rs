@@ -155,18 +155,10 @@ fn a_request_that_is_taken_can_be_applied_stored_and_read_back() {
         true
     });
     // Some runs end every session, or delete every key.
-    let [open, .., put, _, _] = &commands()[..] else {
-        unreachable!("there are some")
-    };
-    for command in [open, put] {
-        state.apply(
-            1,
-            Command {
-                session: 0,
-                ..command.clone()
-            },
-        );
-    }
+    state.apply(1, Command::new(Change::Open(proto::OpenSession { ttl_ms: 10_000 })));
+    let operations = vec![operation("/ns/kept", false, false)];
+    let conditions = Vec::new();
+    state.apply(1, Command::new(Change::Txn(proto::Txn { conditions, operations })));
     let mut file = Vec::new();
     snapshot::write(&mut file, &IDENTITY, &Frozen::of(&state, SnapshotMeta::default())).unwrap();
     let mut records = Vec::new();

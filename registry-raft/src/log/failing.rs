@@ -156,6 +156,14 @@ async fn what_a_stop_left_half_made_is_removed() {
     assert_eq!(names(&half), ["wal-0000000000000001.log", "wal-next.zero"]);
 }
 
+/// The disk after a kill, with another byte in a file.
+fn with_byte(disk: &Faulty, name: &str, at: usize, byte: u8) -> Faulty {
+    let bad = disk.killed();
+    let file = crate::disk::Disk::open(&bad, name).unwrap();
+    file.write_at(&[byte], at as u64).unwrap();
+    bad
+}
+
 #[tokio::test]
 async fn a_flipped_bit_at_the_end_is_cut_and_never_served() {
     let disk = Faulty::default();
@@ -168,10 +176,7 @@ async fn a_flipped_bit_at_the_end_is_cut_and_never_served() {
     let good = disk.files()[name].clone();
     let end = good.iter().rposition(|&byte| byte != 0).unwrap() + 1;
     for (at, byte) in good.iter().enumerate().take(end).skip(end - 200) {
-        let bad = disk.killed();
-        let file = crate::disk::Disk::open(&bad, name).unwrap();
-        file.write_at(&[byte ^ 1], at as u64).unwrap();
-        let (mut log, _) = open(&bad);
+        let (mut log, _) = open(&with_byte(&disk, name, at, byte ^ 1));
         // It can't be told from a torn one: nothing follows that proves it was acknowledged.
         assert_eq!(log.try_get_log_entries(..).await.unwrap(), [entry(0), entry(1)]);
     }
@@ -199,9 +204,7 @@ async fn a_flipped_bit_anywhere_is_refused_or_cut_and_never_served() {
         let end = good.iter().rposition(|&byte| byte != 0).unwrap() + 1;
         for (at, byte) in good.iter().enumerate().take(end) {
             flips += 1;
-            let bad = disk.killed();
-            let file = crate::disk::Disk::open(&bad, name).unwrap();
-            file.write_at(&[byte ^ (1 << dice.roll(8))], at as u64).unwrap();
+            let bad = with_byte(&disk, name, at, byte ^ (1 << dice.roll(8)));
             let opened = LogStore::on(Arc::new(bad), IDENTITY, OPTIONS, Arc::new(|_: &_| {}));
             let Ok(mut log) = opened else {
                 refused += 1;
