@@ -72,7 +72,11 @@ impl Config {
         if let Some(path) = file {
             let text =
                 std::fs::read_to_string(path).map_err(|e| refused(path.display(), format!("can't be read: {e}")))?;
-            let file = File::from_str(&text, format(path)?);
+            let format = format(path)?;
+            if format == FileFormat::Yaml {
+                shallow(&text).map_err(|reason| refused(path.display(), reason))?;
+            }
+            let file = File::from_str(&text, format);
             let wrong = |error: config::ConfigError| refused(path.display(), error.to_string());
             let paths = beside(path, &file).map_err(wrong)?;
             builder = builder.add_source(file).add_source(paths);
@@ -272,9 +276,6 @@ const PATHS: &[&str] = &[
     "mysql.tls.ca",
     "mysql.tls.cert",
     "mysql.tls.key",
-    "mysql.tls.ca",
-    "mysql.tls.cert",
-    "mysql.tls.key",
 ];
 
 /// The paths that a file gives, taken from the directory of the file: it means the same wherever a program is started.
@@ -304,6 +305,19 @@ fn format(path: &Path) -> Result<FileFormat> {
             path.display(),
             "a config file ends with .toml, .yaml, .yml or .json".into(),
         )),
+    }
+}
+
+/// The columns by which a line of YAML may be indented.
+const INDENT: usize = 128;
+
+/// Refuses YAML whose blocks are nested so deep that its parser, which calls itself for each, would run out of stack: each
+/// block begins further to the right than the one around it. Brackets, and the other formats, are bounded by their parsers.
+fn shallow(yaml: &str) -> Result<(), String> {
+    let indent = |line: &str| line.len() - line.trim_start_matches([' ', '\t', '-', '?', ':']).len();
+    match yaml.lines().position(|line| indent(line) > INDENT) {
+        Some(line) => Err(format!("line {} is indented by more than {INDENT} columns", line + 1)),
+        None => Ok(()),
     }
 }
 

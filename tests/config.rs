@@ -7,6 +7,7 @@ use std::io::Write;
 use std::time::Duration;
 
 use registry::{Backend, Config, TtlBounds};
+use registry_tests::Dice;
 use tempfile::{Builder, NamedTempFile};
 
 fn file(ending: &str, text: &str) -> NamedTempFile {
@@ -234,4 +235,59 @@ fn the_mysql_table_is_taken_and_its_password_is_shown_nowhere() {
         let said = refusal(&format!("[registry]\ntype = \"mysql\"\n[registry.mysql]\n{wrong}"));
         assert!(said.contains(why) && !said.contains("secret"), "{said}");
     }
+}
+
+/// A file that is damaged, or nested beyond all measure, is a config or refused by name, and nothing worse.
+#[test]
+fn a_damaged_file_is_a_config_or_refused() {
+    let good = [
+        (
+            ".toml",
+            "[registry]\ntype = \"raft\"\nnamespace = \"/app\"\nsession_ttl = \"3s\"\n[registry.raft]\nmember = \"a\"\n\
+             listen = \"127.0.0.1:1\"\n[registry.raft.cluster]\na = \"127.0.0.1:1\"\nb = \"127.0.0.1:2\"\n",
+        ),
+        (
+            ".yaml",
+            "registry:\n  type: raft\n  session_ttl: 3s\n  raft:\n    endpoints: [\"h:1\", 'h:2']\n",
+        ),
+        (
+            ".json",
+            "{\"registry\": {\"type\": \"raft\", \"raft\": {\"join\": [\"h:1\"], \"snapshot_log_bytes\": 2000000}}}",
+        ),
+    ];
+    let mut dice = Dice::of_run();
+    let mut counts = [0, 0];
+    for (ending, good) in good {
+        assert!(
+            Config::load(Some(file(ending, good).path()), &Vec::new()).is_ok(),
+            "{good}"
+        );
+        for _ in 0..2_000 {
+            let mut text: Vec<char> = good.chars().collect();
+            for _ in 0..=dice.pick(3) {
+                let (at, put) = (dice.pick(text.len()), dice.pick(128) as u8 as char);
+                match dice.roll(3) {
+                    0 => text[at] = put,
+                    1 => text.insert(at, put),
+                    _ => drop(text.remove(at)),
+                }
+            }
+            let text: String = text.into_iter().collect();
+            match Config::load(Some(file(ending, &text).path()), &Vec::new()) {
+                Ok(_) => counts[0] += 1,
+                Err(registry::Error::Config { .. }) => counts[1] += 1,
+                Err(error) => panic!("{error:?}: {text}"),
+            }
+        }
+        for open in ["[", "{", "{\"a\":", "a = [", "a.", "- ", "? ", "? - ", "a:\n"] {
+            let deep = open.repeat(100_000);
+            let result = Config::load(Some(file(ending, &deep).path()), &Vec::new());
+            assert!(
+                matches!(result, Err(registry::Error::Config { .. })),
+                "{open}: {result:?}"
+            );
+        }
+    }
+    println!("{} damaged files were a config, {} were refused", counts[0], counts[1]);
+    assert!(counts[0] > 0 && counts[1] > counts[0]);
 }
