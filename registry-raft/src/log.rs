@@ -214,7 +214,6 @@ pub(crate) enum Job {
     Append(Vec<LogEntry>, IOFlushed<TypeConfig>),
     Vote(Vote, oneshot::Sender<io::Result<()>>),
     Truncate(Option<LogId>, oneshot::Sender<io::Result<()>>),
-    Committed(LogId),
     Purge(LogId),
 }
 

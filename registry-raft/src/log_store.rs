@@ -139,9 +139,10 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> io::Result<()> {
-        let Some(committed) = committed else { return Ok(()) };
-        self.0.state.lock().committed = Some(committed);
-        self.0.submit(Job::Committed(committed)).map(|_| ())
+        // The writer looks there.
+        let mut state = self.0.state.lock();
+        state.committed = state.committed.max(committed);
+        Ok(())
     }
 
     async fn read_committed(&mut self) -> io::Result<Option<LogId>> {

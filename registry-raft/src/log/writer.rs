@@ -2,8 +2,8 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -19,6 +19,10 @@ use crate::wire;
 
 /// What entries leave free at a segment's end: on a full disk a vote can still be cast, and a purge make room.
 const MARGIN: u64 = 4 << 10;
+
+/// How long it may stay unwritten what is committed. It goes with what is written next: nobody waits for it, and a restart
+/// without it learns it from the others.
+const LAZY: Duration = Duration::from_millis(100);
 
 /// The most that is written before it is synced.
 const MAX_BATCH: usize = 4 << 20;
@@ -54,8 +58,17 @@ pub(super) struct Writer {
 #[derive(Default)]
 struct Heads {
     vote: Option<Record>,
-    committed: Option<Record>,
+    committed: Option<LogId>,
     purged: Option<LogId>,
+    /// The last entry.
+    last: Option<u64>,
+}
+
+impl Heads {
+    /// Up to where all is written, or in a snapshot.
+    fn covers(&self) -> Option<u64> {
+        self.last.max(self.purged.map(|purged| purged.index))
+    }
 }
 
 impl Writer {
@@ -72,11 +85,9 @@ impl Writer {
             let state = state.lock();
             Heads {
                 vote: state.vote.as_ref().map(|vote| Record::Vote(wire::vote_to(vote))),
-                committed: state
-                    .committed
-                    .as_ref()
-                    .map(|id| Record::Committed(wire::log_id_to(id))),
+                committed: state.committed,
                 purged: state.purged,
+                last: state.last().map(|last| last.index),
             }
         };
         let newest = segments.largest.keys().next_back().copied();
@@ -135,9 +146,10 @@ impl Writer {
                 Ok(job) => vec![job],
                 // There is work of its own.
                 Err(_) if self.removing => Vec::new(),
-                Err(_) => match queue.recv() {
+                Err(_) => match self.wait(queue) {
                     Ok(job) => vec![job],
-                    Err(_) => return Ok(()),
+                    Err(RecvTimeoutError::Timeout) => Vec::new(),
+                    Err(RecvTimeoutError::Disconnected) => return self.carry_out(&[]),
                 },
             };
             let mut bytes = 0;
@@ -173,6 +185,20 @@ impl Writer {
         }
     }
 
+    fn wait(&self, queue: &Receiver<Job>) -> Result<Job, RecvTimeoutError> {
+        // What is written is committed soon after.
+        match self.heads.committed.map(|id| id.index) < self.heads.covers() {
+            true => queue.recv_timeout(LAZY),
+            false => queue.recv().map_err(RecvTimeoutError::from),
+        }
+    }
+
+    /// What is committed and not written yet, if all that it covers is written.
+    fn newly_committed(&self) -> Option<LogId> {
+        let committed = self.state.lock().committed;
+        committed.filter(|id| committed > self.heads.committed && Some(id.index) <= self.heads.covers())
+    }
+
     fn carry_out(&mut self, batch: &[Job]) -> io::Result<()> {
         let mut wait = false;
         for job in batch {
@@ -183,6 +209,7 @@ impl Writer {
                         self.placed.push((entry.log_id, at));
                         let largest = self.segments.largest.entry(self.sequence).or_default();
                         *largest = (*largest).max(Some(entry.log_id.index));
+                        self.heads.last = Some(entry.log_id.index);
                     }
                     wait = true;
                 }
@@ -196,18 +223,18 @@ impl Writer {
                     self.put(&Record::Truncate(Truncate {
                         last: last.as_ref().map(wire::log_id_to),
                     }))?;
+                    self.heads.last = last.map(|last| last.index);
                     wait = true;
-                }
-                Job::Committed(id) => {
-                    let record = Record::Committed(wire::log_id_to(id));
-                    self.put(&record)?;
-                    self.heads.committed = Some(record);
                 }
                 Job::Purge(id) => {
                     self.heads.purged = self.heads.purged.max(Some(*id));
                     self.put(&Record::Purged(wire::log_id_to(id)))?;
                 }
             }
+        }
+        if let Some(committed) = self.newly_committed() {
+            self.put(&Record::Committed(wire::log_id_to(&committed)))?;
+            self.heads.committed = Some(committed);
         }
         self.write()?;
         if wait {
@@ -282,11 +309,14 @@ impl Writer {
     fn put_heads(&mut self) -> io::Result<()> {
         // Never in yet another segment.
         self.start = u64::MAX;
-        let purged = self.heads.purged.as_ref().map(|id| Record::Purged(wire::log_id_to(id)));
-        for head in [self.heads.vote.clone(), self.heads.committed.clone(), purged]
-            .into_iter()
-            .flatten()
-        {
+        let committed = self
+            .heads
+            .committed
+            .as_ref()
+            .map(wire::log_id_to)
+            .map(Record::Committed);
+        let purged = self.heads.purged.as_ref().map(wire::log_id_to).map(Record::Purged);
+        for head in [self.heads.vote.clone(), committed, purged].into_iter().flatten() {
             self.put(&head)?;
         }
         self.headed = true;
@@ -328,7 +358,7 @@ pub(super) fn succeed(job: Job) {
         Job::Append(_, flushed) => flushed.io_completed(Ok(())),
         // Whoever asked may be gone.
         Job::Vote(_, done) | Job::Truncate(_, done) => drop(done.send(Ok(()))),
-        Job::Committed(_) | Job::Purge(_) => {}
+        Job::Purge(_) => {}
     }
 }
 
@@ -339,7 +369,7 @@ fn fail(batch: Vec<Job>, error: &io::Error) {
             Job::Append(_, flushed) => flushed.io_completed(Err(again())),
             // Whoever asked may be gone.
             Job::Vote(_, done) | Job::Truncate(_, done) => drop(done.send(Err(again()))),
-            Job::Committed(_) | Job::Purge(_) => {}
+            Job::Purge(_) => {}
         }
     }
 }
