@@ -48,7 +48,7 @@ async fn throughput(dir: &Path) -> Result<()> {
     let member = Member::start(&config(dir)).await?;
     let registry = member.connect(&Options::default()).await?;
     println!("{ROUNDS} rounds of {ROUND:?}, medians; values of 256 bytes, fsync on");
-    let (mut disk, mut one) = (Vec::new(), Vec::new());
+    let mut disk = Vec::new();
     for tasks in [1, 16, 64, 256] {
         let (mut puts, mut gets) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
@@ -59,7 +59,12 @@ async fn throughput(dir: &Path) -> Result<()> {
             gets.push(run(&registry, tasks, Work::Get).await?);
         }
         if tasks == 1 {
-            one.extend(puts.iter().map(|run| run.p50));
+            let ratios = puts.iter().zip(&disk).map(|(put, disk)| put.p50 / disk).collect();
+            println!(
+                "fdatasync of a pre-written 4 KiB: p50 {:.0} us; one writer's put costs {:.2} times that",
+                median(disk.clone()),
+                median(ratios)
+            );
         }
         for (what, runs) in [("put", puts), ("get, linearizable", gets)] {
             let of = |pick: fn(&Run) -> f64| median(runs.iter().map(pick).collect());
@@ -67,12 +72,6 @@ async fn throughput(dir: &Path) -> Result<()> {
             println!("{what:18} {tasks:4} tasks {rate:10.0} /s   p50 {p50:8.0} us   p99 {p99:8.0} us");
         }
     }
-    let ratios = one.iter().zip(&disk).map(|(put, disk)| put / disk).collect();
-    println!(
-        "fdatasync of a pre-written 4 KiB: p50 {:.0} us; one writer's put costs {:.2} times that",
-        median(disk),
-        median(ratios)
-    );
     registry.close().await?;
     member.stop().await
 }
