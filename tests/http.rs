@@ -388,12 +388,14 @@ async fn health_members_and_metrics_are_told() {
         "registry_keys 1",
         "registry_sessions 1",
         "registry_revision 1",
+        "registry_member_lag{member=\"a\"} 0",
     ] {
         assert!(text.lines().any(|found| found == line), "{line} is not in {text}");
     }
     let samples = text.lines().filter(|line| !line.starts_with('#'));
     for sample in samples {
-        let (name, value) = sample.split_once(' ').unwrap();
+        let (series, value) = sample.rsplit_once(' ').unwrap();
+        let (name, _) = series.split_once('{').unwrap_or((series, ""));
         assert!(
             name.starts_with("registry_") && value.parse::<f64>().is_ok(),
             "{sample}"

@@ -50,5 +50,17 @@ fn text(status: &Status) -> String {
             "# HELP registry_{name} {help}\n# TYPE registry_{name} gauge\nregistry_{name} {value}\n"
         ));
     }
+    text.push_str(
+        "# HELP registry_member_lag Entries of the log that a member lacks; the Raft leader tells.\n\
+         # TYPE registry_member_lag gauge\n",
+    );
+    let lags = status
+        .members
+        .iter()
+        .filter_map(|member| Some((&member.name, member.lag?)));
+    for (name, lag) in lags {
+        // A name has no character that would have to be escaped.
+        text.push_str(&format!("registry_member_lag{{member=\"{name}\"}} {lag}\n"));
+    }
     text
 }
