@@ -303,6 +303,21 @@ impl Core {
         }
     }
 
+    /// Warns if the group is not the one of the founding list any more: who changes the list expects something of it.
+    pub(crate) fn compare_list(&self, list: &BTreeMap<String, String>) {
+        let (at, membership) = self.membership();
+        if list.is_empty() || at.is_none() {
+            return;
+        }
+        let differences = differences(list, membership.nodes().map(|(_, peer)| peer));
+        if !differences.is_empty() {
+            tracing::warn!(
+                "registry.raft.cluster founded the group and changes it no more (`registry members` does): {}",
+                differences.join(", ")
+            );
+        }
+    }
+
     /// Asks the other members, one at a time: openraft does not forget a leader that has become silent.
     async fn was_removed(&self, door: &Door, turn: usize) -> bool {
         let (at, membership) = self.membership();
@@ -324,6 +339,20 @@ impl Core {
             Err(_) => false,
         }
     }
+}
+
+/// What a founding list says otherwise than the group, which has gone on without it.
+fn differences<'a>(list: &BTreeMap<String, String>, members: impl Iterator<Item = &'a Peer>) -> Vec<String> {
+    let members: BTreeMap<_, _> = members.map(|peer| (&peer.name, &peer.address)).collect();
+    let listed = list.iter().filter_map(|(name, address)| match members.get(name) {
+        None => Some(format!("{name} is no member any more")),
+        Some(now) if *now != address => Some(format!("{name} is at {now}, not at {address}")),
+        Some(_) => None,
+    });
+    let others = members.iter().filter(|(name, _)| !list.contains_key(**name));
+    listed
+        .chain(others.map(|(name, address)| format!("{name} at {address} is a member")))
+        .collect()
 }
 
 fn shown(list: &std::collections::HashMap<String, String>) -> String {
@@ -350,5 +379,34 @@ fn unavailable(cause: impl Into<registry_api::BoxError>) -> Error {
     Error::Unavailable {
         backend: BACKEND,
         source: cause.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_and_a_group_that_differ_are_told_apart() {
+        let list = |members: &[(&str, &str)]| -> BTreeMap<String, String> {
+            let owned = members
+                .iter()
+                .map(|(name, address)| ((*name).into(), (*address).into()));
+            owned.collect()
+        };
+        let group: Vec<_> = list(&[("a", "h1:1"), ("b", "h2:2"), ("d", "h4:4")])
+            .into_iter()
+            .map(|(name, address)| Peer { name, address })
+            .collect();
+        assert_eq!(
+            differences(&list(&[("a", "h1:1"), ("b", "h2:9"), ("c", "h3:3")]), group.iter()),
+            [
+                "b is at h2:2, not at h2:9",
+                "c is no member any more",
+                "d at h4:4 is a member"
+            ]
+        );
+        let same = list(&[("a", "h1:1"), ("b", "h2:2"), ("d", "h4:4")]);
+        assert!(differences(&same, group.iter()).is_empty());
     }
 }

@@ -1,5 +1,8 @@
 //! A member: the process that stores, and answers for the group.
 
+#[cfg(test)]
+mod differing;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -400,6 +403,7 @@ async fn start(config: &RaftConfig) -> Result<Started> {
     tokio::spawn(core.clone().serve_readers(waiting));
     door.open(core.clone());
     core.begin(config, &door, address).await?;
+    core.compare_list(&config.cluster);
     if let Some(directory) = &directory {
         directory.founded()?;
     }
