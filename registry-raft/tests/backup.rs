@@ -15,7 +15,7 @@ use registry_api::{
     Depth, Error, Event, Key, List, Options, Prefix, Read, Registry, Result, Revision, SessionState, SessionTtl, Txn,
     WatchFrom, WatchItem, WatchRequest, WatchScope,
 };
-use registry_raft::{Backup, Member, RaftConfig};
+use registry_raft::{Backup, Member, MemberChange, RaftConfig};
 use registry_tests::within;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -337,4 +337,20 @@ async fn others_join_a_restored_member() {
     let entry = there.get(&key("/a"), Read::Linearizable).await.unwrap();
     assert_eq!(entry.unwrap().value, "kept");
     there.put(&key("/b"), "new").await.unwrap();
+
+    // With a vote, the one that joined goes on where the restored one has handed over, and alone once that is removed.
+    let promote = MemberChange::Promote { name: "b".into() };
+    first.change_members(promote).await.unwrap();
+    let name = first.name().to_owned();
+    second
+        .change_members(MemberChange::Transfer { name: "b".into() })
+        .await
+        .unwrap();
+    second.change_members(MemberChange::Remove { name }).await.unwrap();
+    within(PATIENCE, first.ended()).await;
+    first.stop().await.unwrap();
+    let revision = there.put(&key("/a"), "after").await.unwrap();
+    assert!(revision.0 > taken.revision, "{revision} is not above the backup's");
+    let entry = there.get(&key("/b"), Read::Linearizable).await.unwrap();
+    assert_eq!(entry.unwrap().value, "new");
 }

@@ -222,3 +222,53 @@ async fn a_member_that_is_gone_is_called_with_pauses() {
     // One way pauses for 50 ms, and each of several heartbeats calls once; without the pause it is a thousand and more.
     assert!((1..400).contains(&calls), "{calls} calls in two seconds");
 }
+
+/// A member of each comes up where the other's was: everybody knows the address, and nobody takes what comes from there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_clusters_on_one_network_never_mix() {
+    let (mut one, mut other) = tokio::join!(Group::start(3), Group::start(3));
+    let put = async |group: &Group, at: usize, value: &'static str| {
+        let registry = group.connect(at).await;
+        registry.put(&key("/whose"), value).await.unwrap();
+        registry.close().await.unwrap();
+    };
+    put(&one, 2, "one").await;
+    put(&other, 2, "other").await;
+    let address = |group: &Group| group.configs[2].cluster["c"].clone();
+    one.configs[2].listen = Some(address(&other));
+    other.configs[2].listen = Some(address(&one));
+    one.stop(2).await;
+    other.stop(2).await;
+    one.restart(2).await;
+    other.restart(2).await;
+    let held = async |group: &Group| group.member(2).status().revision;
+    let before = (held(&one).await, held(&other).await);
+    for n in 0..50 {
+        put(&one, n % 2, "one").await;
+        put(&other, n % 2, "other").await;
+    }
+    // Nothing has come where it does not belong, of its own group or the other.
+    assert_eq!((held(&one).await, held(&other).await), before);
+    for (group, value) in [(&one, "one"), (&other, "other")] {
+        assert_eq!(group.member(0).status().members.len(), 3);
+        for at in 0..2 {
+            let registry = group.connect(at).await;
+            let entry = registry.get(&key("/whose"), Read::Linearizable).await.unwrap().unwrap();
+            assert_eq!(entry.value, value);
+            registry.close().await.unwrap();
+        }
+    }
+    // Each where it belongs again, they catch up.
+    for group in [&mut one, &mut other] {
+        group.stop(2).await;
+        group.configs[2].listen = None;
+    }
+    one.restart(2).await;
+    other.restart(2).await;
+    for (group, value) in [(&one, "one"), (&other, "other")] {
+        let registry = group.connect(2).await;
+        let entry = registry.get(&key("/whose"), Read::Linearizable).await.unwrap().unwrap();
+        assert_eq!(entry.value, value);
+        registry.close().await.unwrap();
+    }
+}

@@ -243,6 +243,33 @@ async fn an_orderly_stop_hands_over() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_taken_in_is_looked_at_first() {
+    let mut group = Group::start(1).await;
+    let other = Group::start(1).await;
+    let d = group.join("d", |_| {}).await;
+    let there = group.member(d).address().unwrap().to_string();
+    let add = |name: &str, address: &str| MemberChange::Add {
+        name: name.into(),
+        address: address.into(),
+    };
+    // It has joined by itself: that is no error, and changes nothing.
+    group.member(0).change_members(add("d", &there)).await.unwrap();
+    assert_eq!(group.member(0).status().members.len(), 2);
+    let wrong = group.member(0).change_members(add("e", &there)).await;
+    assert!(
+        matches!(&wrong, Err(Error::InvalidRequest(reason)) if reason.contains("member \"d\", not \"e\"")),
+        "{wrong:?}"
+    );
+    let foreign = group.member(0).change_members(add("a", &other.addresses()[0])).await;
+    assert!(
+        matches!(&foreign, Err(Error::InvalidRequest(reason)) if reason.contains("another group")),
+        "{foreign:?}"
+    );
+    assert_eq!(group.member(0).status().members.len(), 2);
+    assert_eq!(other.member(0).status().members.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_group_of_one_grows() {
     let mut group = Group::start(1).await;
     let registry = group.connect(0).await;
