@@ -2,6 +2,8 @@
 
 #[cfg(test)]
 mod differing;
+#[cfg(test)]
+mod foreign;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
