@@ -1,14 +1,16 @@
 //! The trait over ZooKeeper.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use async_trait::async_trait;
 use registry_api::{
     Capabilities, Committed, Entry, Error, Health, Key, List, Options, Page, Prefix, Read, Registry, Result, Session,
-    Txn, Watch, WatchRequest,
+    SessionState, Txn, Watch, WatchRequest,
 };
+
+use tokio::sync::watch::Receiver;
 
 use crate::config::ZkConfig;
 use crate::error::BACKEND;
@@ -38,12 +40,35 @@ pub(crate) struct Zk {
 }
 
 impl Zk {
-    pub(crate) async fn open(config: &ZkConfig, options: &Options) -> Result<Self> {
+    pub(crate) async fn open(config: &ZkConfig, options: &Options) -> Result<Arc<Self>> {
         let store = Arc::new(Store::new(config, options));
         let sessions = Arc::new(Sessions::new(store.clone()));
         let session = Session::open(BACKEND, sessions, options.connect_timeout).await?;
         tokio::spawn(sweep::run(store.clone(), session.states()));
-        Ok(Self { store, session })
+        let zk = Arc::new(Self {
+            store: store.clone(),
+            session,
+        });
+        tokio::spawn(hear_of_ends(Arc::downgrade(&zk), store, zk.session.states()));
+        Ok(zk)
+    }
+}
+
+/// Gives a session up as soon as its connection has heard of its end, which is long before the next keep-alive would.
+async fn hear_of_ends(zk: Weak<Zk>, store: Arc<Store>, mut states: Receiver<SessionState>) {
+    let hear = async {
+        loop {
+            let conn = store.over().await;
+            let Some(zk) = zk.upgrade() else { return };
+            zk.session.told_expired(conn.session);
+            drop(zk);
+            store.replaced(&conn).await;
+        }
+    };
+    tokio::select! {
+        () = hear => {}
+        // An error says that the handle is gone.
+        _ = states.wait_for(|state| matches!(state, SessionState::Closed(_))) => {}
     }
 }
 

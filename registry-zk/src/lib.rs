@@ -39,5 +39,5 @@ pub use config::{Digest, Identity, ReadMode, Servers, Tls, ZkConfig};
 /// # Cancel safety
 /// A session that was opened meanwhile ends by its TTL.
 pub async fn connect(config: &ZkConfig, options: &Options) -> Result<Arc<dyn Registry>> {
-    Ok(Arc::new(backend::Zk::open(config, options).await?))
+    Ok(backend::Zk::open(config, options).await?)
 }

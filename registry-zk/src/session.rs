@@ -19,7 +19,9 @@ use crate::store::{Conn, Slot, Store};
 
 /// What ZooKeeper grants, in words.
 const BOUNDS: &str = "ZooKeeper grants 2 to 20 of its ticks: 4 s to 40 s as shipped";
-/// How long a server may keep silent before another is tried; less where the TTL is short.
+/// How long a server may keep silent before another is tried: a fifth of the TTL, so that the session outlives one that
+/// does, within these bounds, and less than it takes to open a handle.
+const MIN_SILENCE: Duration = Duration::from_millis(400);
 const MAX_SILENCE: Duration = Duration::from_secs(4);
 /// The end of a session is not waited for longer than half of this without a connection: the next one is to be opened.
 const MIN_PATIENCE: Duration = Duration::from_secs(1);
@@ -65,9 +67,10 @@ impl Sessions {
     /// A connection with a new session, or with that one.
     async fn connect(&self, ticket: Option<SessionInfo>) -> Result<Result<Client, ClientError>> {
         let ttl = self.store.options.session_ttl.get();
+        let silence = (ttl / 5).clamp(MIN_SILENCE, MAX_SILENCE);
         let mut connector = Client::connector()
             .with_session_timeout(ttl)
-            .with_connection_timeout((ttl * 2 / 5).min(MAX_SILENCE))
+            .with_connection_timeout(silence.min(self.store.options.connect_timeout / 2))
             .with_fail_eagerly();
         if let Some(ticket) = ticket {
             connector = connector.with_session(ticket);

@@ -141,6 +141,30 @@ impl Store {
         }
     }
 
+    /// Waits until the connection that calls use will never connect again: ZooKeeper has said that its session is over, or
+    /// was not heard of for longer than that can live.
+    pub(crate) async fn over(&self) -> Arc<Conn> {
+        let mut slots = self.slot.subscribe();
+        loop {
+            let slot = slots.borrow_and_update().clone();
+            let Slot::Open(conn) = slot else {
+                drop(slots.changed().await);
+                continue;
+            };
+            let mut states = conn.client.state_watcher();
+            match conn.client.state() {
+                SessionState::Expired | SessionState::AuthFailed | SessionState::Closed => return conn,
+                _ => {
+                    drop(conn);
+                    tokio::select! {
+                        _ = states.changed() => {}
+                        _ = slots.changed() => {}
+                    }
+                }
+            }
+        }
+    }
+
     /// Waits until calls use another connection than this one.
     pub(crate) async fn replaced(&self, conn: &Arc<Conn>) {
         let mut slots = self.slot.subscribe();

@@ -2,7 +2,10 @@
 
 #![allow(missing_docs, unreachable_pub, dead_code, clippy::unwrap_used)]
 
+pub mod old;
 pub mod suite;
+pub mod tls;
+pub mod wire;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,6 +19,7 @@ use registry_zk::ZkConfig;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use wire::Answer;
 use zookeeper_client::{Acls, Client, CreateMode, CreateOptions};
 
 /// What tests ask for: four ticks.
@@ -43,7 +47,11 @@ impl Servers {
 
     /// With further lines of configuration.
     pub async fn start_with(servers: usize, lines: &str) -> Self {
-        let data = tempfile::tempdir().unwrap();
+        Self::start_in(tempfile::tempdir().unwrap(), servers, lines).await
+    }
+
+    /// With their data there.
+    pub async fn start_in(data: tempfile::TempDir, servers: usize, lines: &str) -> Self {
         let ports: Vec<_> = (0..servers).map(|_| (free_port(), free_port(), free_port())).collect();
         let ensemble: String = match servers {
             1 => String::new(),
@@ -159,6 +167,11 @@ impl Servers {
         all.join(",")
     }
 
+    /// A file beside the servers' data.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.data.path().join(name)
+    }
+
     /// A client that goes straight to a server.
     pub async fn raw(&self) -> Client {
         Client::connect(&self.addresses()).await.unwrap()
@@ -175,7 +188,8 @@ impl Servers {
         let began = Instant::now();
         loop {
             for server in &self.servers {
-                let closing = tokio::time::timeout(Duration::from_secs(2), close_session(server.client, session));
+                let closing = wire::close_session(server.client, session);
+                let closing = tokio::time::timeout(Duration::from_secs(2), closing);
                 if closing.await.is_ok_and(|answer| answer == Some(Answer::Over)) {
                     return;
                 }
@@ -237,66 +251,6 @@ async fn ask(port: u16, word: &str) -> Option<String> {
     tokio::time::timeout(Duration::from_secs(2), asking).await.ok()?
 }
 
-/// What a server says of a session.
-#[derive(PartialEq, Eq)]
-enum Answer {
-    /// It was there, and was asked to close it.
-    Asked,
-    Over,
-}
-
-/// Speaks the protocol itself: a client library hands out no session of another's.
-async fn close_session(port: u16, session: SessionId) -> Option<Answer> {
-    let mut stream = TcpStream::connect(("127.0.0.1", port)).await.ok()?;
-    // Version, last zxid, timeout, session, password, no read-only server.
-    let mut connect = Vec::new();
-    connect.extend(0i32.to_be_bytes());
-    connect.extend(0i64.to_be_bytes());
-    connect.extend(1000i32.to_be_bytes());
-    connect.extend(session.0.to_be_bytes());
-    connect.extend(16i32.to_be_bytes());
-    connect.extend(password(session));
-    connect.push(0);
-    send(&mut stream, &connect).await?;
-    let answer = receive(&mut stream).await?;
-    let granted = u64::from_be_bytes(answer.get(8..16)?.try_into().ok()?);
-    if granted == 0 {
-        return Some(Answer::Over);
-    }
-    // The request's number and the code of `closeSession`.
-    let mut close = Vec::new();
-    close.extend(1i32.to_be_bytes());
-    close.extend((-11i32).to_be_bytes());
-    send(&mut stream, &close).await?;
-    receive(&mut stream).await?;
-    Some(Answer::Asked)
-}
-
-async fn send(stream: &mut TcpStream, frame: &[u8]) -> Option<()> {
-    let length = i32::try_from(frame.len()).ok()?;
-    stream.write_all(&length.to_be_bytes()).await.ok()?;
-    stream.write_all(frame).await.ok()
-}
-
-async fn receive(stream: &mut TcpStream) -> Option<Vec<u8>> {
-    let length = stream.read_i32().await.ok()?;
-    let mut frame = vec![0; usize::try_from(length).ok()?];
-    stream.read_exact(&mut frame).await.ok()?;
-    Some(frame)
-}
-
-/// The password of a session: sixteen bytes of Java's random numbers, from a seed that ZooKeeper keeps in its source.
-fn password(session: SessionId) -> Vec<u8> {
-    const MASK: u64 = (1 << 48) - 1;
-    let mut state = ((session.0 ^ 0xB341_5C00) ^ 0x5_DEEC_E66D) & MASK;
-    let mut password = Vec::new();
-    for _ in 0..4 {
-        state = state.wrapping_mul(0x5_DEEC_E66D).wrapping_add(0xB) & MASK;
-        password.extend(((state >> 16) as u32).to_le_bytes());
-    }
-    password
-}
-
 pub fn key(path: &str) -> Key {
     Key::parse(path).unwrap()
 }
@@ -317,7 +271,15 @@ pub fn options() -> Options {
 }
 
 pub async fn connect(servers: &str) -> Arc<dyn Registry> {
-    registry_zk::connect(&config(servers), &options()).await.unwrap()
+    connect_with_ttl(servers, TTL).await
+}
+
+pub async fn connect_with_ttl(servers: &str, ttl: Duration) -> Arc<dyn Registry> {
+    let options = Options {
+        session_ttl: SessionTtl::new(ttl).unwrap(),
+        ..options()
+    };
+    registry_zk::connect(&config(servers), &options).await.unwrap()
 }
 
 /// Asks again until the answer is yes.

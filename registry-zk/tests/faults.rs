@@ -1,0 +1,473 @@
+//! What ZooKeeper and the way to it do to a handle, and what the handle makes of it.
+
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use harness::old::through_an_old_server;
+use harness::{Servers, config, connect, connect_with_ttl, key, options, until};
+use registry_api::{
+    Error, Options, Prefix, Read, Registry, SessionId, SessionState, SessionTtl, TtlBounds, Watch, WatchRequest,
+    WatchScope,
+};
+use registry_tests::Wire;
+use registry_tests::process::free_port;
+use registry_tests::watch::{Picture, same_as_store};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+async fn within<T>(limit: Duration, what: &str, wait: impl Future<Output = T>) -> T {
+    let waited = tokio::time::timeout(limit, wait).await;
+    waited.unwrap_or_else(|_| panic!("not within {limit:?}: {what}"))
+}
+
+/// Puts until it succeeds, whatever comes between: the way to see that a handle works again.
+async fn put_at_last(registry: &Arc<dyn Registry>, path: &str, value: &str) {
+    until("a put succeeds", PATIENCE, async || {
+        registry.put(&key(path), value.to_owned()).await.is_ok()
+    })
+    .await;
+}
+
+fn session_of(registry: &Arc<dyn Registry>) -> SessionId {
+    registry.session().state().id()
+}
+
+async fn wire_to(servers: &Servers, number: usize) -> Wire {
+    Wire::to(servers.address(number).parse().unwrap()).await
+}
+
+async fn watch_all(registry: &Arc<dyn Registry>) -> Watch {
+    registry
+        .watch(WatchRequest::new(Prefix::root(), WatchScope::Subtree))
+        .await
+        .unwrap()
+}
+
+/// A watch of everything whose reader knows what there is.
+async fn synced(registry: &Arc<dyn Registry>) -> (Watch, Picture) {
+    let (mut watch, mut picture) = (watch_all(registry).await, Picture::default());
+    picture
+        .until(&mut watch, |picture| picture.synced.is_some())
+        .await
+        .unwrap();
+    (watch, picture)
+}
+
+fn knows(picture: &Picture, path: &str, value: &str) -> bool {
+    picture
+        .entries
+        .get(&key(path))
+        .is_some_and(|entry| entry.value == value)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_server_loses_no_session_and_no_change() {
+    let mut servers = Servers::start(1).await;
+    let registry = connect_with_ttl(&servers.addresses(), Duration::from_secs(20)).await;
+    let session = session_of(&registry);
+    registry.put_ephemeral(&key("/alive"), "yes").await.unwrap();
+    let (mut watch, mut picture) = synced(&registry).await;
+
+    servers.kill(0);
+    servers.spawn(0);
+    put_at_last(&registry, "/after", "1").await;
+    picture
+        .until(&mut watch, |picture| knows(picture, "/after", "1"))
+        .await
+        .unwrap();
+    assert!(knows(&picture, "/alive", "yes"));
+    assert_eq!(session_of(&registry), session);
+    registry.wait_connected(PATIENCE).await.unwrap();
+    registry.put_ephemeral(&key("/alive"), "still").await.unwrap();
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_leader_loses_no_session_and_no_change() {
+    let mut servers = Servers::start(3).await;
+    let leader = servers.leader().await;
+    // The session lives at the leader, so that its own server goes too.
+    let mut all = vec![servers.address(leader)];
+    all.extend(
+        (0..3)
+            .filter(|number| *number != leader)
+            .map(|number| servers.address(number)),
+    );
+    let registry = connect_with_ttl(&all.join(","), Duration::from_secs(20)).await;
+    let session = session_of(&registry);
+    let (mut watch, mut picture) = synced(&registry).await;
+    let held = registry.lock(&key("/lock")).acquire().await.unwrap();
+    registry.put(&key("/before"), "1").await.unwrap();
+
+    servers.kill(leader);
+    put_at_last(&registry, "/after", "1").await;
+    picture
+        .until(&mut watch, |picture| {
+            knows(picture, "/before", "1") && knows(picture, "/after", "1")
+        })
+        .await
+        .unwrap();
+    registry.wait_connected(PATIENCE).await.unwrap();
+    assert_eq!(session_of(&registry), session);
+    assert!(!held.is_lost());
+    held.release().await.unwrap();
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_shorter_than_the_ttl_loses_nothing() {
+    let servers = Servers::start(1).await;
+    let wire = wire_to(&servers, 0).await;
+    let registry = connect_with_ttl(&wire.address().to_string(), Duration::from_secs(20)).await;
+    let other = connect(&servers.addresses()).await;
+    let session = session_of(&registry);
+    registry.put_ephemeral(&key("/alive"), "").await.unwrap();
+    let (mut watch, mut picture) = synced(&registry).await;
+
+    wire.refuse();
+    for count in 0..10 {
+        other.put(&key("/count"), count.to_string()).await.unwrap();
+    }
+    other.put(&key("/brief"), "").await.unwrap();
+    other.delete(&key("/brief")).await.unwrap();
+    other.put(&key("/gone"), "").await.unwrap();
+    assert!(matches!(
+        registry.get(&key("/count"), Read::Linearizable).await,
+        Err(Error::Unavailable { .. })
+    ));
+    picture.synced = None;
+    wire.mend();
+
+    picture
+        .until(&mut watch, |picture| {
+            knows(picture, "/count", "9") && picture.synced.is_some()
+        })
+        .await
+        .unwrap();
+    registry.wait_connected(PATIENCE).await.unwrap();
+    assert_eq!(session_of(&registry), session);
+    assert!(other.get(&key("/alive"), Read::Linearizable).await.unwrap().is_some());
+    other.put(&key("/count"), "10").await.unwrap();
+    other.delete(&key("/gone")).await.unwrap();
+    picture
+        .until(&mut watch, |picture| {
+            knows(picture, "/count", "10") && !picture.entries.contains_key(&key("/gone"))
+        })
+        .await
+        .unwrap();
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_longer_than_the_ttl_ends_the_session_and_a_new_one_follows() {
+    let servers = Servers::start(1).await;
+    let wire = wire_to(&servers, 0).await;
+    let (registry, other) = (
+        connect(&wire.address().to_string()).await,
+        connect(&servers.addresses()).await,
+    );
+    let session = session_of(&registry);
+    let held = registry.lock(&key("/lock")).acquire().await.unwrap();
+    let mut states = registry.session().states();
+
+    wire.cut();
+    let cut = Instant::now();
+    within(PATIENCE, "the holder learns it by its own clock", held.lost()).await;
+    let lost = cut.elapsed();
+    let next = within(PATIENCE, "the lock is free", other.lock(&key("/lock")).acquire())
+        .await
+        .unwrap();
+    assert!(next.token() > held.token());
+    assert!(lost < cut.elapsed(), "the holder knew before the next one held");
+    assert!(matches!(registry.session().live(), Err(Error::SessionExpired { session: s }) if s == session));
+
+    wire.mend();
+    let renewed = states.wait_for(|state| matches!(state, SessionState::Connected(id) if *id != session));
+    within(PATIENCE, "a new session", renewed).await.unwrap();
+    assert!(matches!(held.release().await, Err(Error::HoldLost { .. })));
+    assert!(!next.is_lost());
+    registry.put_ephemeral(&key("/alive"), "again").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_first_server_delays_nothing_for_long() {
+    let servers = Servers::start(1).await;
+    let silent = wire_to(&servers, 0).await;
+    silent.cut();
+    for dead in [format!("127.0.0.1:{}", free_port()), silent.address().to_string()] {
+        // The order is the client's to choose: several handles, so that one of them meets the dead one first.
+        for _ in 0..4 {
+            let registry = connect(&format!("{dead},{}", servers.address(0))).await;
+            registry.put(&key("/a"), "1").await.unwrap();
+            registry.close().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_server_at_all_is_an_error_that_names_them() {
+    let addresses = [
+        format!("127.0.0.1:{}", free_port()),
+        format!("127.0.0.1:{}", free_port()),
+    ];
+    let refused = registry_zk::connect(&config(&addresses.join(",")), &options()).await;
+    let Err(Error::Unavailable { source, .. }) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(
+        addresses.iter().all(|address| source.to_string().contains(address)),
+        "{source}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_falls_silent_is_left() {
+    let servers = Servers::start(3).await;
+    let mut wires = Vec::new();
+    for number in 0..3 {
+        wires.push(wire_to(&servers, number).await);
+    }
+    let addresses: Vec<_> = wires.iter().map(|wire| wire.address().to_string()).collect();
+    let registry = connect_with_ttl(&addresses.join(","), Duration::from_secs(10)).await;
+    let session = session_of(&registry);
+    let (mut watch, mut picture) = synced(&registry).await;
+
+    // Whichever it talks to: each falls silent in turn.
+    for (silent, wire) in wires.iter().enumerate() {
+        wire.cut();
+        put_at_last(&registry, "/a", &silent.to_string()).await;
+        picture
+            .until(&mut watch, |picture| knows(picture, "/a", &silent.to_string()))
+            .await
+            .unwrap();
+        registry.wait_connected(PATIENCE).await.unwrap();
+        wire.mend();
+    }
+    registry.wait_connected(PATIENCE).await.unwrap();
+    assert_eq!(session_of(&registry), session);
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_quorum_nothing_is_acknowledged() {
+    let mut servers = Servers::start(3).await;
+    let quick = Options {
+        request_timeout: Duration::from_secs(2),
+        ..options()
+    };
+    let registry = registry_zk::connect(&config(&servers.addresses()), &quick)
+        .await
+        .unwrap();
+    registry.put(&key("/a"), "1").await.unwrap();
+    servers.kill(0);
+    servers.kill(1);
+    let put = registry.put(&key("/a"), "2").await;
+    assert!(
+        matches!(put, Err(Error::OutcomeUnknown { .. } | Error::Unavailable { .. })),
+        "{put:?}"
+    );
+    assert!(matches!(registry.health().await, Err(Error::Unavailable { .. })));
+    // A server without a quorum serves nobody.
+    for read in [Read::Linearizable, Read::Stale] {
+        let got = registry.get(&key("/a"), read).await;
+        assert!(matches!(got, Err(Error::Unavailable { .. })), "{got:?}");
+    }
+    servers.spawn(0);
+    registry.wait_connected(PATIENCE).await.unwrap();
+    registry.put(&key("/a"), "3").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_closed_by_another_hand_is_followed_by_a_new_one() {
+    let servers = Servers::start(1).await;
+    let registry = connect(&servers.addresses()).await;
+    let session = session_of(&registry);
+    let registration = registry.register(&key("/member"), "here").await.unwrap();
+    let held = registry.lock(&key("/lock")).acquire().await.unwrap();
+    let mut states = registry.session().states();
+
+    servers.close_session(session).await;
+    within(PATIENCE, "the guard is lost", held.lost()).await;
+    let renewed = states.wait_for(|state| matches!(state, SessionState::Connected(id) if *id != session));
+    within(PATIENCE, "a new session", renewed).await.unwrap();
+    until("the registration is back under the new session", PATIENCE, async || {
+        let there = registry.get(&key("/member"), Read::Linearizable).await.unwrap();
+        there.is_some_and(|entry| entry.session == Some(session_of(&registry)))
+    })
+    .await;
+    registration.unregister().await.unwrap();
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_put_learns_that_the_session_is_gone_before_a_keep_alive_does() {
+    let servers = Servers::start(1).await;
+    let registry = connect_with_ttl(&servers.addresses(), Duration::from_secs(60)).await;
+    let session = session_of(&registry);
+    servers.close_session(session).await;
+    let put = registry.put_ephemeral(&key("/e"), "").await;
+    assert!(
+        matches!(put, Err(Error::SessionExpired { session: s }) if s == session),
+        "{put:?}"
+    );
+    until("there is a new session", PATIENCE, async || {
+        registry.session().live().is_ok_and(|id| id != session)
+    })
+    .await;
+    registry.put_ephemeral(&key("/e"), "").await.unwrap();
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_ttl_out_of_bounds_is_refused_and_leaves_no_session() {
+    let servers = Servers::start_with(1, "tickTime=1000\nmaxSessionTimeout=5000\n").await;
+    let mut options = Options::default();
+    for ttl in [Duration::from_secs(1), Duration::from_secs(60)] {
+        options.session_ttl = SessionTtl::new(ttl).unwrap();
+        let refused = registry_zk::connect(&config(&servers.addresses()), &options).await;
+        assert!(matches!(refused, Err(Error::Config { .. })), "{refused:?}");
+    }
+    until("the refused sessions are closed", PATIENCE, async || {
+        servers.ask(0, "dump").await.contains("Session Sets (0)")
+    })
+    .await;
+    options.session_ttl_bounds = TtlBounds::Accept;
+    let registry = registry_zk::connect(&config(&servers.addresses()), &options)
+        .await
+        .unwrap();
+    assert_eq!(registry.session().ttl(), Duration::from_secs(5));
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_without_recursive_watches_is_refused() {
+    let servers = Servers::start(1).await;
+    let old = through_an_old_server(servers.address(0)).await;
+    let refused = registry_zk::connect(&config(&old), &options()).await;
+    assert!(
+        matches!(refused, Err(Error::Unsupported { operation, .. }) if operation.contains("3.6")),
+        "{refused:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_watch_ends_on_the_server() {
+    let servers = Servers::start(1).await;
+    let registry = connect(&servers.addresses()).await;
+    let watching = async |path: &str| servers.ask(0, "wchp").await.lines().any(|line| line == path);
+    let watch = registry
+        .watch(WatchRequest::new(key("/watched"), WatchScope::Subtree))
+        .await
+        .unwrap();
+    until("it is there", PATIENCE, async || watching("/registry/watched").await).await;
+    drop(watch);
+    until("it is gone", PATIENCE, async || !watching("/registry/watched").await).await;
+    registry.close().await.unwrap();
+}
+
+/// Changes by many, cuts of every kind, other servers after each: what a watch and a mirror know in the end is what is there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_storm_with_disconnects_ends_in_the_state_of_the_store() {
+    const KEYS: u64 = 40;
+    let mut servers = Servers::start(3).await;
+    let mut wires = Vec::new();
+    for number in 0..3 {
+        wires.push(wire_to(&servers, number).await);
+    }
+    let addresses: Vec<_> = wires.iter().map(|wire| wire.address().to_string()).collect();
+    let registry = connect_with_ttl(&addresses.join(","), Duration::from_secs(2)).await;
+    let mirror = registry.mirror(key("/p"), WatchScope::Subtree).await.unwrap();
+    let mut watch = registry
+        .watch(WatchRequest::new(key("/p"), WatchScope::Subtree))
+        .await
+        .unwrap();
+
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    let seed = u64::from(now.subsec_nanos());
+    println!("seed {seed}");
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let mut writers = Vec::new();
+    for writer in 0..4 {
+        let (other, stopped) = (connect(&servers.addresses()).await, stopped.clone());
+        writers.push(tokio::spawn(async move {
+            let mut random = seed ^ writer;
+            let mut changes = 0;
+            while !*stopped.borrow() {
+                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let path = key(&format!("/p/{}", (random >> 33) % KEYS));
+                let done = match (random >> 40) % 8 {
+                    0 => other.delete(&path).await.map(drop),
+                    1 => {
+                        let below = key(&format!("{path}/below"));
+                        other.put(&below, random.to_string()).await.map(drop)
+                    }
+                    2 => other.delete_prefix(&Prefix::from(&path)).await.map(drop),
+                    3 => other.put_ephemeral(&key(&format!("{path}-e")), "").await.map(drop),
+                    _ => other.put(&path, random.to_string()).await.map(drop),
+                };
+                changes += u32::from(done.is_ok());
+            }
+            (other, changes)
+        }));
+    }
+
+    for round in 0..9 {
+        match round % 3 {
+            0 => wires.iter().for_each(Wire::refuse),
+            1 => wires.iter().for_each(Wire::cut),
+            // The rest of the ensemble goes on, perhaps with another leader.
+            _ => servers.kill(round / 3),
+        }
+        // How long a disconnect lasts is what the test varies; it waits for nothing.
+        tokio::time::sleep(Duration::from_millis(150 * (round as u64 + 1))).await;
+        wires.iter().for_each(Wire::mend);
+        if round % 3 == 2 {
+            servers.spawn(round / 3);
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    stop.send_replace(true);
+    let mut changes = 0;
+    let mut others = Vec::new();
+    for writer in writers {
+        let (other, done) = within(PATIENCE, "a writer ends", writer).await.unwrap();
+        changes += done;
+        others.push(other);
+    }
+    println!("{changes} changes");
+    assert!(changes > 100, "only {changes}");
+
+    let end = key("/p/end");
+    put_at_last(&others[0], "/p/end", "").await;
+    let mut picture = Picture::default();
+    picture
+        .until(&mut watch, |picture| picture.entries.contains_key(&end))
+        .await
+        .unwrap();
+    // Ephemeral keys of the writers may still go: all ends when they are closed.
+    for other in &others {
+        other.wait_connected(PATIENCE).await.unwrap();
+        other.close().await.unwrap();
+    }
+    until("no ephemeral key is left", PATIENCE, async || {
+        mirror.entries().iter().all(|entry| entry.session.is_none())
+    })
+    .await;
+    put_at_last(&registry, "/p/end", "again").await;
+    picture
+        .until(&mut watch, |picture| knows(picture, "/p/end", "again"))
+        .await
+        .unwrap();
+    same_as_store(&*registry, "/p", &picture).await.unwrap();
+    until("the mirror knows the end too", PATIENCE, async || {
+        mirror.get(&end).is_some_and(|entry| entry.value == "again")
+    })
+    .await;
+    let there = registry.list_all(registry_api::List::new(key("/p"))).await.unwrap();
+    assert_eq!(mirror.entries(), there);
+    registry.close().await.unwrap();
+}
