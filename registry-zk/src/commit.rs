@@ -242,16 +242,17 @@ impl Store {
         let paths: Vec<_> = View::wanted(names, txn, reach).into_iter().collect();
         let parts: BTreeSet<_> = paths.iter().filter_map(|path| names.part(path)).collect();
         // All is sent at once and answered in this order.
-        let fresh = fresh.then(|| self.fresh(conn));
+        let again = fresh.then(|| (self.fresh(conn), client.check_stat(&names.clock())));
         let guards = parts.iter().map(|part| client.check_stat(&names.guard(*part)));
         let guards: Vec<_> = guards.collect();
         let stats: Vec<_> = paths.iter().map(|path| client.check_stat(path)).collect();
-        if let Some(fresh) = fresh {
-            fresh.await?;
-        }
         let mut view = View::default();
         let mut seen = 0;
         let mut lost = false;
+        if let Some((fresh, clock)) = again {
+            fresh.await?;
+            lost = clock.await?.is_none();
+        }
         for (part, guard) in parts.iter().zip(try_join_all(guards).await?) {
             match guard {
                 Some(stat) => {

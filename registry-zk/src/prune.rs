@@ -75,7 +75,9 @@ impl Pruning<'_> {
             };
             let most = left.iter().take(MAX_STEPS).take_while(fits).count().max(1);
             let (batch, rest) = left.split_at(most);
-            let values = batch.iter().filter(|(_, found)| !found.is_mark());
+            let values = batch
+                .iter()
+                .filter(|(path, found)| !found.is_mark() && store.names.key(path).is_some());
             let mut steps = guards_of(&store.names, values.clone().map(|(path, _)| path.as_str()));
             steps.extend(batch.iter().map(|(path, _)| Step::Delete {
                 path: path.clone(),

@@ -1,0 +1,415 @@
+//! How keys lie in ZooKeeper, seen by its other clients.
+
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use harness::{MARK, Servers, TTL, anyone, config, connect, key, options, until, wire};
+use registry_api::{
+    Entry, Error, Expect, List, Options, Prefix, Read, Registry, Txn, WatchItem, WatchRequest, WatchScope,
+};
+use registry_tests::watch::{Picture, same_as_store};
+use registry_zk::ReadMode;
+use zookeeper_client::Client;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The data of a node; none where there is no node.
+async fn data(raw: &Client, path: &str) -> Option<Vec<u8>> {
+    raw.get_data(path).await.ok().map(|(data, _)| data)
+}
+
+async fn get(registry: &Arc<dyn Registry>, path: &str) -> Option<Entry> {
+    registry.get(&key(path), Read::Linearizable).await.unwrap()
+}
+
+async fn children(registry: &Arc<dyn Registry>, path: &str) -> Vec<String> {
+    let prefix = Prefix::parse(path).unwrap();
+    registry.children(&prefix, Read::Linearizable).await.unwrap()
+}
+
+/// Everything below the namespace's node.
+async fn nodes(raw: &Client) -> Vec<String> {
+    let (mut found, mut left) = (Vec::new(), vec!["/registry".to_owned()]);
+    while let Some(path) = left.pop() {
+        for name in raw.list_children(&path).await.unwrap_or_default() {
+            found.push(format!("{path}/{name}"));
+            left.push(format!("{path}/{name}"));
+        }
+    }
+    found.sort();
+    found
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_clients_see_plain_names_and_values() {
+    let servers = Servers::start(1).await;
+    let (registry, raw) = (connect(&servers.addresses()).await, servers.raw().await);
+    registry.put(&key("/jobs/compact"), "now").await.unwrap();
+    registry.put(&key("/empty"), "").await.unwrap();
+    let held = registry.lock(&key("/jobs")).acquire().await.unwrap();
+    assert_eq!(data(&raw, "/registry/jobs/compact").await.unwrap(), b"now");
+    assert_eq!(data(&raw, "/registry/empty").await.unwrap(), b"");
+    assert_eq!(data(&raw, "/registry/jobs").await.unwrap(), MARK);
+    assert_eq!(raw.list_children("/registry~/lock/1/jobs").await.unwrap().len(), 1);
+    held.release().await.unwrap();
+
+    // What looks like the backend's own is kept apart from it.
+    registry.put(&key("/odd"), MARK).await.unwrap();
+    assert_ne!(data(&raw, "/registry/odd").await.unwrap(), MARK);
+    assert_eq!(get(&registry, "/odd").await.unwrap().value, MARK);
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_of_other_clients_are_keys() {
+    let servers = Servers::start(1).await;
+    let (registry, raw) = (connect(&servers.addresses()).await, servers.raw().await);
+    let mut watch = registry
+        .watch(WatchRequest::new(Prefix::root(), WatchScope::Subtree))
+        .await
+        .unwrap();
+    raw.create("/registry/theirs", b"1", &anyone()).await.unwrap();
+    raw.create("/registry/theirs/below", b"2", &anyone()).await.unwrap();
+    raw.set_data("/registry/theirs", b"3", None).await.unwrap();
+    // No key has such a name.
+    raw.create("/registry/\u{e000}", b"", &anyone()).await.unwrap_err();
+    let long = "x".repeat(300);
+    raw.create(&format!("/registry/{long}"), b"", &anyone()).await.unwrap();
+    let port = servers.address(0).parse::<std::net::SocketAddr>().unwrap().port();
+    wire::create_without_data(port, "/registry/null").await.unwrap();
+
+    assert_eq!(get(&registry, "/theirs").await.unwrap().value, "3");
+    assert_eq!(get(&registry, "/null").await.unwrap().value, "");
+    assert_eq!(children(&registry, "/").await, ["null", "theirs"]);
+    assert_eq!(registry.count(&Prefix::root(), Read::Linearizable).await.unwrap(), 3);
+    let mut picture = Picture::default();
+    let last = key("/null");
+    picture
+        .until(&mut watch, |picture| picture.entries.contains_key(&last))
+        .await
+        .unwrap();
+    same_as_store(&*registry, "/", &picture).await.unwrap();
+
+    // They are put, compared and deleted like others.
+    let theirs = key("/theirs");
+    let found = get(&registry, "/theirs").await.unwrap();
+    let expect = Expect::ModRevision(found.mod_revision);
+    registry.put_if(&theirs, expect, "ours").await.unwrap();
+    assert!(matches!(
+        registry.put_if(&theirs, expect, "again").await,
+        Err(Error::Conflict { .. })
+    ));
+    assert_eq!(data(&raw, "/registry/theirs").await.unwrap(), b"ours");
+    raw.delete("/registry/theirs/below", None).await.unwrap();
+    assert!(registry.delete(&theirs).await.unwrap());
+    assert_eq!(data(&raw, "/registry/theirs").await, None);
+    // What no key names goes with what it is below.
+    assert_eq!(registry.delete_prefix(&Prefix::root()).await.unwrap(), 1);
+    assert_eq!(nodes(&raw).await, Vec::<String>::new());
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_with_children_keeps_its_node() {
+    let servers = Servers::start(1).await;
+    let (registry, raw) = (connect(&servers.addresses()).await, servers.raw().await);
+    let first = registry.put(&key("/a"), "1").await.unwrap();
+    registry.put(&key("/a/b/c"), "below").await.unwrap();
+    assert!(registry.delete(&key("/a")).await.unwrap());
+    assert_eq!(data(&raw, "/registry/a").await.unwrap(), MARK);
+    assert!(get(&registry, "/a").await.is_none());
+    assert!(!registry.delete(&key("/a")).await.unwrap());
+    let again = registry.put_if(&key("/a"), Expect::Absent, "2").await.unwrap();
+    let entry = get(&registry, "/a").await.unwrap();
+    // `fresh_create_revision` is not set: the node was there all the time.
+    assert!(!registry.capabilities().fresh_create_revision);
+    assert_eq!((entry.create_revision, entry.mod_revision), (first, again));
+    registry.delete(&key("/a/b/c")).await.unwrap();
+    assert_eq!(nodes(&raw).await, ["/registry/a"]);
+    registry.delete(&key("/a")).await.unwrap();
+    assert_eq!(nodes(&raw).await, Vec::<String>::new());
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parent_that_nobody_put_never_stays() {
+    let servers = Servers::start(1).await;
+    let (registry, raw) = (connect(&servers.addresses()).await, servers.raw().await);
+    let gone = async |what: &str| {
+        until(what, PATIENCE, async || nodes(&raw).await.is_empty()).await;
+    };
+    // A delete takes it along.
+    registry.put(&key("/a/b/c/d"), "").await.unwrap();
+    registry.delete(&key("/a/b/c/d")).await.unwrap();
+    assert_eq!(nodes(&raw).await, Vec::<String>::new());
+    registry.put(&key("/a/b/c/d"), "").await.unwrap();
+    registry.delete_prefix(&Prefix::parse("/a/b/c").unwrap()).await.unwrap();
+    assert_eq!(nodes(&raw).await, Vec::<String>::new());
+    // A session's end can't: the sweep does.
+    let other = connect(&servers.addresses()).await;
+    other.put_ephemeral(&key("/e/f/g"), "").await.unwrap();
+    other.close().await.unwrap();
+    gone("the parents of an ephemeral key").await;
+    // A put that was cut off half way leaves a chain without an end.
+    raw.create("/registry/half", MARK, &anyone()).await.unwrap();
+    raw.create("/registry/half/made", MARK, &anyone()).await.unwrap();
+    gone("a half-finished chain").await;
+    // It is in nobody's way before.
+    raw.create("/registry/half", MARK, &anyone()).await.unwrap();
+    raw.create("/registry/half/made", MARK, &anyone()).await.unwrap();
+    registry.put(&key("/half/made/key"), "whole").await.unwrap();
+    registry.put_if(&key("/half"), Expect::Absent, "").await.unwrap();
+    assert_eq!(get(&registry, "/half/made/key").await.unwrap().value, "whole");
+    registry.delete_prefix(&Prefix::root()).await.unwrap();
+    gone("everything").await;
+
+    // The sweep goes on when the handle that swept is gone.
+    let next = connect(&servers.addresses()).await;
+    registry.close().await.unwrap();
+    raw.create("/registry/half", MARK, &anyone()).await.unwrap();
+    gone("a leaf that is none").await;
+    next.close().await.unwrap();
+}
+
+/// Puts and deletes of a key and of what is below it, by several handles at once: none that was acknowledged is lost, and
+/// nothing stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn deletes_and_creates_that_race_lose_nothing() {
+    let servers = Servers::start(1).await;
+    let raw = servers.raw().await;
+    let mut racers = Vec::new();
+    for racer in 0..6 {
+        let registry = connect(&servers.addresses()).await;
+        racers.push(tokio::spawn(async move {
+            let own = key(&format!("/p/q/{racer}"));
+            for round in 0..40 {
+                registry.put(&own, round.to_string()).await.unwrap();
+                match (racer + round) % 4 {
+                    0 => drop(registry.put(&key("/p"), "").await.unwrap()),
+                    1 => drop(registry.delete(&key("/p")).await.unwrap()),
+                    2 => drop(registry.delete(&key("/p/q")).await.unwrap()),
+                    _ => drop(registry.put(&key("/p/q"), "").await.unwrap()),
+                }
+                // Nobody else writes this one.
+                let entry = get(&registry, own.as_str()).await.expect("nobody deleted it");
+                assert_eq!(entry.value, round.to_string());
+                assert!(registry.delete(&own).await.unwrap());
+                assert_eq!(get(&registry, own.as_str()).await, None);
+            }
+            registry
+        }));
+    }
+    let mut handles = Vec::new();
+    for racer in racers {
+        handles.push(racer.await.unwrap());
+    }
+    handles[0].delete(&key("/p")).await.unwrap();
+    handles[0].delete(&key("/p/q")).await.unwrap();
+    until("nothing is left", PATIENCE, async || nodes(&raw).await.is_empty()).await;
+    for handle in handles {
+        handle.close().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn conditions_on_absent_keys_hold_to_the_end() {
+    let servers = Servers::start(1).await;
+    let (one, other) = (connect(&servers.addresses()).await, connect(&servers.addresses()).await);
+    // Each puts its own key if the other's is absent: at most one of the two is ever there.
+    for round in 0..60 {
+        let (a, b) = (key(&format!("/{round}/a")), key(&format!("/{round}/b")));
+        let put = |registry: Arc<dyn Registry>, own: &registry_api::Key, others: &registry_api::Key| {
+            let txn = Txn::new().when(others, Expect::Absent).put(own, "");
+            tokio::spawn(async move { registry.commit(txn).await })
+        };
+        let (first, second) = (put(one.clone(), &a, &b), put(other.clone(), &b, &a));
+        let (first, second) = (first.await.unwrap(), second.await.unwrap());
+        assert!(first.is_ok() != second.is_ok(), "{first:?}, {second:?}");
+        let failed = first.err().or(second.err()).unwrap();
+        assert!(matches!(failed, Error::Conflict { .. }), "{failed:?}");
+    }
+    one.close().await.unwrap();
+    other.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_namespace_that_another_hand_deleted_is_made_again() {
+    let servers = Servers::start(1).await;
+    let (registry, raw) = (connect(&servers.addresses()).await, servers.raw().await);
+    registry.put(&key("/a/b"), "1").await.unwrap();
+    let mut paths = nodes(&raw).await;
+    for path in [
+        "/registry",
+        "/registry~",
+        "/registry~/rev",
+        "/registry~/clock",
+        "/registry~/sweeper",
+    ] {
+        paths.push(path.to_owned());
+    }
+    paths.extend((0..64).map(|part| format!("/registry~/rev/{part:02x}")));
+    paths.sort();
+    let mut all = raw.new_multi_writer();
+    for path in paths.iter().rev() {
+        all.add_delete(path, None).unwrap();
+    }
+    all.commit().await.unwrap();
+    assert!(get(&registry, "/a/b").await.is_none());
+    let held = registry.lock(&key("/l")).acquire().await.unwrap();
+    held.release().await.unwrap();
+    registry.put(&key("/a/b"), "2").await.unwrap();
+    assert_eq!(get(&registry, "/a/b").await.unwrap().value, "2");
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_with_fifty_thousand_children_lists() {
+    const CHILDREN: usize = 50_000;
+    let servers = Servers::start(1).await;
+    let raw = servers.raw().await;
+    let patient = Options {
+        request_timeout: Duration::from_secs(60),
+        ..options()
+    };
+    let registry = registry_zk::connect(&config(&servers.addresses()), &patient)
+        .await
+        .unwrap();
+    // Their names alone are larger than a request may be.
+    let name = |number: usize| format!("a-child-with-a-long-name-{number:06}");
+    raw.create("/registry/many", b"", &anyone()).await.unwrap();
+    for chunk in (0..CHILDREN).collect::<Vec<_>>().chunks(1000) {
+        let mut multi = raw.new_multi_writer();
+        for number in chunk {
+            let path = format!("/registry/many/{}", name(*number));
+            multi.add_create(&path, b"v", &anyone()).unwrap();
+        }
+        multi.commit().await.unwrap();
+    }
+    let names = children(&registry, "/many").await;
+    assert!(names.iter().map(String::len).sum::<usize>() > 1 << 20);
+    assert_eq!(names, (0..CHILDREN).map(name).collect::<Vec<_>>());
+    let many = Prefix::parse("/many").unwrap();
+    let listed = registry.list_all(List::new(key("/many"))).await.unwrap();
+    assert_eq!(listed.len(), CHILDREN + 1);
+    assert_eq!(
+        registry.count(&many, Read::Linearizable).await.unwrap(),
+        CHILDREN as u64 + 1
+    );
+    let mut watch = registry
+        .watch(WatchRequest::new(key("/many"), WatchScope::Children))
+        .await
+        .unwrap();
+    let mut told = 0;
+    let reading = async {
+        loop {
+            match watch.next().await.unwrap().unwrap() {
+                WatchItem::Changes(events) => told += events.len(),
+                WatchItem::Synced(_) => return,
+                WatchItem::Reset => panic!("nothing was reset"),
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, reading).await.unwrap();
+    assert_eq!(told, CHILDREN);
+    drop(watch);
+    assert_eq!(registry.delete_prefix(&many).await.unwrap(), CHILDREN as u64 + 1);
+    assert_eq!(nodes(&raw).await, Vec::<String>::new());
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_after_the_servers_is_where_everything_lies() {
+    let servers = Servers::start(1).await;
+    let raw = servers.raw().await;
+    let below = |path: &str| format!("{}{path}", servers.addresses());
+    let (one, other) = (connect(&below("/apps/one")).await, connect(&below("/apps/other")).await);
+    let mut watch = one
+        .watch(WatchRequest::new(Prefix::root(), WatchScope::Subtree))
+        .await
+        .unwrap();
+    one.put(&key("/a/b"), "one").await.unwrap();
+    other.put(&key("/a/b"), "other").await.unwrap();
+    let (held, also) = (
+        one.lock(&key("/l")).acquire().await.unwrap(),
+        other.lock(&key("/l")).try_acquire().await.unwrap(),
+    );
+    assert!(also.is_some(), "another's lock");
+    held.release().await.unwrap();
+    assert_eq!(data(&raw, "/apps/one/registry/a/b").await.unwrap(), b"one");
+    assert_eq!(data(&raw, "/apps/other/registry/a/b").await.unwrap(), b"other");
+    let (mut picture, path) = (Picture::default(), key("/a/b"));
+    picture
+        .until(&mut watch, |picture| picture.entries.contains_key(&path))
+        .await
+        .unwrap();
+    same_as_store(&*one, "/", &picture).await.unwrap();
+    one.delete(&path).await.unwrap();
+    assert_eq!(
+        raw.list_children("/apps/one/registry").await.unwrap(),
+        Vec::<String>::new()
+    );
+    one.close().await.unwrap();
+    other.close().await.unwrap();
+}
+
+/// R4, the other way: a small write before a linearizable read, on an ensemble whose servers are not all as new.
+#[tokio::test(flavor = "multi_thread")]
+async fn write_backed_reads_see_every_acknowledged_write() {
+    let servers = Servers::start(3).await;
+    let mut handles = Vec::new();
+    for number in 0..3 {
+        let mut config = config(&servers.address(number));
+        config.read = ReadMode::Write;
+        handles.push(registry_zk::connect(&config, &options()).await.unwrap());
+    }
+    let mut expected = BTreeMap::new();
+    for round in 0..60 {
+        let (writer, path) = (&handles[round % 3], format!("/k/{}", round % 5));
+        writer.put(&key(&path), round.to_string()).await.unwrap();
+        expected.insert(path, round.to_string());
+        let reader = &handles[(round + 1) % 3];
+        let there = reader.list_all(List::new(key("/k"))).await.unwrap();
+        let there = there
+            .iter()
+            .map(|entry| (entry.key.to_string(), String::from_utf8(entry.value.to_vec()).unwrap()))
+            .collect::<BTreeMap<_, _>>();
+        assert_eq!(there, expected);
+    }
+    for handle in handles {
+        handle.close().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_values_come_in_pages_that_fit() {
+    let servers = Servers::start(1).await;
+    let registry = connect(&servers.addresses()).await;
+    let large = vec![b'x'; registry_api::MAX_VALUE];
+    for number in 0..20 {
+        let path = key(&format!("/large/{number:02}"));
+        registry.put(&path, large.clone()).await.unwrap();
+    }
+    let entries = registry.list_all(List::new(key("/large"))).await.unwrap();
+    assert_eq!(entries.len(), 20);
+    assert!(entries.iter().all(|entry| entry.value == large));
+    // A transaction of the largest size, whose parents are all missing, is cut into requests that fit.
+    let segment = "s".repeat(120);
+    let deep = |number: usize| {
+        key(&format!(
+            "/{number}-{segment}/{segment}/{segment}/{segment}/{segment}/{segment}/k"
+        ))
+    };
+    let txn = (0..64).fold(Txn::new(), |txn, number| txn.put(&deep(number), vec![b'y'; 12_000]));
+    registry.commit(txn).await.unwrap();
+    assert_eq!(
+        registry.count(&Prefix::root(), Read::Linearizable).await.unwrap(),
+        20 + 64
+    );
+    assert!(registry.session().ttl() == TTL);
+    registry.close().await.unwrap();
+}
