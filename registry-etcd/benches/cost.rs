@@ -1,17 +1,16 @@
 //! What the abstraction costs: the same work through `etcd-client` and through the registry, in one run.
 //!
-//! `cargo bench -p registry-etcd` starts an etcd of its own on loopback. The two take turns, round by round, so that
-//! what else the machine does falls on both; the figure of each is the median of its rounds.
+//! `cargo bench -p registry-etcd` starts an etcd of its own on loopback.
 
 #[path = "../tests/harness/mod.rs"]
 mod harness;
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use etcd_client::{Client, Compare, CompareOp, GetOptions, KvClient, LockOptions, Txn, TxnOp, WatchOptions};
 use registry_api::{BoxError, Key, List, Prefix, Read, Registry, WatchItem, WatchRequest, WatchScope};
+use registry_tests::cost::{self, Done};
 
 const VALUE: [u8; 256] = [b'v'; 256];
 const LISTED: usize = 100;
@@ -28,14 +27,7 @@ async fn main() -> Result<(), BoxError> {
     let bench = Bench { raw, ours };
     bench.fill().await?;
 
-    println!(
-        "{:<28}{:>12}{:>12}{:>8}{:>10}{:>10}",
-        "", "etcd-client", "registry", "ratio", "", ""
-    );
-    println!(
-        "{:<28}{:>12}{:>12}{:>8}{:>10}{:>10}",
-        "work", "median", "median", "", "raw op/s", "our op/s"
-    );
+    cost::head("etcd-client");
     for tasks in [1, 8, 64] {
         bench.row("put", tasks, 400, Bench::raw_put, Bench::our_put).await?;
         bench
@@ -72,10 +64,7 @@ struct Bench {
     ours: Arc<dyn Registry>,
 }
 
-type Done = Result<(), BoxError>;
-
 impl Bench {
-    /// Prints the time of one operation on each side, as each of so many tasks sees it.
     async fn row<R, O>(
         &self,
         name: &str,
@@ -88,34 +77,9 @@ impl Bench {
         R: Future<Output = Done> + Send + 'static,
         O: Future<Output = Done> + Send + 'static,
     {
-        const ROUNDS: usize = 15;
-        let each = if tasks == 1 { operations } else { operations / 16 };
-        let (mut of_raw, mut of_ours) = (Vec::new(), Vec::new());
-        for round in 0..=ROUNDS {
-            let (first, second) = (round % 2 == 0, round % 2 == 1);
-            for turn in [first, second] {
-                let taken = match turn {
-                    true => timed(tasks, |task| raw(self.clone(), task, each)).await?,
-                    false => timed(tasks, |task| ours(self.clone(), task, each)).await?,
-                };
-                // The first round only warms up.
-                if round > 0 {
-                    if turn { &mut of_raw } else { &mut of_ours }.push(taken.as_secs_f64() / each as f64);
-                }
-            }
-        }
-        let (raw, ours) = (median(of_raw), median(of_ours));
-        let rate = |seconds: f64| tasks as f64 / seconds;
-        println!(
-            "{:<36}{:>9.0} µs{:>9.0} µs{:>8.2}{:>10.0}{:>10.0}",
-            format!("{name}, {tasks} task{}", if tasks == 1 { "" } else { "s" }),
-            raw * 1e6,
-            ours * 1e6,
-            ours / raw,
-            rate(raw),
-            rate(ours),
-        );
-        Ok(())
+        let raw = |task, count| raw(self.clone(), task, count);
+        let ours = |task, count| ours(self.clone(), task, count);
+        cost::row(name, tasks, operations, raw, ours).await
     }
 
     async fn fill(&self) -> Done {
@@ -252,24 +216,6 @@ impl Bench {
         }
         Ok(())
     }
-}
-
-/// Runs a task so many times at once, and says how long the slowest took.
-async fn timed<F>(tasks: usize, start: impl Fn(usize) -> F) -> Result<Duration, BoxError>
-where
-    F: Future<Output = Done> + Send + 'static,
-{
-    let began = Instant::now();
-    let running: Vec<_> = (0..tasks).map(|task| tokio::spawn(start(task))).collect();
-    for task in running {
-        task.await??;
-    }
-    Ok(began.elapsed())
-}
-
-fn median(mut figures: Vec<f64>) -> f64 {
-    figures.sort_by(f64::total_cmp);
-    figures[figures.len() / 2]
 }
 
 fn key(path: &str) -> Key {

@@ -5,7 +5,9 @@
 //! which makes every property a test of that backend, so that one failure hides no other. The list of properties is
 //! written once, below.
 
+pub mod certificate;
 pub mod cluster;
+pub mod cost;
 pub mod dice;
 pub mod election;
 pub mod failure;

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use etcd_client::Client;
 use registry_api::{Key, Options, Registry, SessionTtl};
 use registry_etcd::{Endpoints, EtcdConfig};
+use registry_tests::certificate::certificate;
+pub use registry_tests::process::free_port;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -58,12 +60,8 @@ impl Servers {
     pub fn start_with_tls() -> Self {
         let mut cluster = Self::new(1);
         cluster.scheme = "https";
-        for (name, subject) in [
-            ("ca", "/CN=test-ca"),
-            ("server", "/CN=server"),
-            ("client", "/CN=client"),
-        ] {
-            cluster.certificate(name, subject);
+        for name in ["ca", "server", "client"] {
+            certificate(cluster.data.path(), name);
         }
         let file = |name: &str| cluster.file(name).display().to_string();
         cluster.arguments = vec![
@@ -96,43 +94,6 @@ impl Servers {
     /// A file beside the members' data.
     pub fn file(&self, name: &str) -> PathBuf {
         self.data.path().join(name)
-    }
-
-    /// Makes `name.pem` and `name.key`, signed by the authority, or by itself if it is the authority.
-    fn certificate(&self, name: &str, subject: &str) {
-        let file = |ending: &str| self.file(&format!("{name}.{ending}")).display().to_string();
-        let mut openssl = Command::new("openssl");
-        openssl.args([
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:prime256v1",
-            "-nodes",
-        ]);
-        openssl.args([
-            "-days",
-            "2",
-            "-subj",
-            subject,
-            "-keyout",
-            &file("key"),
-            "-out",
-            &file("pem"),
-        ]);
-        if name != "ca" {
-            let (ca, key) = (self.file("ca.pem"), self.file("ca.key"));
-            openssl.arg("-CA").arg(ca).arg("-CAkey").arg(key);
-            openssl.args([
-                "-addext",
-                "subjectAltName=IP:127.0.0.1",
-                "-addext",
-                "basicConstraints=critical,CA:FALSE",
-            ]);
-        }
-        let made = openssl.output().expect("openssl is missing: apt-get install openssl");
-        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     }
 
     pub fn kill_all(&mut self) {
@@ -363,11 +324,6 @@ async fn pass(mut from: TcpStream, target: String, mut state: watch::Receiver<Pa
             },
         }
     }
-}
-
-pub fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
 }
 
 pub const TTL: Duration = Duration::from_secs(3);
