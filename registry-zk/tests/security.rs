@@ -53,11 +53,17 @@ async fn a_user_works_in_its_namespace_and_nobody_else_does() {
     let authenticated = authenticated.connect(&servers.addresses()).await.unwrap();
     let mut looked = 0;
     while let Some(path) = left.pop() {
-        assert_eq!(raw.get_data(&path).await.unwrap_err(), ClientError::NoAuth, "{path}");
-        assert_eq!(raw.delete(&path, None).await.unwrap_err(), not_allowed(&path), "{path}");
-        let children = authenticated.list_children(&path).await.unwrap();
+        let found = [
+            raw.get_data(&path).await.unwrap_err(),
+            raw.delete(&path, None).await.unwrap_err(),
+        ];
+        // The sweep may take away what is empty.
+        if !found.contains(&ClientError::NoNode) {
+            assert_eq!(found, [ClientError::NoAuth, not_allowed(&path)], "{path}");
+            looked += 1;
+        }
+        let children = authenticated.list_children(&path).await.unwrap_or_default();
         left.extend(children.into_iter().map(|name| format!("{path}/{name}")));
-        looked += 1;
     }
     assert!(looked > 10);
     // Where nobody was before, whoever comes first is at home.
