@@ -140,7 +140,7 @@ pub enum ReadMode {
     Write,
 }
 
-/// Whom to trust, and how to be trusted. Files are PEM, and read when a handle is opened.
+/// Whom to trust, and how to be trusted. Files are PEM, and read whenever a session is opened.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "TlsTable")]
 pub struct Tls {

@@ -21,9 +21,10 @@ use crate::store::{Conn, Slot, Store};
 const BOUNDS: &str = "ZooKeeper grants 2 to 20 of its ticks: 4 s to 40 s as shipped";
 /// How long a server may keep silent before another is tried: a fifth of the TTL, so that the session outlives one that
 /// does, within these bounds, and less than it takes to open a handle.
-const MIN_SILENCE: Duration = Duration::from_millis(400);
+const MIN_SILENCE: Duration = Duration::from_millis(600);
 const MAX_SILENCE: Duration = Duration::from_secs(4);
-/// The end of a session is not waited for longer than half of this without a connection: the next one is to be opened.
+/// The end of a session is not waited for longer than half of this without a connection: the next one is to be opened, for
+/// which the clock of sessions has more patience than this.
 const MIN_PATIENCE: Duration = Duration::from_secs(1);
 const MAX_PATIENCE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(100);

@@ -284,13 +284,7 @@ async fn a_key_with_fifty_thousand_children_lists() {
     const CHILDREN: usize = 50_000;
     let servers = Servers::start(1).await;
     let raw = servers.raw().await;
-    let patient = Options {
-        request_timeout: Duration::from_secs(60),
-        ..options()
-    };
-    let registry = registry_zk::connect(&config(&servers.addresses()), &patient)
-        .await
-        .unwrap();
+    let registry = connect(&servers.addresses()).await;
     // Their names alone are larger than a request may be.
     let name = |number: usize| format!("a-child-with-a-long-name-{number:06}");
     raw.create("/registry/many", b"", &anyone()).await.unwrap();

@@ -22,8 +22,8 @@ use tokio::net::TcpStream;
 use wire::Answer;
 use zookeeper_client::{Acls, Client, CreateMode, CreateOptions};
 
-/// What tests ask for: four ticks.
-pub const TTL: Duration = Duration::from_secs(1);
+/// What tests ask for: twelve ticks, so that a session outlives what else the machine does.
+pub const TTL: Duration = Duration::from_secs(3);
 /// A mark, as other tests of the mapping know it.
 pub const MARK: &[u8] = b"\0registry\0/";
 
