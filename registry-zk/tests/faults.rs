@@ -13,9 +13,9 @@ use registry_api::{
     Error, Options, Prefix, Read, Registry, SessionId, SessionState, SessionTtl, TtlBounds, Watch, WatchRequest,
     WatchScope,
 };
-use registry_tests::Wire;
 use registry_tests::process::free_port;
 use registry_tests::watch::{Picture, same_as_store};
+use registry_tests::{Dice, Wire};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -394,20 +394,20 @@ async fn a_storm_with_disconnects_ends_in_the_state_of_the_store() {
     for writer in 0..4 {
         let (other, stopped) = (connect(&servers.addresses()).await, stopped.clone());
         writers.push(tokio::spawn(async move {
-            let mut random = seed ^ writer;
+            let mut dice = Dice(seed ^ writer);
             let mut changes = 0;
             while !*stopped.borrow() {
-                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                let path = key(&format!("/p/{}", (random >> 33) % KEYS));
-                let done = match (random >> 40) % 8 {
+                let path = key(&format!("/p/{}", dice.roll(KEYS)));
+                let value = dice.roll(u64::MAX).to_string();
+                let done = match dice.roll(8) {
                     0 => other.delete(&path).await.map(drop),
                     1 => {
                         let below = key(&format!("{path}/below"));
-                        other.put(&below, random.to_string()).await.map(drop)
+                        other.put(&below, value).await.map(drop)
                     }
                     2 => other.delete_prefix(&Prefix::from(&path)).await.map(drop),
                     3 => other.put_ephemeral(&key(&format!("{path}-e")), "").await.map(drop),
-                    _ => other.put(&path, random.to_string()).await.map(drop),
+                    _ => other.put(&path, value).await.map(drop),
                 };
                 changes += u32::from(done.is_ok());
             }
