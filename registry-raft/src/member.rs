@@ -209,6 +209,12 @@ impl Member {
         self.leadership.clone()
     }
 
+    /// As [`Member::leadership`] tells, found out at this moment: a process that stood still does not find itself leading
+    /// by what it was told before.
+    pub fn leads(&self) -> Option<u64> {
+        self.core.leads_surely()
+    }
+
     /// Changes the members of the group, by whichever of them leads. What is so already is no error.
     ///
     /// # Errors
@@ -865,13 +871,14 @@ impl Core {
     }
 
     async fn expire(self, sessions: Vec<u64>, term: u64) {
-        tracing::info!(count = sessions.len(), "sessions have expired");
         let expire = Change::Expire(proto::ExpireSessions {
             sessions: sessions.clone(),
             term,
         });
-        if let Err(error) = self.propose(Command::new(expire)).await {
-            tracing::warn!(%error, "sessions could not be expired, trying again");
+        match self.propose(Command::new(expire)).await {
+            Ok(_) => tracing::info!(count = sessions.len(), "sessions have expired"),
+            // Without a majority it is so ten times a second.
+            Err(error) => tracing::debug!(%error, "sessions could not be expired, trying again"),
         }
         self.expiry.settled(&sessions);
     }

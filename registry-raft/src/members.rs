@@ -276,7 +276,8 @@ impl Core {
         let mut metrics = self.raft().metrics();
         let mut handing_over = self.handing_over().subscribe();
         while !*stopping.borrow_and_update() {
-            let leads = self.leads_surely().filter(|_| !*handing_over.borrow_and_update());
+            handing_over.mark_unchanged();
+            let leads = self.leads_surely();
             told.send_if_modified(|told| std::mem::replace(told, leads) != leads);
             tokio::select! {
                 // It may end by time alone.
@@ -291,9 +292,9 @@ impl Core {
     }
 
     /// The term this member leads in, if a majority heard it a short time ago: the others elect nobody else for
-    /// `election_timeout_max` after they heard it.
-    fn leads_surely(&self) -> Option<u64> {
-        let term = self.leads()?;
+    /// `election_timeout_max` after they heard it. Not while it hands over.
+    pub(crate) fn leads_surely(&self) -> Option<u64> {
+        let term = self.leads().filter(|_| !*self.handing_over().borrow())?;
         let metrics = self.raft().metrics();
         let metrics = metrics.borrow_watched();
         let voters = metrics.membership_config.membership().voter_ids().count();

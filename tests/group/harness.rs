@@ -1,7 +1,7 @@
 //! A group whose members are processes, each killed with the test.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +20,7 @@ pub(crate) struct Group {
     pub(crate) net: Arc<Net>,
     pub(crate) listen: Vec<SocketAddr>,
     processes: Vec<Option<Process>>,
+    program: fn(&Path) -> Command,
 }
 
 impl Group {
@@ -29,6 +30,11 @@ impl Group {
 
     /// As [`Group::start`], with more lines in the table of each member.
     pub(crate) async fn start_with(size: usize, settings: &str) -> Self {
+        Self::start_program(size, settings, serving).await
+    }
+
+    /// As [`Group::start_with`], of another program than `registry serve`, which gets the config file.
+    pub(crate) async fn start_program(size: usize, settings: &str, program: fn(&Path) -> Command) -> Self {
         let listen: Vec<_> = (0..size)
             .map(|_| SocketAddr::from(([127, 0, 0, 1], process::free_port())))
             .collect();
@@ -52,6 +58,7 @@ impl Group {
             net,
             listen,
             processes: (0..size).map(|_| None).collect(),
+            program,
         };
         group.restart(&(0..size).collect::<Vec<_>>()).await;
         group
@@ -71,7 +78,9 @@ impl Group {
 
     /// Starts these members, all at once, and waits until each is ready.
     pub(crate) async fn restart(&mut self, members: &[usize]) {
-        let starting = members.iter().map(|at| Self::serve(self.config_file(NAMES[*at])));
+        let starting = members
+            .iter()
+            .map(|at| ready((self.program)(&self.config_file(NAMES[*at]))));
         let started = futures_util::future::join_all(starting).await;
         for (at, process) in members.iter().zip(started) {
             self.net.runs(*at, process.id());
@@ -81,24 +90,13 @@ impl Group {
 
     /// Starts one, and waits for nothing: it may not find the others.
     pub(crate) fn start_unready(&mut self, at: usize) {
-        let process = Process::start_unready(Self::serving(self.config_file(NAMES[at])));
+        let process = Process::start_unready((self.program)(&self.config_file(NAMES[at])));
         self.net.runs(at, process.id());
         self.processes[at] = Some(process);
     }
 
     pub(crate) async fn serve(config: PathBuf) -> Process {
-        let ready = |line: &str| line.contains("ready").then_some(());
-        Process::start(Self::serving(config), ready).await.0
-    }
-
-    fn serving(config: PathBuf) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_registry"));
-        command
-            .arg("serve")
-            .arg("--config")
-            .arg(config)
-            .env_remove("REGISTRY_CONFIG");
-        command
+        ready(serving(&config)).await
     }
 
     pub(crate) async fn kill(&mut self, at: usize) {
@@ -168,13 +166,6 @@ impl Group {
         self.leader_of(&running, &running).await
     }
 
-    pub(crate) async fn followers(&self) -> Vec<usize> {
-        let leader = self.leader().await;
-        (0..self.size())
-            .filter(|at| *at != leader && self.processes[*at].is_some())
-            .collect()
-    }
-
     /// Runs the command with a member's settings.
     pub(crate) async fn command(&self, config: &str, arguments: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_registry"));
@@ -193,6 +184,22 @@ impl Group {
         assert!(output.status.success(), "{arguments:?}: {out}{err}");
         out.trim_end().into()
     }
+}
+
+fn serving(config: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_registry"));
+    command
+        .arg("serve")
+        .arg("--config")
+        .arg(config)
+        .env_remove("REGISTRY_CONFIG");
+    command
+}
+
+async fn ready(command: Command) -> Process {
+    Process::start(command, |line| line.contains("ready").then_some(()))
+        .await
+        .0
 }
 
 pub(crate) fn options() -> Options {

@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod harness;
+mod leadership;
+mod quorum;
 mod torture;
 mod walk_through;
 
@@ -11,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use harness::{Group, PATIENCE, options};
-use registry::{Error, Expect, Options, Read, Registry, SessionState, SessionTtl, WatchItem, WatchRequest, WatchScope};
+use registry::{Error, Expect, Options, Read, Registry, WatchItem, WatchRequest, WatchScope};
 use registry_tests::{key, within};
 
 /// Asks again until the answer is yes.
@@ -80,67 +82,6 @@ async fn a_put_answered_by_a_follower_whose_leader_dies_is_durable() {
         group.restart(&[leader]).await;
         registry.close().await.unwrap();
     }
-}
-
-/// What etcd's raftexample, kvrocks and DSS do not do.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_no_leader_every_call_ends_by_its_deadline_and_goes_on_by_itself() {
-    let mut group = Group::start(3).await;
-    let here = group.followers().await[0];
-    let others: Vec<_> = (0..3).filter(|at| *at != here).collect();
-    let short = Options {
-        session_ttl: SessionTtl::new(Duration::from_secs(4)).unwrap(),
-        request_timeout: Duration::from_secs(2),
-        ..options()
-    };
-    let registry = registry::raft::connect(&group.remote(here), &short).await.unwrap();
-    registry.put(&key("/a"), "1").await.unwrap();
-    assert_eq!(value(&registry, "/a", Read::Linearizable).await.unwrap(), "1");
-    let held = registry.lock(&key("/l")).acquire().await.unwrap();
-    let leadership = registry.election(&key("/e")).campaign("here").await.unwrap();
-    let mut states = registry.session().states();
-    let mut watch = registry
-        .watch(WatchRequest::new(key("/a"), WatchScope::Key))
-        .await
-        .unwrap();
-    for other in &others {
-        group.kill(*other).await;
-    }
-    let limit = Duration::from_secs(4);
-    let read = within(limit, registry.get(&key("/a"), Read::Linearizable)).await;
-    assert!(matches!(read, Err(Error::Unavailable { .. })), "{read:?}");
-    let write = within(limit, registry.put(&key("/a"), "2")).await;
-    assert!(
-        matches!(write, Err(Error::Unavailable { .. } | Error::OutcomeUnknown { .. })),
-        "{write:?}"
-    );
-    let deleted = within(limit, registry.delete_prefix(&key("/b").into())).await;
-    assert!(deleted.is_err(), "{deleted:?}");
-    assert!(within(limit, registry.health()).await.is_err());
-    assert_eq!(value(&registry, "/a", Read::Stale).await.unwrap(), "1");
-    within(PATIENCE, held.lost()).await;
-    within(PATIENCE, leadership.lost()).await;
-    within(
-        PATIENCE,
-        states.wait_for(|state| !matches!(state, SessionState::Connected(_))),
-    )
-    .await
-    .unwrap();
-    group.restart(&others).await;
-    registry.wait_connected(PATIENCE).await.unwrap();
-    until("writes go on", || async { registry.put(&key("/a"), "3").await.is_ok() }).await;
-    let again = within(PATIENCE, registry.lock(&key("/l")).acquire()).await.unwrap();
-    assert!(again.token() > held.token());
-    let told = async {
-        loop {
-            match watch.next().await.unwrap().unwrap() {
-                WatchItem::Changes(events) if events.iter().any(|event| event.entry().value == "3") => return,
-                _ => {}
-            }
-        }
-    };
-    within(PATIENCE, told).await;
-    registry.close().await.unwrap();
 }
 
 /// What kvrocks' Raft engine does: it applies the tail of its log on restart, committed or not.
