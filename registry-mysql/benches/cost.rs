@@ -7,13 +7,13 @@
 #[path = "../tests/harness/mod.rs"]
 mod harness;
 
-use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use harness::{Server, connect, key, url};
 use registry_api::{BoxError, Prefix, Registry, WatchItem, WatchRequest, WatchScope};
 use registry_mysql::MysqlConfig;
+use registry_tests::cost::{self, Done, median, timed};
 use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
 use sqlx::{AssertSqlSafe, Connection, Executor, MySqlConnection, MySqlPool};
 
@@ -30,8 +30,6 @@ const TABLES: &str = "
         deleted INT, create_revision BIGINT, prev_revision BIGINT, lease INT, value MEDIUMBLOB, old_value MEDIUMBLOB,
         KEY by_name (name), UNIQUE KEY by_name_and_previous (name, prev_revision)) ENGINE = InnoDB ROW_FORMAT = DYNAMIC;
     INSERT INTO counter VALUES (1, 0);";
-
-type Done = Result<(), BoxError>;
 
 #[tokio::main]
 async fn main() -> Done {
@@ -178,13 +176,8 @@ impl Bench {
             let (mut ours, mut raw) = (Vec::new(), Vec::new());
             for round in 0..=ROUNDS {
                 let of_ours = timed(tasks, |_| {
-                    let lock = self.ours.lock(&key("/lock"));
-                    async move {
-                        for _ in 0..each {
-                            lock.acquire().await?.release().await?;
-                        }
-                        Ok(())
-                    }
+                    let ours = self.ours.clone();
+                    async move { cost::lock_and_unlock(ours, &key("/lock"), each).await }
                 });
                 let of_ours = of_ours.await?;
                 let of_raw = timed(tasks, |_| get_lock(options.clone(), each)).await?;
@@ -238,22 +231,4 @@ async fn questions(server: &Server) -> Result<u64, BoxError> {
         .fetch_one(&mut server.root().await)
         .await?;
     Ok(counted)
-}
-
-/// Runs a task so many times at once, and says how long the slowest took.
-async fn timed<F>(tasks: usize, start: impl Fn(usize) -> F) -> Result<Duration, BoxError>
-where
-    F: Future<Output = Done> + Send + 'static,
-{
-    let began = Instant::now();
-    let running: Vec<_> = (0..tasks).map(|task| tokio::spawn(start(task))).collect();
-    for task in running {
-        task.await??;
-    }
-    Ok(began.elapsed())
-}
-
-fn median(mut figures: Vec<f64>) -> f64 {
-    figures.sort_by(f64::total_cmp);
-    figures[figures.len() / 2]
 }

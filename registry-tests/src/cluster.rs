@@ -125,3 +125,11 @@ where
         }
     }
 }
+
+/// Puts until it succeeds, whatever comes between: the way to see that a handle works again.
+#[track_caller]
+pub fn put_at_last(registry: &dyn Registry, path: &str, value: &str) -> impl Future<Output = ()> {
+    eventually(LONGEST, move || async move {
+        registry.put(&key(path), value.to_owned()).await.is_ok()
+    })
+}

@@ -3,9 +3,10 @@
 //! The two take turns, round by round, so that what else the machine does falls on both; the figure of each is the median
 //! of its rounds.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use registry_api::BoxError;
+use registry_api::{BoxError, Key, Registry, WatchItem, WatchRequest, WatchScope};
 
 /// What a piece of work comes to.
 pub type Done = Result<(), BoxError>;
@@ -20,16 +21,18 @@ pub fn head(client: &str) {
     );
 }
 
-/// Prints the time of one operation on each side, as each of so many tasks sees it. The work is given the number of its
-/// task, and how many operations to do.
-pub async fn row<R, O>(
+/// Prints the time of one operation on each side, as each of so many tasks sees it. The work is given what it works on,
+/// the number of its task, and how many operations to do.
+pub async fn row<S, R, O>(
+    sides: &S,
     name: &str,
     tasks: usize,
     operations: usize,
-    raw: impl Fn(usize, usize) -> R,
-    ours: impl Fn(usize, usize) -> O,
+    raw: impl Fn(S, usize, usize) -> R,
+    ours: impl Fn(S, usize, usize) -> O,
 ) -> Done
 where
+    S: Clone,
     R: Future<Output = Done> + Send + 'static,
     O: Future<Output = Done> + Send + 'static,
 {
@@ -39,8 +42,8 @@ where
         let (first, second) = (round % 2 == 0, round % 2 == 1);
         for turn in [first, second] {
             let taken = match turn {
-                true => timed(tasks, |task| raw(task, each)).await?,
-                false => timed(tasks, |task| ours(task, each)).await?,
+                true => timed(tasks, |task| raw(sides.clone(), task, each)).await?,
+                false => timed(tasks, |task| ours(sides.clone(), task, each)).await?,
             };
             // The first round only warms up.
             if round > 0 {
@@ -62,8 +65,28 @@ where
     Ok(())
 }
 
+/// Puts a key so many times, and reads each change from a watch before the next.
+pub async fn put_until_told(registry: &dyn Registry, name: &Key, value: &[u8], count: usize) -> Done {
+    let mut watch = registry.watch(WatchRequest::new(name, WatchScope::Key)).await?;
+    while !matches!(watch.next().await.transpose()?, Some(WatchItem::Synced(_))) {}
+    for _ in 0..count {
+        registry.put(name, value.to_vec()).await?;
+        while !matches!(watch.next().await.transpose()?, Some(WatchItem::Changes(_))) {}
+    }
+    Ok(())
+}
+
+/// Takes and releases a lock that nobody else wants, so many times.
+pub async fn lock_and_unlock(registry: Arc<dyn Registry>, name: &Key, count: usize) -> Done {
+    let lock = registry.lock(name);
+    for _ in 0..count {
+        lock.acquire().await?.release().await?;
+    }
+    Ok(())
+}
+
 /// Runs a task so many times at once, and says how long the slowest took.
-async fn timed<F>(tasks: usize, start: impl Fn(usize) -> F) -> Result<Duration, BoxError>
+pub async fn timed<F>(tasks: usize, start: impl Fn(usize) -> F) -> Result<Duration, BoxError>
 where
     F: Future<Output = Done> + Send + 'static,
 {
@@ -75,7 +98,8 @@ where
     Ok(began.elapsed())
 }
 
-fn median(mut figures: Vec<f64>) -> f64 {
+/// The one in the middle.
+pub fn median(mut figures: Vec<f64>) -> f64 {
     figures.sort_by(f64::total_cmp);
     figures[figures.len() / 2]
 }

@@ -35,11 +35,15 @@ struct Mode {
     to_client: Way,
     /// Connections are closed, and new ones refused.
     refused: bool,
+    /// How often the connections of that moment were cut for good.
+    stalls: u64,
 }
 
 impl Mode {
-    fn way(&self, direction: Direction) -> Way {
+    /// For a connection that was made after so many stalls.
+    fn way(&self, direction: Direction, made_after: u64) -> Way {
         match direction {
+            _ if self.stalls > made_after => Way::Cut,
             Direction::ToServer => self.to_server,
             Direction::ToClient => self.to_client,
         }
@@ -100,16 +104,24 @@ impl Wire {
         self.mode.send_modify(|mode| mode.refused = true);
     }
 
+    /// Loses every byte of the connections there are, for good, and tells nobody. New ones pass.
+    pub fn stall_present(&self) {
+        self.mode.send_modify(|mode| mode.stalls += 1);
+    }
+
     /// Makes it whole again. Connections that were cut go on with what was not read yet.
     pub fn mend(&self) {
         self.set(Way::Open, Way::Open);
     }
 
     fn set(&self, to_server: Way, to_client: Way) {
-        self.mode.send_replace(Mode {
-            to_server,
-            to_client,
-            refused: false,
+        self.mode.send_modify(|mode| {
+            *mode = Mode {
+                to_server,
+                to_client,
+                refused: false,
+                stalls: mode.stalls,
+            };
         });
     }
 }
@@ -139,6 +151,7 @@ async fn connection(client: TcpStream, server: SocketAddr, modes: watch::Receive
 }
 
 async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut modes: watch::Receiver<Mode>, direction: Direction) {
+    let made_after = modes.borrow().stalls;
     let mut buffer = vec![0; 64 << 10];
     loop {
         let Ok(read) = from.read(&mut buffer).await else { return };
@@ -146,9 +159,9 @@ async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut modes: watch:
             return;
         }
         let Ok(way) = modes
-            .wait_for(|mode| mode.way(direction) != Way::Cut)
+            .wait_for(|mode| mode.way(direction, made_after) != Way::Cut)
             .await
-            .map(|mode| mode.way(direction))
+            .map(|mode| mode.way(direction, made_after))
         else {
             return;
         };

@@ -24,6 +24,19 @@ pub struct Picture {
 }
 
 impl Picture {
+    /// A watch of all keys, and what its reader knows once it has been told all there is.
+    pub async fn of(registry: &dyn Registry) -> Result<(Watch, Self)> {
+        let request = WatchRequest::new(Prefix::root(), WatchScope::Subtree);
+        let (mut watch, mut picture) = (registry.watch(request).await?, Self::default());
+        picture.until(&mut watch, |picture| picture.synced.is_some()).await?;
+        Ok((watch, picture))
+    }
+
+    /// Whether the key is known to have that value.
+    pub fn has(&self, path: &str, value: &str) -> bool {
+        self.entries.get(&key(path)).is_some_and(|entry| entry.value == value)
+    }
+
     /// Takes an item in.
     pub fn take(&mut self, item: WatchItem) {
         match item {

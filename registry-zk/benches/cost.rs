@@ -5,11 +5,11 @@
 #[path = "../tests/harness/mod.rs"]
 mod harness;
 
-use std::future::Future;
 use std::sync::Arc;
 
-use registry_api::{BoxError, Depth, Key, List, Prefix, Read, Registry, WatchItem, WatchRequest, WatchScope};
+use registry_api::{BoxError, Depth, List, Read, Registry};
 use registry_tests::cost::{self, Done};
+use registry_tests::key;
 use zookeeper_client::{Acls, AddWatchMode, Client, CreateMode, CreateOptions, LockOptions, LockPrefix};
 
 const VALUE: [u8; 256] = [b'v'; 256];
@@ -30,31 +30,63 @@ async fn main() -> Result<(), BoxError> {
 
     cost::head("raw client");
     for tasks in [1, 8, 64] {
-        bench
-            .row("put on a key that is there", tasks, 400, Bench::raw_put, Bench::our_put)
-            .await?;
-        bench
-            .row("create and delete", tasks, 200, Bench::raw_turn, Bench::our_turn)
-            .await?;
-        bench
-            .row("stale get", tasks, 800, Bench::raw_get, Bench::our_stale_get)
-            .await?;
-        bench
-            .row("get, against sync and get", tasks, 600, Bench::raw_sync, Bench::our_get)
-            .await?;
-        bench
-            .row("what sync costs a get", tasks, 600, Bench::raw_get, Bench::raw_sync)
-            .await?;
-        bench
-            .row("stale list of 100", tasks, 150, Bench::raw_list, Bench::our_list)
-            .await?;
+        cost::row(
+            &bench,
+            "put on a key that is there",
+            tasks,
+            400,
+            Bench::raw_put,
+            Bench::our_put,
+        )
+        .await?;
+        cost::row(
+            &bench,
+            "create and delete",
+            tasks,
+            200,
+            Bench::raw_turn,
+            Bench::our_turn,
+        )
+        .await?;
+        cost::row(&bench, "stale get", tasks, 800, Bench::raw_get, Bench::our_stale_get).await?;
+        cost::row(
+            &bench,
+            "get, against sync and get",
+            tasks,
+            600,
+            Bench::raw_sync,
+            Bench::our_get,
+        )
+        .await?;
+        cost::row(
+            &bench,
+            "what sync costs a get",
+            tasks,
+            600,
+            Bench::raw_get,
+            Bench::raw_sync,
+        )
+        .await?;
+        cost::row(
+            &bench,
+            "stale list of 100",
+            tasks,
+            150,
+            Bench::raw_list,
+            Bench::our_list,
+        )
+        .await?;
     }
-    bench
-        .row("put until its watch tells", 1, 300, Bench::raw_watch, Bench::our_watch)
-        .await?;
-    bench
-        .row("lock and unlock", 1, 300, Bench::raw_lock, Bench::our_lock)
-        .await?;
+    cost::row(
+        &bench,
+        "put until its watch tells",
+        1,
+        300,
+        Bench::raw_watch,
+        Bench::our_watch,
+    )
+    .await?;
+    cost::row(&bench, "lock and unlock", 1, 300, Bench::raw_lock, Bench::our_lock).await?;
     bench.ours.close().await?;
     Ok(())
 }
@@ -67,23 +99,6 @@ struct Bench {
 }
 
 impl Bench {
-    async fn row<R, O>(
-        &self,
-        name: &str,
-        tasks: usize,
-        operations: usize,
-        raw: impl Fn(Self, usize, usize) -> R,
-        ours: impl Fn(Self, usize, usize) -> O,
-    ) -> Done
-    where
-        R: Future<Output = Done> + Send + 'static,
-        O: Future<Output = Done> + Send + 'static,
-    {
-        let raw = |task, count| raw(self.clone(), task, count);
-        let ours = |task, count| ours(self.clone(), task, count);
-        cost::row(name, tasks, operations, raw, ours).await
-    }
-
     async fn fill(&self) -> Done {
         for parent in [
             "/raw",
@@ -213,14 +228,7 @@ impl Bench {
     }
 
     async fn our_watch(self, _task: usize, count: usize) -> Done {
-        let prefix = Prefix::from(key("/watched"));
-        let mut watch = self.ours.watch(WatchRequest::new(prefix, WatchScope::Children)).await?;
-        while !matches!(watch.next().await.transpose()?, Some(WatchItem::Synced(_))) {}
-        for _ in 0..count {
-            self.ours.put(&key("/watched/key"), VALUE.to_vec()).await?;
-            while !matches!(watch.next().await.transpose()?, Some(WatchItem::Changes(_))) {}
-        }
-        Ok(())
+        cost::put_until_told(&*self.ours, &key("/watched/key"), &VALUE, count).await
     }
 
     /// The crate's lock in Curator's manner. Its own release is not waited for, so it is done by hand.
@@ -236,14 +244,6 @@ impl Bench {
     }
 
     async fn our_lock(self, _task: usize, count: usize) -> Done {
-        let lock = self.ours.lock(&key("/lock"));
-        for _ in 0..count {
-            lock.acquire().await?.release().await?;
-        }
-        Ok(())
+        cost::lock_and_unlock(self.ours, &key("/lock"), count).await
     }
-}
-
-fn key(path: &str) -> Key {
-    Key::parse(path).expect("the keys of this file are well-formed")
 }

@@ -8,29 +8,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use harness::old::through_an_old_server;
-use harness::{Servers, config, connect, connect_with_ttl, key, options, until};
+use harness::{Servers, config, connect, connect_with_ttl, options, until};
 use registry_api::{
-    Error, Options, Prefix, Read, Registry, SessionId, SessionState, SessionTtl, TtlBounds, Watch, WatchRequest,
-    WatchScope,
+    Error, Options, Prefix, Read, Registry, SessionId, SessionState, SessionTtl, TtlBounds, WatchRequest, WatchScope,
 };
+use registry_tests::cluster::put_at_last;
 use registry_tests::process::free_port;
 use registry_tests::watch::{Picture, same_as_store};
-use registry_tests::{Dice, Wire};
+use registry_tests::{Dice, Wire, key, within};
 
 const PATIENCE: Duration = Duration::from_secs(30);
-
-async fn within<T>(limit: Duration, what: &str, wait: impl Future<Output = T>) -> T {
-    let waited = tokio::time::timeout(limit, wait).await;
-    waited.unwrap_or_else(|_| panic!("not within {limit:?}: {what}"))
-}
-
-/// Puts until it succeeds, whatever comes between: the way to see that a handle works again.
-async fn put_at_last(registry: &Arc<dyn Registry>, path: &str, value: &str) {
-    until("a put succeeds", PATIENCE, async || {
-        registry.put(&key(path), value.to_owned()).await.is_ok()
-    })
-    .await;
-}
 
 fn session_of(registry: &Arc<dyn Registry>) -> SessionId {
     registry.session().state().id()
@@ -40,46 +27,22 @@ async fn wire_to(servers: &Servers, number: usize) -> Wire {
     Wire::to(servers.address(number).parse().unwrap()).await
 }
 
-async fn watch_all(registry: &Arc<dyn Registry>) -> Watch {
-    registry
-        .watch(WatchRequest::new(Prefix::root(), WatchScope::Subtree))
-        .await
-        .unwrap()
-}
-
-/// A watch of everything whose reader knows what there is.
-async fn synced(registry: &Arc<dyn Registry>) -> (Watch, Picture) {
-    let (mut watch, mut picture) = (watch_all(registry).await, Picture::default());
-    picture
-        .until(&mut watch, |picture| picture.synced.is_some())
-        .await
-        .unwrap();
-    (watch, picture)
-}
-
-fn knows(picture: &Picture, path: &str, value: &str) -> bool {
-    picture
-        .entries
-        .get(&key(path))
-        .is_some_and(|entry| entry.value == value)
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_server_loses_no_session_and_no_change() {
     let mut servers = Servers::start(1).await;
     let registry = connect_with_ttl(&servers.addresses(), Duration::from_secs(20)).await;
     let session = session_of(&registry);
     registry.put_ephemeral(&key("/alive"), "yes").await.unwrap();
-    let (mut watch, mut picture) = synced(&registry).await;
+    let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
 
     servers.kill(0);
     servers.spawn(0);
-    put_at_last(&registry, "/after", "1").await;
+    put_at_last(&*registry, "/after", "1").await;
     picture
-        .until(&mut watch, |picture| knows(picture, "/after", "1"))
+        .until(&mut watch, |picture| picture.has("/after", "1"))
         .await
         .unwrap();
-    assert!(knows(&picture, "/alive", "yes"));
+    assert!(picture.has("/alive", "yes"));
     assert_eq!(session_of(&registry), session);
     registry.wait_connected(PATIENCE).await.unwrap();
     registry.put_ephemeral(&key("/alive"), "still").await.unwrap();
@@ -99,15 +62,15 @@ async fn a_killed_leader_loses_no_session_and_no_change() {
     );
     let registry = connect_with_ttl(&all.join(","), Duration::from_secs(20)).await;
     let session = session_of(&registry);
-    let (mut watch, mut picture) = synced(&registry).await;
+    let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
     let held = registry.lock(&key("/lock")).acquire().await.unwrap();
     registry.put(&key("/before"), "1").await.unwrap();
 
     servers.kill(leader);
-    put_at_last(&registry, "/after", "1").await;
+    put_at_last(&*registry, "/after", "1").await;
     picture
         .until(&mut watch, |picture| {
-            knows(picture, "/before", "1") && knows(picture, "/after", "1")
+            picture.has("/before", "1") && picture.has("/after", "1")
         })
         .await
         .unwrap();
@@ -126,7 +89,7 @@ async fn a_cut_shorter_than_the_ttl_loses_nothing() {
     let other = connect(&servers.addresses()).await;
     let session = session_of(&registry);
     registry.put_ephemeral(&key("/alive"), "").await.unwrap();
-    let (mut watch, mut picture) = synced(&registry).await;
+    let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
 
     wire.refuse();
     for count in 0..10 {
@@ -144,7 +107,7 @@ async fn a_cut_shorter_than_the_ttl_loses_nothing() {
 
     picture
         .until(&mut watch, |picture| {
-            knows(picture, "/count", "9") && picture.synced.is_some()
+            picture.has("/count", "9") && picture.synced.is_some()
         })
         .await
         .unwrap();
@@ -155,7 +118,7 @@ async fn a_cut_shorter_than_the_ttl_loses_nothing() {
     other.delete(&key("/gone")).await.unwrap();
     picture
         .until(&mut watch, |picture| {
-            knows(picture, "/count", "10") && !picture.entries.contains_key(&key("/gone"))
+            picture.has("/count", "10") && !picture.entries.contains_key(&key("/gone"))
         })
         .await
         .unwrap();
@@ -175,19 +138,22 @@ async fn a_cut_longer_than_the_ttl_ends_the_session_and_a_new_one_follows() {
     let mut states = registry.session().states();
 
     wire.cut();
-    let cut = Instant::now();
-    within(PATIENCE, "the holder learns it by its own clock", held.lost()).await;
-    let lost = cut.elapsed();
-    let next = within(PATIENCE, "the lock is free", other.lock(&key("/lock")).acquire())
-        .await
-        .unwrap();
+    let lost = async {
+        held.lost().await;
+        Instant::now()
+    };
+    let next = async {
+        let next = other.lock(&key("/lock")).acquire().await.unwrap();
+        (next, Instant::now())
+    };
+    let (lost, (next, taken)) = within(PATIENCE, async { tokio::join!(lost, next) }).await;
+    assert!(lost < taken, "another held it before its holder knew");
     assert!(next.token() > held.token());
-    assert!(lost < cut.elapsed(), "the holder knew before the next one held");
     assert!(matches!(registry.session().live(), Err(Error::SessionExpired { session: s }) if s == session));
 
     wire.mend();
     let renewed = states.wait_for(|state| matches!(state, SessionState::Connected(id) if *id != session));
-    within(PATIENCE, "a new session", renewed).await.unwrap();
+    within(PATIENCE, renewed).await.unwrap();
     assert!(matches!(held.release().await, Err(Error::HoldLost { .. })));
     assert!(!next.is_lost());
     registry.put_ephemeral(&key("/alive"), "again").await.unwrap();
@@ -234,14 +200,14 @@ async fn a_server_that_falls_silent_is_left() {
     let addresses: Vec<_> = wires.iter().map(|wire| wire.address().to_string()).collect();
     let registry = connect_with_ttl(&addresses.join(","), Duration::from_secs(10)).await;
     let session = session_of(&registry);
-    let (mut watch, mut picture) = synced(&registry).await;
+    let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
 
     // Whichever it talks to: each falls silent in turn.
     for (silent, wire) in wires.iter().enumerate() {
         wire.cut();
-        put_at_last(&registry, "/a", &silent.to_string()).await;
+        put_at_last(&*registry, "/a", &silent.to_string()).await;
         picture
-            .until(&mut watch, |picture| knows(picture, "/a", &silent.to_string()))
+            .until(&mut watch, |picture| picture.has("/a", &silent.to_string()))
             .await
             .unwrap();
         registry.wait_connected(PATIENCE).await.unwrap();
@@ -291,9 +257,9 @@ async fn a_session_closed_by_another_hand_is_followed_by_a_new_one() {
     let mut states = registry.session().states();
 
     servers.close_session(session).await;
-    within(PATIENCE, "the guard is lost", held.lost()).await;
+    within(PATIENCE, held.lost()).await;
     let renewed = states.wait_for(|state| matches!(state, SessionState::Connected(id) if *id != session));
-    within(PATIENCE, "a new session", renewed).await.unwrap();
+    within(PATIENCE, renewed).await.unwrap();
     until("the registration is back under the new session", PATIENCE, async || {
         let there = registry.get(&key("/member"), Read::Linearizable).await.unwrap();
         there.is_some_and(|entry| entry.session == Some(session_of(&registry)))
@@ -434,7 +400,7 @@ async fn a_storm_with_disconnects_ends_in_the_state_of_the_store() {
     let mut changes = 0;
     let mut others = Vec::new();
     for writer in writers {
-        let (other, done) = within(PATIENCE, "a writer ends", writer).await.unwrap();
+        let (other, done) = within(PATIENCE, writer).await.unwrap();
         changes += done;
         others.push(other);
     }
@@ -442,7 +408,7 @@ async fn a_storm_with_disconnects_ends_in_the_state_of_the_store() {
     assert!(changes > 100, "only {changes}");
 
     let end = key("/p/end");
-    put_at_last(&others[0], "/p/end", "").await;
+    put_at_last(&*others[0], "/p/end", "").await;
     let mut picture = Picture::default();
     picture
         .until(&mut watch, |picture| picture.entries.contains_key(&end))
@@ -457,9 +423,9 @@ async fn a_storm_with_disconnects_ends_in_the_state_of_the_store() {
         mirror.entries().iter().all(|entry| entry.session.is_none())
     })
     .await;
-    put_at_last(&registry, "/p/end", "again").await;
+    put_at_last(&*registry, "/p/end", "again").await;
     picture
-        .until(&mut watch, |picture| knows(picture, "/p/end", "again"))
+        .until(&mut watch, |picture| picture.has("/p/end", "again"))
         .await
         .unwrap();
     same_as_store(&*registry, "/p", &picture).await.unwrap();

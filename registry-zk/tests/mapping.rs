@@ -8,10 +8,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use harness::{MARK, Servers, anyone, config, key, until, wire};
+use harness::{MARK, Servers, anyone, config, until, wire};
 use registry_api::{
     Entry, Error, Expect, List, Options, Prefix, Read, Registry, Txn, WatchItem, WatchRequest, WatchScope,
 };
+use registry_tests::key;
 use registry_tests::watch::{Picture, same_as_store};
 use registry_zk::ReadMode;
 use zookeeper_client::Client;

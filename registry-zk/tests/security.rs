@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use harness::tls::start_with_tls;
-use harness::{Servers, config, key, until};
+use harness::{Servers, config, until};
 use registry_api::{Error, Namespace, Options, Read, Registry, Result, WatchRequest, WatchScope};
+use registry_tests::key;
 use registry_zk::{Digest, Identity, Tls};
 use zookeeper_client::{Acls, Client, Error as ClientError};
 

@@ -1,25 +1,22 @@
-//! Real etcd members on loopback, and a proxy that can be cut and stalled.
+//! Real etcd members on loopback.
 
 #![allow(missing_docs, unreachable_pub, dead_code, clippy::unwrap_used)]
 
 pub mod suite;
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use etcd_client::Client;
-use registry_api::{Key, Options, Registry, SessionTtl};
+use registry_api::{Options, Registry, SessionTtl};
 use registry_etcd::{Endpoints, EtcdConfig};
 use registry_tests::certificate::certificate;
-pub use registry_tests::process::free_port;
+use registry_tests::process::free_port;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::net::TcpStream;
 
 /// Ends with the test: members are killed, their data is deleted.
 pub struct Servers {
@@ -217,115 +214,6 @@ async fn client(endpoint: &str) -> Client {
     Client::connect([endpoint], None).await.unwrap()
 }
 
-/// A TCP proxy: all its connections can be cut, or stalled while new ones pass.
-pub struct Proxy {
-    pub address: SocketAddr,
-    state: Arc<watch::Sender<Passing>>,
-    accepting: JoinHandle<()>,
-}
-
-/// What connections do.
-#[derive(Clone, Copy, Default)]
-struct Passing {
-    /// None carries anything, and each new one is closed.
-    cut: bool,
-    /// None carries anything, and none is closed.
-    silent: bool,
-    /// How often those that were there were stalled for good.
-    stalls: u64,
-}
-
-impl Proxy {
-    pub async fn to(target: String) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let state = Arc::new(watch::Sender::new(Passing::default()));
-        let accepting = tokio::spawn({
-            let state = state.clone();
-            async move {
-                let silenced = Mutex::new(Vec::new());
-                while let Ok((from, _)) = listener.accept().await {
-                    let now = *state.borrow();
-                    if now.cut {
-                        continue;
-                    }
-                    if now.silent {
-                        silenced.lock().unwrap().push(from);
-                        continue;
-                    }
-                    tokio::spawn(pass(from, target.clone(), state.subscribe()));
-                }
-            }
-        });
-        Self {
-            address,
-            state,
-            accepting,
-        }
-    }
-
-    pub fn endpoint(&self) -> String {
-        self.address.to_string()
-    }
-
-    /// Closes every connection, and each new one, until [`Proxy::restore`].
-    pub fn cut(&self) {
-        self.state.send_modify(|state| state.cut = true);
-    }
-
-    /// No connection carries anything, and none is closed, until [`Proxy::restore`].
-    pub fn silence(&self) {
-        self.state.send_modify(|state| state.silent = true);
-    }
-
-    /// The connections there are carry nothing any more; new ones pass.
-    pub fn stall_present(&self) {
-        self.state.send_modify(|state| state.stalls += 1);
-    }
-
-    pub fn restore(&self) {
-        self.state
-            .send_modify(|state| (state.cut, state.silent) = (false, false));
-    }
-}
-
-impl Drop for Proxy {
-    fn drop(&mut self) {
-        self.accepting.abort();
-    }
-}
-
-async fn pass(mut from: TcpStream, target: String, mut state: watch::Receiver<Passing>) {
-    let begun_at = state.borrow().stalls;
-    let Ok(mut to) = TcpStream::connect(&target).await else {
-        return;
-    };
-    let (mut up, mut down) = (vec![0; 65536], vec![0; 65536]);
-    loop {
-        let now = *state.borrow_and_update();
-        if now.cut {
-            return;
-        }
-        if now.silent || now.stalls > begun_at {
-            if state.changed().await.is_err() {
-                return;
-            }
-            continue;
-        }
-        tokio::select! {
-            changed = state.changed() => if changed.is_err() { return },
-            read = from.read(&mut up) => match read {
-                Ok(count) if count > 0 => if to.write_all(&up[..count]).await.is_err() { return },
-                _ => return,
-            },
-            read = to.read(&mut down) => match read {
-                Ok(count) if count > 0 => if from.write_all(&down[..count]).await.is_err() { return },
-                _ => return,
-            },
-        }
-    }
-}
-
 pub const TTL: Duration = Duration::from_secs(3);
 
 pub async fn connect(endpoints: &[String]) -> Arc<dyn Registry> {
@@ -340,10 +228,6 @@ pub async fn connect_with_ttl(endpoints: &[String], ttl: Duration) -> Arc<dyn Re
         ..Options::default()
     };
     registry_etcd::connect(&config, &options).await.unwrap()
-}
-
-pub fn key(path: &str) -> Key {
-    Key::parse(path).unwrap()
 }
 
 /// Waits for what stays true once it is.

@@ -13,7 +13,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use registry_api::{Key, Options, Registry, SessionId, SessionTtl};
+use registry_api::{Options, Registry, SessionId, SessionTtl};
 use registry_tests::process::free_port;
 use registry_zk::ZkConfig;
 use rustix::process::{Pid, Signal, kill_process};
@@ -249,10 +249,6 @@ async fn ask(port: u16, word: &str) -> Option<String> {
         Some(answer)
     };
     tokio::time::timeout(Duration::from_secs(2), asking).await.ok()?
-}
-
-pub fn key(path: &str) -> Key {
-    Key::parse(path).unwrap()
 }
 
 pub fn anyone() -> CreateOptions<'static> {
