@@ -5,7 +5,7 @@
 //! sides present a certificate that the same authority signed, and with `token_file` each request carries the token. No
 //! service looks at either; a request that reaches one is from somebody who may ask.
 //!
-//! ```ignore
+//! ```text
 //! let transport = Transport::new(&config)?;                          // reads the files
 //! let client = RegistryClient::new(transport.dial("10.0.0.1:7480", patience).await?);
 //! let listener = transport.listen(address).await?;
