@@ -1,8 +1,8 @@
 //! A member's data directory: whose it is, and that nobody else has it open.
 
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -42,8 +42,7 @@ impl Directory {
             let what = what.to_owned();
             move |error: io::Error| storage(path, format!("{what}: {error}"))
         };
-        fs::create_dir_all(path).map_err(failed("can't be made"))?;
-        fs::set_permissions(path, Permissions::from_mode(0o700)).map_err(failed("can't be kept to its owner"))?;
+        made(path).map_err(failed("can't be made"))?;
         let lock = owned(
             path.join("lock"),
             OpenOptions::new().create(true).truncate(false).write(true),
@@ -60,7 +59,7 @@ impl Directory {
             Err(error) => return Err(failed("can't be locked")(error.into())),
         }
         for part in ["log", "snapshots"] {
-            fs::create_dir_all(path.join(part)).map_err(failed("can't be made"))?;
+            made(&path.join(part)).map_err(failed("can't be made"))?;
         }
         let file = path.join(IDENTITY);
         let label = match fs::read_to_string(&file) {
@@ -241,6 +240,12 @@ fn write(path: &Path, label: &Label, name: &str) -> io::Result<()> {
     file.sync_all()?;
     fs::rename(&beside, path.join(IDENTITY))?;
     File::open(path)?.sync_all()
+}
+
+/// Makes a directory that only its owner may read, or keeps to its owner one that is there.
+fn made(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    fs::set_permissions(path, Permissions::from_mode(0o700))
 }
 
 /// Opens a file that only its owner may read.
