@@ -329,6 +329,13 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_not_told_where_to_listen_listens_on_loopback_alone() {
+        let member = RaftConfig::default();
+        assert!(member.address().unwrap().ip().is_loopback());
+        assert_eq!(member.http_address().unwrap(), None);
+    }
+
+    #[test]
     fn what_contradicts_itself_is_refused() {
         let member = RaftConfig::default();
         member.check().unwrap();

@@ -49,8 +49,9 @@ impl Identity {
     }
 }
 
-/// A message that must not be taken. Nothing was written.
+/// A message that must not be taken. Nothing was written, but for the log of the process.
 pub(crate) fn refused(why: String) -> Status {
+    tracing::warn!(why, "a message between members is refused");
     Status::failed_precondition(format!("a message between members is refused: {why}"))
 }
 

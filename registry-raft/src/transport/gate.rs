@@ -7,7 +7,7 @@ use futures_util::stream::BoxStream;
 use registry_api::Result;
 use tokio_stream::wrappers::TcpListenerStream;
 
-use super::token::Token;
+use super::token::Demand;
 use super::{Stream, Transport};
 use crate::config::{RaftConfig, refused};
 
@@ -65,7 +65,7 @@ impl Gate {
         };
         Ok(Some(Self {
             address,
-            guard: Guard(transport.token),
+            guard: Guard(Demand(transport.token)),
             connections,
         }))
     }
@@ -91,15 +91,11 @@ impl Gate {
 
 /// Knows the token, if there is one, and shows it to nobody.
 #[derive(Clone, Debug)]
-pub struct Guard(Option<Token>);
+pub struct Guard(Demand);
 
 impl Guard {
     /// Whether a request with this `Authorization` header may be looked at.
     pub fn admits(&self, authorization: Option<&[u8]>) -> bool {
-        match (&self.0, authorization) {
-            (None, _) => true,
-            (Some(token), Some(said)) => token.is_said_by(said),
-            (Some(_), None) => false,
-        }
+        self.0.check(None, authorization).is_ok()
     }
 }

@@ -1,5 +1,6 @@
 //! The word that whoever asks has to say, where `token_file` is set.
 
+use std::net::SocketAddr;
 use std::path::Path;
 
 use registry_api::Result;
@@ -42,13 +43,9 @@ impl Token {
         Ok(Self(header))
     }
 
-    /// Whether that is it, in a time that does not tell how much of it is right.
-    fn is(&self, said: &MetadataValue<Ascii>) -> bool {
-        self.is_said_by(said.as_encoded_bytes())
-    }
-
-    /// As [`Token::is`]; the word before it may be written as the sender likes (RFC 9110, section 11.1).
-    pub(super) fn is_said_by(&self, header: &[u8]) -> bool {
+    /// Whether that is it, in a time that does not tell how much of it is right. The word before it may be written as the
+    /// sender likes (RFC 9110, section 11.1).
+    fn is_said_by(&self, header: &[u8]) -> bool {
         let scheme = header.get(..SCHEME.len()).unwrap_or_default();
         let said = header.get(SCHEME.len()..).unwrap_or_default();
         scheme.eq_ignore_ascii_case(SCHEME) && bool::from(self.0.as_encoded_bytes()[SCHEME.len()..].ct_eq(said))
@@ -68,20 +65,32 @@ impl Interceptor for Say {
     }
 }
 
-/// Demands the token of each request.
+/// Demands the token of each request, if there is one. A refusal is logged, and not what was said.
 #[derive(Clone, Debug)]
 pub(super) struct Demand(pub(super) Option<Token>);
 
+impl Demand {
+    /// Whether a request from there with this `Authorization` header may be looked at.
+    ///
+    /// # Errors
+    /// Why not, for who asked.
+    pub(super) fn check(&self, from: Option<SocketAddr>, authorization: Option<&[u8]>) -> Result<(), &'static str> {
+        let why = match (&self.0, authorization) {
+            (None, _) => return Ok(()),
+            (Some(token), Some(said)) if token.is_said_by(said) => return Ok(()),
+            (Some(_), Some(_)) => "the token is not this group's",
+            (Some(_), None) => "a token is asked for: set registry.raft.token_file",
+        };
+        tracing::warn!(from = from.map(tracing::field::display), why, "a request was refused");
+        Err(why)
+    }
+}
+
 impl Interceptor for Demand {
     fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
-        match (&self.0, request.metadata().get("authorization")) {
-            (None, _) => Ok(request),
-            (Some(token), Some(said)) if token.is(said) => Ok(request),
-            (Some(_), Some(_)) => Err(Status::unauthenticated("the token is not this group's")),
-            (Some(_), None) => Err(Status::unauthenticated(
-                "a token is asked for: set registry.raft.token_file",
-            )),
-        }
+        let said = request.metadata().get("authorization");
+        let checked = self.check(request.remote_addr(), said.map(MetadataValue::as_encoded_bytes));
+        checked.map(|()| request).map_err(Status::unauthenticated)
     }
 }
 
@@ -95,7 +104,7 @@ mod tests {
         let path = directory.path().join("token");
         std::fs::write(&path, "  0123456789abcdef\n").unwrap();
         let token = Token::read(&path).unwrap();
-        let is = |said: &str| token.is(&said.parse().unwrap());
+        let is = |said: &str| token.is_said_by(said.as_bytes());
         assert!(is("Bearer 0123456789abcdef"));
         for wrong in [
             "",
