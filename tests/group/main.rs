@@ -6,7 +6,7 @@
 mod harness;
 mod leadership;
 mod quorum;
-mod torture;
+mod three;
 mod walk_through;
 
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Everything at once on three members, each a process of its own, while they and the ways between them break.
+//! What the suite has break, on three members, each a process of its own: one fault after the other, and everything at once.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -67,7 +67,7 @@ impl Cluster for Three {
     }
 
     async fn restart(&self) {
-        self.all(|member| self.restart_member(member)).await;
+        self.group.lock().await.restart(&(0..MEMBERS).collect::<Vec<_>>()).await;
     }
 
     async fn pause(&self) {
@@ -129,6 +129,11 @@ impl Members for Three {
         let group = self.group.lock().await;
         Some(Usage::of(group.process_ids(), &group.directory()))
     }
+}
+
+mod faults {
+    use super::*;
+    registry_tests::properties!(faults tests_of, Three);
 }
 
 registry_tests::torture!(Three);
