@@ -21,8 +21,9 @@ pub fn head(client: &str) {
     );
 }
 
-/// Prints the time of one operation on each side, as each of so many tasks sees it. The work is given what it works on,
-/// the number of its task, and how many operations to do.
+/// Prints the time of one operation on each side, as each of so many tasks sees it; nothing if the program was started
+/// with parts of names of which none fits. The work is given what it works on, the number of its task, and how many
+/// operations to do.
 pub async fn row<S, R, O>(
     sides: &S,
     name: &str,
@@ -36,6 +37,14 @@ where
     R: Future<Output = Done> + Send + 'static,
     O: Future<Output = Done> + Send + 'static,
 {
+    let name = format!("{name}, {tasks} task{}", if tasks == 1 { "" } else { "s" });
+    let mut wanted = std::env::args()
+        .skip(1)
+        .filter(|argument| !argument.starts_with("--"))
+        .peekable();
+    if wanted.peek().is_some() && !wanted.any(|part| name.contains(&part)) {
+        return Ok(());
+    }
     let each = if tasks == 1 { operations } else { operations / 16 };
     let (mut of_raw, mut of_ours) = (Vec::new(), Vec::new());
     for round in 0..=ROUNDS {
@@ -55,7 +64,7 @@ where
     let rate = |seconds: f64| tasks as f64 / seconds;
     println!(
         "{:<36}{:>9.0} µs{:>9.0} µs{:>8.2}{:>10.0}{:>10.0}",
-        format!("{name}, {tasks} task{}", if tasks == 1 { "" } else { "s" }),
+        name,
         raw * 1e6,
         ours * 1e6,
         ours / raw,
