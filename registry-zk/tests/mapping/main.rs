@@ -2,15 +2,18 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod foreign;
+#[path = "../harness/mod.rs"]
 mod harness;
+mod large;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use harness::{MARK, Servers, anyone, config, until, wire};
+use harness::{MARK, Servers, anyone, config, until};
 use registry_api::{
-    Entry, Error, Expect, List, Options, Prefix, Read, Registry, Txn, WatchItem, WatchRequest, WatchScope,
+    Entry, Error, Expect, List, Options, Prefix, Read, Registry, Revision, Txn, WatchRequest, WatchScope,
 };
 use registry_tests::key;
 use registry_tests::watch::{Picture, same_as_store};
@@ -79,51 +82,28 @@ async fn other_clients_see_plain_names_and_values() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nodes_of_other_clients_are_keys() {
+async fn revisions_are_zxids() {
     let servers = Servers::start(1).await;
     let (registry, raw) = (connect(&servers.addresses()).await, servers.raw().await);
-    let mut watch = registry
-        .watch(WatchRequest::new(Prefix::root(), WatchScope::Subtree))
-        .await
-        .unwrap();
-    raw.create("/registry/theirs", b"1", &anyone()).await.unwrap();
-    raw.create("/registry/theirs/below", b"2", &anyone()).await.unwrap();
-    raw.set_data("/registry/theirs", b"3", None).await.unwrap();
-    // No key has such a name.
-    raw.create("/registry/\u{e000}", b"", &anyone()).await.unwrap_err();
-    let long = "x".repeat(300);
-    raw.create(&format!("/registry/{long}"), b"", &anyone()).await.unwrap();
-    let port = servers.address(0).parse::<std::net::SocketAddr>().unwrap().port();
-    wire::create_without_data(port, "/registry/null").await.unwrap();
-
-    assert_eq!(get(&registry, "/theirs").await.unwrap().value, "3");
-    assert_eq!(get(&registry, "/null").await.unwrap().value, "");
-    assert_eq!(children(&registry, "/").await, ["null", "theirs"]);
-    assert_eq!(registry.count(&Prefix::root(), Read::Linearizable).await.unwrap(), 3);
-    let mut picture = Picture::default();
-    let last = key("/null");
-    picture
-        .until(&mut watch, |picture| picture.entries.contains_key(&last))
-        .await
-        .unwrap();
-    same_as_store(&*registry, "/", &picture).await.unwrap();
-
-    // They are put, compared and deleted like others.
-    let theirs = key("/theirs");
-    let found = get(&registry, "/theirs").await.unwrap();
-    let expect = Expect::ModRevision(found.mod_revision);
-    registry.put_if(&theirs, expect, "ours").await.unwrap();
-    assert!(matches!(
-        registry.put_if(&theirs, expect, "again").await,
-        Err(Error::Conflict { .. })
-    ));
-    assert_eq!(data(&raw, "/registry/theirs").await.unwrap(), b"ours");
-    raw.delete("/registry/theirs/below", None).await.unwrap();
-    assert!(registry.delete(&theirs).await.unwrap());
-    assert_eq!(data(&raw, "/registry/theirs").await, None);
-    // What no key names goes with what it is below.
-    assert_eq!(registry.delete_prefix(&Prefix::root()).await.unwrap(), 1);
-    assert_eq!(nodes(&raw).await, Vec::<String>::new());
+    let made = registry.put(&key("/a"), "1").await.unwrap();
+    let put = registry.put(&key("/a"), "2").await.unwrap();
+    let (_, stat) = raw.get_data("/registry/a").await.unwrap();
+    let zxids = [stat.czxid, stat.mzxid].map(|zxid| Revision(zxid.cast_unsigned()));
+    assert_eq!(zxids, [made, put]);
+    let entry = get(&registry, "/a").await.unwrap();
+    assert_eq!([entry.create_revision, entry.mod_revision], zxids);
+    // What anybody else changes moves them on.
+    raw.create("/theirs", b"", &anyone()).await.unwrap();
+    let (_, theirs) = raw.get_data("/theirs").await.unwrap();
+    let next = registry.put(&key("/b"), "").await.unwrap();
+    assert!(put.0 < theirs.czxid.cast_unsigned() && theirs.czxid.cast_unsigned() < next.0);
+    // A lock's token as well, in whichever way it was taken.
+    let held = registry.lock(&key("/l")).acquire().await.unwrap();
+    let queue = "/registry~/lock/1/l";
+    let contenders = raw.list_children(queue).await.unwrap();
+    let (_, stat) = raw.get_data(&format!("{queue}/{}", contenders[0])).await.unwrap();
+    assert_eq!(held.token().0, stat.czxid.cast_unsigned());
+    held.release().await.unwrap();
     registry.close().await.unwrap();
 }
 
@@ -251,85 +231,6 @@ async fn conditions_on_absent_keys_hold_to_the_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_namespace_that_another_hand_deleted_is_made_again() {
-    let servers = Servers::start(1).await;
-    let (registry, raw) = (connect(&servers.addresses()).await, servers.raw().await);
-    registry.put(&key("/a/b"), "1").await.unwrap();
-    let mut paths = nodes(&raw).await;
-    for path in [
-        "/registry",
-        "/registry~",
-        "/registry~/rev",
-        "/registry~/clock",
-        "/registry~/sweeper",
-    ] {
-        paths.push(path.to_owned());
-    }
-    paths.extend((0..64).map(|part| format!("/registry~/rev/{part:02x}")));
-    paths.sort();
-    let mut all = raw.new_multi_writer();
-    for path in paths.iter().rev() {
-        all.add_delete(path, None).unwrap();
-    }
-    all.commit().await.unwrap();
-    assert!(get(&registry, "/a/b").await.is_none());
-    let held = registry.lock(&key("/l")).acquire().await.unwrap();
-    held.release().await.unwrap();
-    registry.put(&key("/a/b"), "2").await.unwrap();
-    assert_eq!(get(&registry, "/a/b").await.unwrap().value, "2");
-    registry.close().await.unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_key_with_fifty_thousand_children_lists() {
-    const CHILDREN: usize = 50_000;
-    let servers = Servers::start(1).await;
-    let raw = servers.raw().await;
-    let registry = connect(&servers.addresses()).await;
-    // Their names alone are larger than a request may be.
-    let name = |number: usize| format!("a-child-with-a-long-name-{number:06}");
-    raw.create("/registry/many", b"", &anyone()).await.unwrap();
-    for chunk in (0..CHILDREN).collect::<Vec<_>>().chunks(1000) {
-        let mut multi = raw.new_multi_writer();
-        for number in chunk {
-            let path = format!("/registry/many/{}", name(*number));
-            multi.add_create(&path, b"v", &anyone()).unwrap();
-        }
-        multi.commit().await.unwrap();
-    }
-    let names = children(&registry, "/many").await;
-    assert!(names.iter().map(String::len).sum::<usize>() > 1 << 20);
-    assert_eq!(names, (0..CHILDREN).map(name).collect::<Vec<_>>());
-    let many = Prefix::parse("/many").unwrap();
-    let listed = registry.list_all(List::new(key("/many"))).await.unwrap();
-    assert_eq!(listed.len(), CHILDREN + 1);
-    assert_eq!(
-        registry.count(&many, Read::Linearizable).await.unwrap(),
-        CHILDREN as u64 + 1
-    );
-    let mut watch = registry
-        .watch(WatchRequest::new(key("/many"), WatchScope::Children))
-        .await
-        .unwrap();
-    let mut told = 0;
-    let reading = async {
-        loop {
-            match watch.next().await.unwrap().unwrap() {
-                WatchItem::Changes(events) => told += events.len(),
-                WatchItem::Synced(_) => return,
-                WatchItem::Reset => panic!("nothing was reset"),
-            }
-        }
-    };
-    tokio::time::timeout(PATIENCE, reading).await.unwrap();
-    assert_eq!(told, CHILDREN);
-    drop(watch);
-    assert_eq!(registry.delete_prefix(&many).await.unwrap(), CHILDREN as u64 + 1);
-    assert_eq!(nodes(&raw).await, Vec::<String>::new());
-    registry.close().await.unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_path_after_the_servers_is_where_everything_lies() {
     let servers = Servers::start(1).await;
     let raw = servers.raw().await;
@@ -390,32 +291,4 @@ async fn write_backed_reads_see_every_acknowledged_write() {
     for handle in handles {
         handle.close().await.unwrap();
     }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn large_values_come_in_pages_that_fit() {
-    let servers = Servers::start(1).await;
-    let registry = connect(&servers.addresses()).await;
-    let large = vec![b'x'; registry_api::MAX_VALUE];
-    for number in 0..20 {
-        let path = key(&format!("/large/{number:02}"));
-        registry.put(&path, large.clone()).await.unwrap();
-    }
-    let entries = registry.list_all(List::new(key("/large"))).await.unwrap();
-    assert_eq!(entries.len(), 20);
-    assert!(entries.iter().all(|entry| entry.value == large));
-    // A transaction of the largest size, whose parents are all missing, is cut into requests that fit.
-    let segment = "s".repeat(120);
-    let deep = |number: usize| {
-        key(&format!(
-            "/{number}-{segment}/{segment}/{segment}/{segment}/{segment}/{segment}/k"
-        ))
-    };
-    let txn = (0..64).fold(Txn::new(), |txn, number| txn.put(&deep(number), vec![b'y'; 12_000]));
-    registry.commit(txn).await.unwrap();
-    assert_eq!(
-        registry.count(&Prefix::root(), Read::Linearizable).await.unwrap(),
-        20 + 64
-    );
-    registry.close().await.unwrap();
 }

@@ -1,0 +1,114 @@
+//! What other ZooKeeper clients do in a namespace.
+
+use registry_api::Refusal;
+use zookeeper_client::{Acls, CreateMode};
+
+use super::*;
+use crate::harness::wire;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_of_other_clients_are_keys() {
+    let servers = Servers::start(1).await;
+    let (registry, raw) = (connect(&servers.addresses()).await, servers.raw().await);
+    let mut watch = registry
+        .watch(WatchRequest::new(Prefix::root(), WatchScope::Subtree))
+        .await
+        .unwrap();
+    raw.create("/registry/theirs", b"1", &anyone()).await.unwrap();
+    raw.create("/registry/theirs/below", b"2", &anyone()).await.unwrap();
+    raw.set_data("/registry/theirs", b"3", None).await.unwrap();
+    // No key has such a name.
+    raw.create("/registry/\u{e000}", b"", &anyone()).await.unwrap_err();
+    let long = "x".repeat(300);
+    raw.create(&format!("/registry/{long}"), b"", &anyone()).await.unwrap();
+    let port = servers.address(0).parse::<std::net::SocketAddr>().unwrap().port();
+    wire::create_without_data(port, "/registry/null").await.unwrap();
+
+    assert_eq!(get(&registry, "/theirs").await.unwrap().value, "3");
+    assert_eq!(get(&registry, "/null").await.unwrap().value, "");
+    assert_eq!(children(&registry, "/").await, ["null", "theirs"]);
+    assert_eq!(registry.count(&Prefix::root(), Read::Linearizable).await.unwrap(), 3);
+    let mut picture = Picture::default();
+    let last = key("/null");
+    picture
+        .until(&mut watch, |picture| picture.entries.contains_key(&last))
+        .await
+        .unwrap();
+    same_as_store(&*registry, "/", &picture).await.unwrap();
+
+    // They are put, compared and deleted like others.
+    let theirs = key("/theirs");
+    let found = get(&registry, "/theirs").await.unwrap();
+    let expect = Expect::ModRevision(found.mod_revision);
+    registry.put_if(&theirs, expect, "ours").await.unwrap();
+    assert!(matches!(
+        registry.put_if(&theirs, expect, "again").await,
+        Err(Error::Conflict { .. })
+    ));
+    assert_eq!(data(&raw, "/registry/theirs").await.unwrap(), b"ours");
+    raw.delete("/registry/theirs/below", None).await.unwrap();
+    assert!(registry.delete(&theirs).await.unwrap());
+    assert_eq!(data(&raw, "/registry/theirs").await, None);
+    // What no key names goes with what it is below.
+    assert_eq!(registry.delete_prefix(&Prefix::root()).await.unwrap(), 1);
+    assert_eq!(nodes(&raw).await, Vec::<String>::new());
+    registry.close().await.unwrap();
+}
+
+/// ZooKeeper keeps their kind where it keeps the session of an ephemeral one, and does not show it.
+#[tokio::test(flavor = "multi_thread")]
+async fn containers_and_znodes_with_a_ttl_are_persistent_keys() {
+    let servers = Servers::start_with(1, "extendedTypesEnabled=true\n").await;
+    let (registry, raw) = (connect(&servers.addresses()).await, servers.raw().await);
+    let container = CreateMode::Container.with_acls(Acls::anyone_all());
+    let with_ttl = anyone().with_ttl(Duration::from_secs(600));
+    for (path, options) in [("/box", container), ("/passing", with_ttl)] {
+        raw.create(&format!("/registry{path}"), b"1", &options).await.unwrap();
+        let entry = get(&registry, path).await.unwrap();
+        assert_eq!(entry.session, None, "{path}");
+        registry.put(&key(path), "2").await.unwrap();
+        registry.put(&key(&format!("{path}/below")), "").await.unwrap();
+        let taken = registry.put_ephemeral(&key(path), "").await;
+        assert!(
+            matches!(
+                taken,
+                Err(Error::Refused {
+                    refusal: Refusal::Persistent,
+                    ..
+                })
+            ),
+            "{path}: {taken:?}"
+        );
+    }
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_namespace_that_another_hand_deleted_is_made_again() {
+    let servers = Servers::start(1).await;
+    let (registry, raw) = (connect(&servers.addresses()).await, servers.raw().await);
+    registry.put(&key("/a/b"), "1").await.unwrap();
+    let mut paths = nodes(&raw).await;
+    for path in [
+        "/registry",
+        "/registry~",
+        "/registry~/rev",
+        "/registry~/clock",
+        "/registry~/sweeper",
+    ] {
+        paths.push(path.to_owned());
+    }
+    paths.extend((0..64).map(|part| format!("/registry~/rev/{part:02x}")));
+    paths.sort();
+    let mut all = raw.new_multi_writer();
+    for path in paths.iter().rev() {
+        all.add_delete(path, None).unwrap();
+    }
+    all.commit().await.unwrap();
+    assert!(get(&registry, "/a/b").await.is_none());
+    let held = registry.lock(&key("/l")).acquire().await.unwrap();
+    held.release().await.unwrap();
+    registry.put(&key("/a/b"), "2").await.unwrap();
+    assert_eq!(get(&registry, "/a/b").await.unwrap().value, "2");
+    registry.close().await.unwrap();
+}

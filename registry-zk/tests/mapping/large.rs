@@ -1,0 +1,82 @@
+//! What is near the bounds of a request.
+
+use registry_api::WatchItem;
+
+use super::*;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_with_fifty_thousand_children_lists() {
+    const CHILDREN: usize = 50_000;
+    let servers = Servers::start(1).await;
+    let raw = servers.raw().await;
+    let registry = connect(&servers.addresses()).await;
+    // Their names alone are larger than a request may be.
+    let name = |number: usize| format!("a-child-with-a-long-name-{number:06}");
+    raw.create("/registry/many", b"", &anyone()).await.unwrap();
+    for chunk in (0..CHILDREN).collect::<Vec<_>>().chunks(1000) {
+        let mut multi = raw.new_multi_writer();
+        for number in chunk {
+            let path = format!("/registry/many/{}", name(*number));
+            multi.add_create(&path, b"v", &anyone()).unwrap();
+        }
+        multi.commit().await.unwrap();
+    }
+    let names = children(&registry, "/many").await;
+    assert!(names.iter().map(String::len).sum::<usize>() > 1 << 20);
+    assert_eq!(names, (0..CHILDREN).map(name).collect::<Vec<_>>());
+    let many = Prefix::parse("/many").unwrap();
+    let listed = registry.list_all(List::new(key("/many"))).await.unwrap();
+    assert_eq!(listed.len(), CHILDREN + 1);
+    assert_eq!(
+        registry.count(&many, Read::Linearizable).await.unwrap(),
+        CHILDREN as u64 + 1
+    );
+    let mut watch = registry
+        .watch(WatchRequest::new(key("/many"), WatchScope::Children))
+        .await
+        .unwrap();
+    let mut told = 0;
+    let reading = async {
+        loop {
+            match watch.next().await.unwrap().unwrap() {
+                WatchItem::Changes(events) => told += events.len(),
+                WatchItem::Synced(_) => return,
+                WatchItem::Reset => panic!("nothing was reset"),
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, reading).await.unwrap();
+    assert_eq!(told, CHILDREN);
+    drop(watch);
+    assert_eq!(registry.delete_prefix(&many).await.unwrap(), CHILDREN as u64 + 1);
+    assert_eq!(nodes(&raw).await, Vec::<String>::new());
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_values_come_in_pages_that_fit() {
+    let servers = Servers::start(1).await;
+    let registry = connect(&servers.addresses()).await;
+    let large = vec![b'x'; registry_api::MAX_VALUE];
+    for number in 0..20 {
+        let path = key(&format!("/large/{number:02}"));
+        registry.put(&path, large.clone()).await.unwrap();
+    }
+    let entries = registry.list_all(List::new(key("/large"))).await.unwrap();
+    assert_eq!(entries.len(), 20);
+    assert!(entries.iter().all(|entry| entry.value == large));
+    // A transaction of the largest size, whose parents are all missing, is cut into requests that fit.
+    let segment = "s".repeat(120);
+    let deep = |number: usize| {
+        key(&format!(
+            "/{number}-{segment}/{segment}/{segment}/{segment}/{segment}/{segment}/k"
+        ))
+    };
+    let txn = (0..64).fold(Txn::new(), |txn, number| txn.put(&deep(number), vec![b'y'; 12_000]));
+    registry.commit(txn).await.unwrap();
+    assert_eq!(
+        registry.count(&Prefix::root(), Read::Linearizable).await.unwrap(),
+        20 + 64
+    );
+    registry.close().await.unwrap();
+}
