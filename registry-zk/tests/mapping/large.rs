@@ -65,13 +65,10 @@ async fn large_values_come_in_pages_that_fit() {
     let entries = registry.list_all(List::new(key("/large"))).await.unwrap();
     assert_eq!(entries.len(), 20);
     assert!(entries.iter().all(|entry| entry.value == large));
-    // A transaction of the largest size, whose parents are all missing, is cut into requests that fit.
-    let segment = "s".repeat(120);
-    let deep = |number: usize| {
-        key(&format!(
-            "/{number}-{segment}/{segment}/{segment}/{segment}/{segment}/{segment}/k"
-        ))
-    };
+    // A transaction of the largest size, whose parents are all missing and take more than it does, is cut into requests
+    // that fit.
+    let below = format!("/{}", "s".repeat(30)).repeat(31);
+    let deep = |number: usize| key(&format!("/{number:02}{below}"));
     let txn = (0..64).fold(Txn::new(), |txn, number| txn.put(&deep(number), vec![b'y'; 12_000]));
     registry.commit(txn).await.unwrap();
     assert_eq!(

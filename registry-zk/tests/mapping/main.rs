@@ -213,9 +213,10 @@ async fn deletes_and_creates_that_race_lose_nothing() {
 async fn conditions_on_absent_keys_hold_to_the_end() {
     let servers = Servers::start(1).await;
     let (one, other) = (connect(&servers.addresses()).await, connect(&servers.addresses()).await);
-    // Each puts its own key if the other's is absent: at most one of the two is ever there.
+    // Each puts its own key if the other's is absent: at most one of the two is ever there. They have no parent, which
+    // one of the two would find made by the other.
     for round in 0..60 {
-        let (a, b) = (key(&format!("/{round}/a")), key(&format!("/{round}/b")));
+        let (a, b) = (key(&format!("/{round}-a")), key(&format!("/{round}-b")));
         let put = |registry: Arc<dyn Registry>, own: &registry_api::Key, others: &registry_api::Key| {
             let txn = Txn::new().when(others, Expect::Absent).put(own, "");
             tokio::spawn(async move { registry.commit(txn).await })
@@ -288,6 +289,9 @@ async fn write_backed_reads_see_every_acknowledged_write() {
             .collect::<BTreeMap<_, _>>();
         assert_eq!(there, expected);
     }
+    // Each read had its write, also where the server was as new without it.
+    let (_, clock) = servers.raw().await.get_data("/registry~/clock").await.unwrap();
+    assert!(clock.version >= 60, "{clock:?}");
     for handle in handles {
         handle.close().await.unwrap();
     }

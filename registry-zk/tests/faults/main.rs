@@ -2,20 +2,22 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "../harness/mod.rs"]
 mod harness;
+mod storm;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use harness::old::through_an_old_server;
 use harness::{Servers, config, connect, connect_with_ttl, options, until};
 use registry_api::{
-    Error, Options, Prefix, Read, Registry, SessionId, SessionState, SessionTtl, TtlBounds, WatchRequest, WatchScope,
+    Error, Options, Read, Registry, SessionId, SessionState, SessionTtl, TtlBounds, WatchRequest, WatchScope,
 };
 use registry_tests::cluster::put_at_last;
 use registry_tests::process::free_port;
-use registry_tests::watch::{Picture, same_as_store};
-use registry_tests::{Dice, Wire, key, within};
+use registry_tests::watch::Picture;
+use registry_tests::{Wire, key, within};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -332,108 +334,5 @@ async fn a_dropped_watch_ends_on_the_server() {
     until("it is there", PATIENCE, async || watching("/registry/watched").await).await;
     drop(watch);
     until("it is gone", PATIENCE, async || !watching("/registry/watched").await).await;
-    registry.close().await.unwrap();
-}
-
-/// Changes by many, cuts of every kind, other servers after each: what a watch and a mirror know in the end is what is there.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_storm_with_disconnects_ends_in_the_state_of_the_store() {
-    const KEYS: u64 = 40;
-    let mut servers = Servers::start(3).await;
-    let mut wires = Vec::new();
-    for number in 0..3 {
-        wires.push(wire_to(&servers, number).await);
-    }
-    let addresses: Vec<_> = wires.iter().map(|wire| wire.address().to_string()).collect();
-    let registry = connect_with_ttl(&addresses.join(","), Duration::from_secs(2)).await;
-    let mirror = registry.mirror(key("/p"), WatchScope::Subtree).await.unwrap();
-    let mut watch = registry
-        .watch(WatchRequest::new(key("/p"), WatchScope::Subtree))
-        .await
-        .unwrap();
-
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
-    let seed = u64::from(now.subsec_nanos());
-    println!("seed {seed}");
-    let (stop, stopped) = tokio::sync::watch::channel(false);
-    let mut writers = Vec::new();
-    for writer in 0..4 {
-        let (other, stopped) = (connect(&servers.addresses()).await, stopped.clone());
-        writers.push(tokio::spawn(async move {
-            let mut dice = Dice(seed ^ writer);
-            let mut changes = 0;
-            while !*stopped.borrow() {
-                let path = key(&format!("/p/{}", dice.roll(KEYS)));
-                let value = dice.roll(u64::MAX).to_string();
-                let done = match dice.roll(8) {
-                    0 => other.delete(&path).await.map(drop),
-                    1 => {
-                        let below = key(&format!("{path}/below"));
-                        other.put(&below, value).await.map(drop)
-                    }
-                    2 => other.delete_prefix(&Prefix::from(&path)).await.map(drop),
-                    3 => other.put_ephemeral(&key(&format!("{path}-e")), "").await.map(drop),
-                    _ => other.put(&path, value).await.map(drop),
-                };
-                changes += u32::from(done.is_ok());
-            }
-            (other, changes)
-        }));
-    }
-
-    for round in 0..9 {
-        match round % 3 {
-            0 => wires.iter().for_each(Wire::refuse),
-            1 => wires.iter().for_each(Wire::cut),
-            // The rest of the ensemble goes on, perhaps with another leader.
-            _ => servers.kill(round / 3),
-        }
-        // How long a disconnect lasts is what the test varies; it waits for nothing.
-        tokio::time::sleep(Duration::from_millis(150 * (round as u64 + 1))).await;
-        wires.iter().for_each(Wire::mend);
-        if round % 3 == 2 {
-            servers.spawn(round / 3);
-        }
-        tokio::time::sleep(Duration::from_millis(300)).await;
-    }
-    stop.send_replace(true);
-    let mut changes = 0;
-    let mut others = Vec::new();
-    for writer in writers {
-        let (other, done) = within(PATIENCE, writer).await.unwrap();
-        changes += done;
-        others.push(other);
-    }
-    println!("{changes} changes");
-    assert!(changes > 100, "only {changes}");
-
-    let end = key("/p/end");
-    put_at_last(&*others[0], "/p/end", "").await;
-    let mut picture = Picture::default();
-    picture
-        .until(&mut watch, |picture| picture.entries.contains_key(&end))
-        .await
-        .unwrap();
-    // Ephemeral keys of the writers may still go: all ends when they are closed.
-    for other in &others {
-        other.wait_connected(PATIENCE).await.unwrap();
-        other.close().await.unwrap();
-    }
-    until("no ephemeral key is left", PATIENCE, async || {
-        mirror.entries().iter().all(|entry| entry.session.is_none())
-    })
-    .await;
-    put_at_last(&*registry, "/p/end", "again").await;
-    picture
-        .until(&mut watch, |picture| picture.has("/p/end", "again"))
-        .await
-        .unwrap();
-    same_as_store(&*registry, "/p", &picture).await.unwrap();
-    until("the mirror knows the end too", PATIENCE, async || {
-        mirror.get(&end).is_some_and(|entry| entry.value == "again")
-    })
-    .await;
-    let there = registry.list_all(registry_api::List::new(key("/p"))).await.unwrap();
-    assert_eq!(mirror.entries(), there);
     registry.close().await.unwrap();
 }
