@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{ClientWriteError, LinearizableReadError, RaftError};
+use openraft::raft::StreamAppendError;
 use openraft::raft::linearizable_read::{Linearizer, ReadLogId};
-use openraft::{Membership, ReadPolicy};
+use openraft::{Instant as _, Membership, ReadPolicy};
 use registry_api::{Error, Result};
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Code, Status};
@@ -17,7 +18,7 @@ use tonic::{Code, Status};
 use crate::command::not_understood;
 use crate::link::{BACKEND, failure};
 use crate::member::{Core, unavailable};
-use crate::peers::refused;
+use crate::peers::{Appended, refused};
 use crate::proto;
 use crate::proto::registry::peer::v1 as message;
 use crate::proto::request::Call;
@@ -57,6 +58,35 @@ impl Core {
         }
         let peer = metrics.membership_config.membership().get_node(&leader)?;
         Some(Leader::Other(leader, peer.clone()))
+    }
+
+    /// Notes that a Raft leader sent something, unless it is none any more.
+    pub(crate) fn hear(&self, leader: u64, appended: &Appended) {
+        if !matches!(appended, Err(StreamAppendError::HigherVote(_))) {
+            *self.heard().lock() = Some((leader, Instant::now()));
+        }
+    }
+
+    /// Who leads and was heard a short time ago: another by this member, this one by a majority. openraft goes on to name a
+    /// leader that has become silent, until there is another.
+    pub(crate) fn present_leader(&self) -> Option<u64> {
+        let patience = Duration::from_millis(2 * self.timers().millis().2);
+        match self.known_leader()? {
+            Leader::This => self.majority_heard_within(patience).then_some(self.identity().member),
+            Leader::Other(leader, _) => {
+                let heard = *self.heard().lock();
+                let (heard, at) = heard?;
+                (heard == leader && at.elapsed() < patience).then_some(leader)
+            }
+        }
+    }
+
+    /// Whether a majority has answered this member as their leader so short a time ago.
+    pub(crate) fn majority_heard_within(&self, patience: Duration) -> bool {
+        let metrics = self.raft().metrics();
+        let metrics = metrics.borrow_watched();
+        let voters = metrics.membership_config.membership().voter_ids().count();
+        voters == 1 || metrics.last_quorum_acked.is_some_and(|at| at.elapsed() < patience)
     }
 
     /// Who leads, as soon as somebody does. It never gives up: the caller has a deadline.

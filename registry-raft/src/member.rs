@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{ClientWriteError, InitializeError, RaftError};
 use openraft::{Raft, SnapshotPolicy};
+use parking_lot::Mutex;
 use registry_api::{BoxError, Error, Namespace, Options, Registry, Result, SessionId, Watch, WatchRequest};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Semaphore, oneshot, watch};
@@ -407,6 +408,7 @@ async fn start(config: &RaftConfig) -> Result<Started> {
         backups: Arc::new(Semaphore::new(1)),
         timers: config.timers,
         handing_over: watch::channel(false).0,
+        heard: Arc::default(),
     };
     tokio::spawn(core.clone().serve_readers(waiting));
     door.open(core.clone());
@@ -492,6 +494,8 @@ pub(crate) struct Core {
     timers: Timers,
     /// Whether another is about to lead.
     handing_over: watch::Sender<bool>,
+    /// Which Raft leader was heard last, and when.
+    heard: Arc<Mutex<Option<(u64, Instant)>>>,
 }
 
 impl std::fmt::Debug for Core {
@@ -529,6 +533,10 @@ impl Core {
 
     pub(crate) fn timers(&self) -> Timers {
         self.timers
+    }
+
+    pub(crate) fn heard(&self) -> &Mutex<Option<(u64, Instant)>> {
+        &self.heard
     }
 
     pub(crate) fn handing_over(&self) -> &watch::Sender<bool> {
@@ -779,13 +787,14 @@ impl Core {
         let covered = metrics.snapshot.map(|snapshot| snapshot.index);
         let membership = metrics.membership_config.membership();
         let voters: Vec<_> = membership.voter_ids().collect();
+        let leader = self.present_leader();
         let member = |(id, peer): (&u64, &Peer)| {
             let matched = match &metrics.replication {
                 Some(_) if *id == self.identity.member => metrics.last_log_index,
                 Some(replication) => replication.get(id).copied().flatten().map(|matched| matched.index),
                 None => None,
             };
-            let role = match (metrics.current_leader == Some(*id), voters.contains(id)) {
+            let role = match (leader == Some(*id), voters.contains(id)) {
                 (true, _) => "leader",
                 (false, true) => "follower",
                 (false, false) => "learner",
@@ -799,8 +808,10 @@ impl Core {
                 lag: matched.map(|matched| metrics.last_log_index.unwrap_or(0).saturating_sub(matched)),
             }
         };
+        let mut members: Vec<_> = membership.nodes().map(member).collect();
+        members.sort_by(|one, other| one.name.cmp(&other.name));
         self.store.read(|inner| proto::StatusAnswer {
-            members: membership.nodes().map(member).collect(),
+            members,
             keys: inner.state.tree.len() as u64,
             sessions: inner.state.sessions.len() as u64,
             revision: inner.state.revision,

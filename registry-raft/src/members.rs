@@ -295,11 +295,7 @@ impl Core {
     /// `election_timeout_max` after they heard it. Not while it hands over.
     pub(crate) fn leads_surely(&self) -> Option<u64> {
         let term = self.leads().filter(|_| !*self.handing_over().borrow())?;
-        let metrics = self.raft().metrics();
-        let metrics = metrics.borrow_watched();
-        let voters = metrics.membership_config.membership().voter_ids().count();
         let lease = Duration::from_millis(self.timers().millis().2).mul_f64(0.8);
-        let heard = metrics.last_quorum_acked.is_some_and(|at| at.elapsed() < lease);
-        (voters == 1 || heard).then_some(term)
+        self.majority_heard_within(lease).then_some(term)
     }
 }

@@ -86,8 +86,13 @@ impl Peers for PeerService {
                 }
             }
         });
+        let hearing = core.clone();
         let answers = core.raft().stream_append(requests).map(move |appended| match appended {
-            Ok(appended) => Ok(peers::appended_to(us.header(sender.load(Ordering::Relaxed)), &appended)),
+            Ok(appended) => {
+                let sender = sender.load(Ordering::Relaxed);
+                hearing.hear(sender, &appended);
+                Ok(peers::appended_to(us.header(sender), &appended))
+            }
             Err(fatal) => Err(stopped(fatal)),
         });
         let end = stream::once(async move { refusal.lock().take() }).filter_map(std::future::ready);
@@ -105,6 +110,7 @@ impl Peers for PeerService {
         let last = request.entries.last().map(|entry| entry.log_id).or(previous);
         let answer = core.raft().append_entries(request).await.map_err(stopped)?;
         let appended = answer.into_stream_result(previous, last);
+        core.hear(sender, &appended);
         Ok(Response::new(peers::appended_to(
             core.identity().header(sender),
             &appended,

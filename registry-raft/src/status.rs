@@ -7,7 +7,7 @@ use crate::proto;
 /// How a group stands, as one member sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Status {
-    /// The members.
+    /// The members, by name.
     pub members: Vec<MemberStatus>,
     /// The id of the member that answered.
     pub answered_by: u64,
@@ -40,7 +40,8 @@ pub struct MemberStatus {
     pub name: String,
     /// Where it answers; empty in memory.
     pub address: String,
-    /// `leader`, `follower` or `learner`.
+    /// `leader`, `follower` or `learner`. Nobody is the leader while the member that answered hears none, or leads and
+    /// hears no majority.
     pub role: String,
     /// The index up to which its log is the Raft leader's, if the Raft leader could be asked.
     pub matched: Option<u64>,
@@ -49,7 +50,7 @@ pub struct MemberStatus {
 }
 
 impl Status {
-    /// The Raft leader, if the member that answered knows one.
+    /// The Raft leader, if the member that answered hears one.
     pub fn leader(&self) -> Option<&MemberStatus> {
         self.members.iter().find(|member| member.role == "leader")
     }

@@ -22,7 +22,7 @@ fn text(status: &Status) -> String {
         ),
         (
             "has_leader",
-            "Whether this member knows a Raft leader.",
+            "Whether there is a Raft leader that this member hears.",
             u64::from(leader.is_some()),
         ),
         ("members", "Members of the group.", status.members.len() as u64),
