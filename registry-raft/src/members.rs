@@ -106,7 +106,8 @@ impl Core {
         let metrics = self.raft().metrics().borrow_watched().clone();
         let membership = metrics.membership_config.membership().clone();
         let Some((id, _)) = membership.nodes().find(|(_, peer)| peer.name == *name) else {
-            let names: Vec<_> = membership.nodes().map(|(_, peer)| peer.name.as_str()).collect();
+            let names: BTreeSet<_> = membership.nodes().map(|(_, peer)| peer.name.as_str()).collect();
+            let names = Vec::from_iter(names);
             let reason = format!("there is no member {name:?}; there are {}", names.join(", "));
             return Err(Error::InvalidRequest(reason));
         };
@@ -139,22 +140,22 @@ impl Core {
 
     async fn invite(&self, name: &str, address: &str) -> Result<()> {
         let lane = self.network().new_lane(address);
-        let nobody = |reason: String| Err(Error::InvalidRequest(reason));
+        let refused = |reason: String| Err(Error::InvalidRequest(reason));
         let greeting = match greet(&lane, message::Greeting::default()).await {
             Ok(greeting) => greeting,
+            // Not tried again: who asks knows better when it is there.
             Err(status) => {
-                let reason = format!(
+                return refused(format!(
                     "nobody answers at {address}: start it there with `join` ({})",
                     status.message()
-                );
-                return Err(unavailable(reason));
+                ));
             }
         };
         if greeting.name != name {
-            return nobody(format!("at {address} is member {:?}, not {name:?}", greeting.name));
+            return refused(format!("at {address} is member {:?}, not {name:?}", greeting.name));
         }
         if !greeting.cluster.is_empty() && *greeting.cluster != self.identity().cluster {
-            return nobody(format!("the member at {address} is in another group"));
+            return refused(format!("the member at {address} is in another group"));
         }
         let admission = message::Admission {
             cluster: bytes::Bytes::copy_from_slice(&self.identity().cluster),

@@ -123,7 +123,10 @@ pub(crate) fn said(error: &Error) -> proto::Failure {
 /// The text of an error and of what is beneath it; what only repeats the kind is left out.
 fn with_causes(error: &Error) -> String {
     match error {
-        Error::Unavailable { source, .. } | Error::OutcomeUnknown { source, .. } => source.to_string(),
+        Error::Unavailable { source, .. }
+        | Error::OutcomeUnknown { source, .. }
+        | Error::AccessDenied { source, .. } => source.to_string(),
+        Error::InvalidRequest(reason) => reason.clone(),
         error => error.to_string(),
     }
 }
