@@ -65,6 +65,12 @@ impl Process {
         self.child.wait().await
     }
 
+    /// Stops it as Ctrl-C does (SIGINT) and waits for its end.
+    pub async fn interrupt(&mut self) -> io::Result<std::process::ExitStatus> {
+        self.signal(Signal::INT);
+        self.child.wait().await
+    }
+
     /// Its number, as long as it runs.
     pub fn id(&self) -> Option<u32> {
         self.child.id()

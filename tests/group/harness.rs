@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use tokio::process::Command;
 
 pub(crate) const PATIENCE: Duration = Duration::from_secs(40);
-const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
+pub(crate) const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
 
 pub(crate) struct Group {
     dir: TempDir,
@@ -25,19 +25,21 @@ pub(crate) struct Group {
 
 impl Group {
     pub(crate) async fn start(size: usize) -> Self {
-        Self::start_with(size, "").await
+        Self::start_with(size, |_| String::new()).await
     }
 
     /// As [`Group::start`], with more lines in the table of each member.
-    pub(crate) async fn start_with(size: usize, settings: &str) -> Self {
+    pub(crate) async fn start_with(size: usize, settings: impl Fn(usize) -> String) -> Self {
         Self::start_program(size, settings, serving).await
     }
 
     /// As [`Group::start_with`], of another program than `registry serve`, which gets the config file.
-    pub(crate) async fn start_program(size: usize, settings: &str, program: fn(&Path) -> Command) -> Self {
-        let listen: Vec<_> = (0..size)
-            .map(|_| SocketAddr::from(([127, 0, 0, 1], process::free_port())))
-            .collect();
+    pub(crate) async fn start_program(
+        size: usize,
+        settings: impl Fn(usize) -> String,
+        program: fn(&Path) -> Command,
+    ) -> Self {
+        let listen: Vec<_> = (0..size).map(|_| free_address()).collect();
         let net = Arc::new(Net::before(&listen).await);
         let dir = TempDir::new().unwrap();
         let list: String = (0..size)
@@ -48,8 +50,9 @@ impl Group {
             let data = dir.path().join(name);
             let text = format!(
                 "[registry.raft]\nmember = \"{name}\"\ndata_dir = \"{}\"\nlisten = \"{listen}\"\n\
-                 {settings}\n[registry.raft.cluster]\n{list}",
-                data.display()
+                 {}\n[registry.raft.cluster]\n{list}",
+                data.display(),
+                settings(at)
             );
             std::fs::write(dir.path().join(format!("{name}.toml")), text).unwrap();
         }
@@ -70,6 +73,19 @@ impl Group {
 
     pub(crate) fn config_file(&self, name: &str) -> PathBuf {
         self.dir.path().join(format!("{name}.toml"))
+    }
+
+    /// Writes the config of one more, which joins these.
+    pub(crate) fn write_joiner(&self, name: &str, listen: SocketAddr, settings: &str) {
+        let join: Vec<_> = (0..self.size())
+            .map(|at| format!("\"{}\"", self.net.address(at)))
+            .collect();
+        let text = format!(
+            "[registry.raft]\nmember = \"{name}\"\ndata_dir = \"{}\"\nlisten = \"{listen}\"\njoin = [{}]\n{settings}\n",
+            self.dir.path().join(name).display(),
+            join.join(", ")
+        );
+        std::fs::write(self.config_file(name), text).unwrap();
     }
 
     pub(crate) fn directory(&self) -> PathBuf {
@@ -196,7 +212,11 @@ fn serving(config: &Path) -> Command {
     command
 }
 
-async fn ready(command: Command) -> Process {
+pub(crate) fn free_address() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], process::free_port()))
+}
+
+pub(crate) async fn ready(command: Command) -> Process {
     Process::start(command, |line| line.contains("ready").then_some(()))
         .await
         .0

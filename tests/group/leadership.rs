@@ -107,7 +107,7 @@ fn found_by(group: &Group, name: &str) -> Vec<Led> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_program_finds_that_it_leads_while_another_may() {
-    let mut group = Group::start_program(3, "", program).await;
+    let mut group = Group::start_program(3, |_| String::new(), program).await;
     let names = ["a", "b", "c"];
     let all = |group: &Group| -> Vec<(usize, Led)> {
         let of = |at| found_by(group, names[at]).into_iter().map(move |led| (at, led));

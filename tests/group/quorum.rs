@@ -4,14 +4,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use registry::{
-    Error, Held, Leadership, Options, Prefix, Read, Registry, SessionState, SessionTtl, Watch, WatchItem, WatchRequest,
-    WatchScope,
+    Error, Held, Leadership, Options, Prefix, Read, Registry, SessionState, SessionTtl, WatchRequest, WatchScope,
 };
 use registry_tests::{key, within};
 use tokio::task::JoinHandle;
 
 use crate::harness::{Group, PATIENCE, options};
-use crate::{until, value};
+use crate::{tells, until, value};
 
 /// How the others are lost.
 #[derive(Clone, Copy, Debug)]
@@ -97,18 +96,6 @@ fn states_of(registry: &Arc<dyn Registry>) -> JoinHandle<Vec<SessionState>> {
         }
         seen
     })
-}
-
-async fn tells(watch: &mut Watch, value: &str) {
-    let told = async {
-        loop {
-            match watch.next().await.unwrap().unwrap() {
-                WatchItem::Changes(events) if events.iter().any(|event| event.entry().value == value) => return,
-                _ => {}
-            }
-        }
-    };
-    within(PATIENCE, told).await;
 }
 
 /// Every call that needs the quorum ends by its deadline, and none says that it has done anything.

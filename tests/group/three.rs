@@ -37,7 +37,7 @@ impl Three {
 #[async_trait]
 impl Cluster for Three {
     async fn start() -> Self {
-        let group = Group::start_with(MEMBERS, &format!("snapshot_log_bytes = {SNAPSHOT_LOG_BYTES}")).await;
+        let group = Group::start_with(MEMBERS, |_| format!("snapshot_log_bytes = {SNAPSHOT_LOG_BYTES}")).await;
         Self {
             net: group.net.clone(),
             addresses: group.listen.iter().map(ToString::to_string).collect(),
