@@ -240,3 +240,34 @@ async fn what_a_member_stores_is_its_owners_alone() {
     assert!(fs::read_dir(data.join("log")).unwrap().count() > 0 && site.file("data/backup").exists());
     assert_eq!(open_to_others(&site.file("data")), Vec::<String>::new());
 }
+
+/// The address is nobody's (RFC 5737), so the warning is all that comes of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn listening_beyond_loopback_without_tls_is_warned_of() {
+    let site = Site::new();
+    let own = site.sign("member");
+    let cases = [
+        ("plain", "listen = \"192.0.2.1:7480\"", None, true),
+        ("http", "http = \"192.0.2.1:7490\"", None, true),
+        ("tls", "listen = \"192.0.2.1:7480\"", Some(&own), false),
+    ];
+    for (name, listens, tls, warned) in cases {
+        site.config(name, listens, tls, None);
+        let output = site.command(name, &["serve"], "warn").output();
+        let output = within(PATIENCE, output).await.unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("can't listen on 192.0.2.1"), "{name}: {said}");
+        let warning = "listening beyond loopback without registry.raft.tls";
+        assert_eq!(said.contains(warning), warned, "{name}: {said}");
+    }
+    // A token that whoever listens would hear is not taken at all.
+    site.config("token", "listen = \"192.0.2.1:7480\"", None, Some("token"));
+    let output = site.command("token", &["serve"], "warn").output();
+    let output = within(PATIENCE, output).await.unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(
+        said.contains("registry.raft.token_file") && said.contains("registry.raft.tls"),
+        "{said}"
+    );
+}

@@ -174,10 +174,19 @@ async fn keys_are_put_read_and_deleted_under_conditions() {
         read.header("registry-create-revision"),
         Some(first.to_string().as_str())
     );
-    let same = served
-        .asks("/v1/kv/app/config", &["-H", &format!("If-None-Match: {tag}")])
+    for known in [tag.clone(), format!("W/{tag}"), format!("\"0\", {tag}"), "*".into()] {
+        let same = served
+            .asks("/v1/kv/app/config", &["-H", &format!("If-None-Match: {known}")])
+            .await;
+        assert_eq!((same.status, same.body.len()), (304, 0), "{known}");
+        assert_eq!(same.header("etag"), Some(tag.as_str()));
+    }
+    let other = served.asks("/v1/kv/app/config", &["-H", "If-None-Match: \"0\""]).await;
+    assert_eq!((other.status, other.text().as_str()), (200, "v1"));
+    let misplaced = served
+        .asks("/v1/kv/app/config", &["-H", &format!("If-Match: {tag}")])
         .await;
-    assert_eq!((same.status, same.body.len()), (304, 0));
+    misplaced.refuses(400, "invalid_request");
 
     let put = async |condition: &str| {
         let arguments = ["-X", "PUT", "--data-binary", "v2", "-H", condition];

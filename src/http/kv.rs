@@ -41,10 +41,13 @@ pub(super) async fn answer(
 
 async fn get(registry: &Arc<dyn Registry>, key: &Key, head: &Parts) -> Result<Response<Body>, Refusal> {
     let query = query(&head.uri, &["stale"])?;
+    if head.headers.contains_key(header::IF_MATCH) {
+        return Err(Refusal::invalid("If-Match is for PUT and DELETE"));
+    }
     let entry = registry.get(key, read(&query)?).await?.ok_or_else(|| absent(key))?;
     let mut response = Response::new(Body::empty());
     let tag = etag(entry.mod_revision);
-    if head.headers.get(header::IF_NONE_MATCH) == Some(&tag) {
+    if is_known(&head.headers, &tag) {
         *response.status_mut() = StatusCode::NOT_MODIFIED;
     } else {
         *response.body_mut() = Body::from(entry.value);
@@ -118,6 +121,19 @@ async fn delete(registry: &Arc<dyn Registry>, key: &Key, head: &Parts) -> Result
         true => Ok(answer::json(StatusCode::OK, &json!({ "deleted": true }))),
         false => Err(absent(key)),
     }
+}
+
+/// Whether `If-None-Match` says that the reader has what bears this tag: a list of tags, weak ones also, or `*` (RFC 9110,
+/// section 13.1.2).
+fn is_known(headers: &HeaderMap, tag: &HeaderValue) -> bool {
+    let lists = headers.get_all(header::IF_NONE_MATCH).iter();
+    let mut known = lists
+        .filter_map(|list| list.to_str().ok())
+        .flat_map(|list| list.split(','));
+    known.any(|known| {
+        let known = known.trim();
+        known == "*" || known.strip_prefix("W/").unwrap_or(known) == tag
+    })
 }
 
 /// What `If-Match` and `If-None-Match` demand of a write.

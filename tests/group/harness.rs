@@ -202,7 +202,7 @@ impl Group {
     }
 }
 
-fn serving(config: &Path) -> Command {
+pub(crate) fn serving(config: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_registry"));
     command
         .arg("serve")

@@ -28,8 +28,13 @@ fn file_of(config: &Path) -> PathBuf {
     config.with_extension("told")
 }
 
+/// Where it writes what it is told without asking.
+fn told_file_of(config: &Path) -> PathBuf {
+    config.with_extension("channel")
+}
+
 /// Asks without pause whether it leads, and writes down when it found a change: at each, the moment before it asked, and
-/// for how long it was so. Does nothing by itself.
+/// for how long it was so. Writes down also what it is told by itself: the term, or 0. Does nothing else.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_program_that_embeds_a_member() {
     let Ok(config) = std::env::var(CONFIG) else { return };
@@ -43,6 +48,18 @@ async fn a_program_that_embeds_a_member() {
     println!("\nready");
     let path = file_of(Path::new(&config));
     let mut file = OpenOptions::new().create(true).append(true).open(path).unwrap();
+    let mut told = member.leadership();
+    let told_file = told_file_of(Path::new(&config));
+    let mut told_file = OpenOptions::new().create(true).append(true).open(told_file).unwrap();
+    tokio::spawn(async move {
+        loop {
+            let leads = *told.borrow_and_update();
+            writeln!(told_file, "{}", leads.unwrap_or(0)).unwrap();
+            if told.changed().await.is_err() {
+                return;
+            }
+        }
+    });
     let asking = move || -> std::io::Result<()> {
         let mut found: Option<(u64, i128, i128)> = None;
         loop {
@@ -105,6 +122,14 @@ fn found_by(group: &Group, name: &str) -> Vec<Led> {
     led.into_values().collect()
 }
 
+/// What the program of a member was told: terms, and 0 when it led no more.
+fn told_to(group: &Group, name: &str) -> Vec<u64> {
+    let text = std::fs::read_to_string(told_file_of(&group.config_file(name))).unwrap_or_default();
+    let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+    whole.map(|line| line.trim().parse().unwrap()).collect()
+}
+
+/// Six rounds: a leader that is cut off and one that stands still, in turns.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_program_finds_that_it_leads_while_another_may() {
     let mut group = Group::start_program(3, |_| String::new(), program).await;
@@ -132,10 +157,12 @@ async fn no_program_finds_that_it_leads_while_another_may() {
             0 => group.net.mend(),
             _ => group.process(old).resume(),
         }
-        until("the old one finds that it leads no more", || async {
-            found_by(&group, names[old])
-                .iter()
-                .any(|led| led.term == before.term && led.ended)
+        until("the old one finds that it leads no more, and is told", || async {
+            let found = found_by(&group, names[old]);
+            let told = told_to(&group, names[old]);
+            let place = told.iter().position(|term| *term == before.term);
+            found.iter().any(|led| led.term == before.term && led.ended)
+                && place.is_some_and(|place| told.len() > place + 1)
         })
         .await;
     }

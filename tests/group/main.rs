@@ -333,6 +333,35 @@ async fn a_program_is_a_member_with_the_config_of_a_served_one() {
     );
 }
 
+/// The list founds the group, once: a member whose list is another later says so, and nothing comes of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_list_that_was_changed_later_is_warned_of() {
+    let mut group = Group::start(3).await;
+    group.kill(2).await;
+    let file = group.config_file("c");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text.replace("\na = ", "\nx = ")).unwrap();
+    let log = group.directory().join("c.log");
+    let mut command = harness::serving(&file);
+    command.stderr(std::fs::File::create(&log).unwrap());
+    let _c = harness::ready(command).await;
+    let said = std::fs::read_to_string(log).unwrap();
+    assert!(
+        said.contains("registry.raft.cluster founded the group and changes it no more"),
+        "{said}"
+    );
+    assert!(
+        said.contains("x is no member any more") && said.contains("a at "),
+        "{said}"
+    );
+    let members = group.run("b", &["members"]).await;
+    let names: Vec<_> = members
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(1))
+        .collect();
+    assert_eq!(names, ["a", "b", "c"]);
+}
+
 /// A member that comes back from a partition has no larger term: it follows whom the others follow.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_that_comes_back_does_not_depose_the_leader() {
