@@ -39,9 +39,10 @@ impl Net {
             let address = listener.local_addr().expect("a listener has an address");
             let (broken, processes) = (seen.clone(), processes.clone());
             let proxy = tokio::spawn(async move {
-                while let Ok((client, address)) = listener.accept().await {
+                while let Ok((client, client_address)) = listener.accept().await {
                     let caller = Arc::new(Caller {
-                        address,
+                        from: client_address,
+                        to: address,
                         processes: processes.clone(),
                         found: OnceLock::new(),
                     });
@@ -108,7 +109,8 @@ impl Drop for Net {
 
 /// Who is at the other end of a connection. A process may be known only after it has called.
 struct Caller {
-    address: SocketAddr,
+    from: SocketAddr,
+    to: SocketAddr,
     processes: Arc<Mutex<Vec<Option<u32>>>>,
     found: OnceLock<usize>,
 }
@@ -119,14 +121,8 @@ impl Caller {
         if let Some(found) = self.found.get() {
             return Some(*found);
         }
-        let port = format!(":{:04X}", self.address.port());
         let table = std::fs::read_to_string("/proc/net/tcp").expect("the system says who is connected");
-        let mut sockets = table
-            .lines()
-            .skip(1)
-            .map(|line| line.split_whitespace().collect::<Vec<_>>());
-        let socket = sockets.find(|fields| fields.get(1).is_some_and(|local| local.ends_with(&port)))?;
-        let name = format!("socket:[{}]", socket.get(9)?);
+        let name = format!("socket:[{}]", socket_of(&table, self.from, self.to)?);
         let holds = |process: &Option<u32>| {
             let files = process.and_then(|id| std::fs::read_dir(format!("/proc/{id}/fd")).ok());
             files
@@ -139,6 +135,17 @@ impl Caller {
         let found = processes.iter().position(holds)?;
         Some(*self.found.get_or_init(|| found))
     }
+}
+
+/// The number of the socket at the near end of a connection. One port can be the near end of several.
+fn socket_of(table: &str, from: SocketAddr, to: SocketAddr) -> Option<&str> {
+    let is_at = |field: &str, address: SocketAddr| field.ends_with(&format!(":{:04X}", address.port()));
+    table
+        .lines()
+        .skip(1)
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .find(|fields| fields.len() > 9 && is_at(fields[1], from) && is_at(fields[2], to))
+        .map(|fields| fields[9])
 }
 
 async fn connection(
@@ -193,5 +200,23 @@ async fn pass(
         if read == 0 || into.write_all(&buffer[..read]).await.is_err() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_with_several_connections_is_told_apart() {
+        let table = "\
+  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:AAAA 0100007F:1F90 01 00000000:00000000 00:00000000 00000000     0        0 11 1
+   1: 0100007F:AAAA 0100007F:1F91 01 00000000:00000000 00:00000000 00000000     0        0 12 1
+   2: 0100007F:1F91 0100007F:AAAA 01 00000000:00000000 00:00000000 00000000     0        0 13 1
+";
+        let at = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
+        assert_eq!(socket_of(table, at(0xAAAA), at(8081)), Some("12"));
+        assert_eq!(socket_of(table, at(0xAAAA), at(8082)), None);
     }
 }
