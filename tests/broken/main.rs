@@ -266,7 +266,7 @@ fn fault_cases() -> Vec<Case> {
         failure::a_watch_bridges_a_cut: DeletesAreMissed, "created twice|right";
         failure::a_waiter_learns_of_its_sessions_end: SessionsNeverEnd, "not within 20s";
         failure::a_leader_learns_of_its_sessions_end: SessionsNeverEnd, "not within 20s";
-        failure::a_campaign_goes_on_over_a_restart: WatchesSayNothing, "not within 20s";
+        failure::a_campaign_goes_on_over_a_restart: DeleteDoesNothing, "not within 20s";
         failure::an_expired_registration_comes_back: SessionsNeverEnd, "not within 20s";
         failure::a_paused_store_loses_nothing_acknowledged: UnknownIsTakenForDone, "Ok(";
     }
