@@ -131,7 +131,7 @@ async fn ten_thousand_who_say_nothing_or_half_a_word() {
             2 => hello(),
             _ => [
                 hello(),
-                request(1, "/registry.v1.Registry/Call"),
+                request(1, "/registry.v1.Registry/Converse"),
                 frame(DATA, 0, 1, &[0, 0, 0, 1]),
             ]
             .concat(),
@@ -154,7 +154,7 @@ async fn who_announces_gigabytes_sends_without_end_or_trickles() {
         hostile.spawn(async move {
             let mut stream = open(address).await;
             let method = match n % 2 {
-                0 => "/registry.v1.Registry/Call",
+                0 => "/registry.v1.Registry/Converse",
                 _ => "/registry.peer.v1.Peers/Append",
             };
             stream.write_all(&hello()).await.unwrap();
@@ -196,7 +196,7 @@ async fn who_speaks_nonsense_is_cut_off() {
     let mut dice = Dice::of_run();
     let good = [
         hello(),
-        request(1, "/registry.v1.Registry/Call"),
+        request(1, "/registry.v1.Registry/Converse"),
         frame(DATA, 1, 1, &[0, 0, 0, 0, 4, 0x12, 2, 0x0a, 0]),
     ]
     .concat();

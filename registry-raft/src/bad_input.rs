@@ -27,7 +27,7 @@ const IDENTITY: Identity = Identity {
 };
 
 /// Hands on what can be decoded of damaged messages; `take` says whether it was taken.
-fn damaged<M: Message + Default>(dice: &mut Dice, good: &[M], mut take: impl FnMut(M) -> bool) {
+pub(crate) fn damaged<M: Message + Default>(dice: &mut Dice, good: &[M], mut take: impl FnMut(M) -> bool) {
     let good: Vec<_> = good.iter().map(M::encode_to_vec).collect();
     let (mut decoded, mut taken) = (0, 0);
     for _ in 0..EACH {

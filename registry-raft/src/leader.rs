@@ -23,7 +23,6 @@ use crate::proto;
 use crate::proto::registry::peer::v1 as message;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
-use crate::remote::Remote;
 use crate::types::{LogId, Peer};
 use crate::wire;
 
@@ -128,10 +127,10 @@ impl Core {
             return Err(unavailable("the Raft leader has changed"));
         };
         let lane = self.network().lane(*id, &peer.address);
-        let channel = tokio::time::timeout(patience, lane.channel())
+        let conversation = tokio::time::timeout(patience, lane.conversation())
             .await
             .map_err(unavailable)?;
-        let channel = channel.map_err(|status| unavailable(status.message().to_owned()))?;
+        let conversation = conversation.map_err(|status| unavailable(status.message().to_owned()))?;
         let request = proto::Request {
             patience_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),
             forwarded: true,
@@ -141,13 +140,12 @@ impl Core {
             operation: "a write",
             source,
         };
-        let mut client = Remote::client(channel);
         let answered = tokio::select! {
-            answered = client.call(request) => answered,
+            answered = conversation.ask(request) => answered,
             () = self.deposed(leader) => return Err(unknown("the Raft leader has changed".into())),
         };
         match answered {
-            Ok(response) => match response.into_inner().answer.ok_or_else(not_understood)? {
+            Ok(response) => match response.answer.ok_or_else(not_understood)? {
                 Answer::Failure(said) => Err(failure(said)),
                 answer => Ok(answer),
             },

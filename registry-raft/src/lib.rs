@@ -25,6 +25,7 @@ mod backup;
 mod bad_input;
 mod command;
 mod config;
+mod conversation;
 mod directory;
 mod disk;
 mod expiry;

@@ -467,7 +467,11 @@ async fn serve(
     let peers = PeersServer::new(PeerService { door: door.clone() })
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
-    let service = RegistryServer::new(Service { door })
+    let service = Service {
+        door,
+        stopping: stopping.clone(),
+    };
+    let service = RegistryServer::new(service)
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
     let stop = async move {

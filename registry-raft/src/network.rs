@@ -25,6 +25,7 @@ use openraft::{RaftNetworkFactory, RaftNetworkV2};
 use parking_lot::Mutex;
 use tonic::{Code, Status};
 
+use crate::conversation::Conversation;
 use crate::log::Identity;
 use crate::peers;
 use crate::proto::registry::peer::v1 as message;
@@ -52,6 +53,7 @@ pub(crate) struct Lane {
     transport: Transport,
     address: String,
     channel: Mutex<Option<Connection>>,
+    conversation: Mutex<Option<Conversation>>,
 }
 
 impl Lane {
@@ -60,6 +62,7 @@ impl Lane {
             transport: transport.clone(),
             address: address.into(),
             channel: Mutex::default(),
+            conversation: Mutex::default(),
         }
     }
 
@@ -76,9 +79,20 @@ impl Lane {
         Ok(channel)
     }
 
+    /// What is passed on to that member goes over one stream.
+    pub(crate) async fn conversation(&self) -> Result<Conversation, Status> {
+        let channel = self.channel().await?;
+        let mut conversation = self.conversation.lock();
+        match &*conversation {
+            Some(begun) if !begun.has_ended() => Ok(begun.clone()),
+            _ => Ok(conversation.insert(Conversation::begin(channel)).clone()),
+        }
+    }
+
     /// It broke, or was too slow: the next question takes a new one.
     pub(crate) fn reset(&self) {
         *self.channel.lock() = None;
+        *self.conversation.lock() = None;
     }
 
     pub(crate) async fn peer(&self) -> Result<PeersClient<Connection>, Status> {

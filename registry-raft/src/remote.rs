@@ -12,6 +12,7 @@ use registry_api::{Error, Event, Namespace, Result, Revision, Watch, WatchFrom, 
 
 use crate::backup::Parts;
 use crate::command::{self, not_understood};
+use crate::conversation::{Conversation, Items};
 use crate::link::{BACKEND, Link, failure};
 use crate::proto;
 use crate::proto::backup_part::Part;
@@ -39,16 +40,24 @@ pub(crate) struct Remote {
 #[derive(Default)]
 struct Current {
     at: usize,
-    channel: Option<Connection>,
+    reached: Option<Reached>,
     /// Did not answer when it was asked last: a hint that it leads is not followed.
     shunned: Option<usize>,
+}
+
+/// A member that took a connection.
+#[derive(Clone)]
+struct Reached {
+    at: usize,
+    channel: Connection,
+    conversation: Conversation,
 }
 
 impl fmt::Debug for Current {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Current")
             .field("at", &self.at)
-            .field("connected", &self.channel.is_some())
+            .field("connected", &self.reached.is_some())
             .finish()
     }
 }
@@ -63,14 +72,14 @@ impl Remote {
     }
 
     /// A connection to the first member from the current one on that takes one. Nothing is sent yet.
-    async fn connect(&self, patience: Duration) -> Result<(usize, Connection)> {
+    async fn connect(&self, patience: Duration) -> Result<Reached> {
         let until = Instant::now() + patience;
         let at = {
             let current = self.current.lock();
-            if let Some(channel) = &current.channel {
-                return Ok((current.at, channel.clone()));
+            match &current.reached {
+                Some(reached) if !reached.conversation.has_ended() => return Ok(reached.clone()),
+                _ => current.at,
             }
-            current.at
         };
         let (mut causes, mut denied) = (Vec::new(), 0);
         for at in (0..self.addresses.len()).map(|step| (at + step) % self.addresses.len()) {
@@ -78,9 +87,15 @@ impl Remote {
             let left = until.saturating_duration_since(Instant::now());
             match self.transport.dial(address, left).await {
                 Ok(channel) => {
+                    let conversation = Conversation::begin(channel.clone());
+                    let reached = Reached {
+                        at,
+                        channel,
+                        conversation,
+                    };
                     let mut current = self.current.lock();
-                    (current.at, current.channel) = (at, Some(channel.clone()));
-                    return Ok((at, channel));
+                    (current.at, current.reached) = (at, Some(reached.clone()));
+                    return Ok(reached);
                 }
                 Err(Error::AccessDenied { source, .. }) => {
                     denied += 1;
@@ -107,7 +122,7 @@ impl Remote {
     fn pass_by(&self, at: usize) {
         let mut current = self.current.lock();
         if current.at == at {
-            (current.at, current.channel) = ((at + 1) % self.addresses.len(), None);
+            (current.at, current.reached) = ((at + 1) % self.addresses.len(), None);
         }
     }
 
@@ -153,7 +168,7 @@ impl Remote {
         loop {
             let left = until.saturating_duration_since(Instant::now());
             let asked = async {
-                let (at, channel) = self.connect(left).await?;
+                let Reached { at, channel, .. } = self.connect(left).await?;
                 let begun = async {
                     let mut parts = Self::client(channel)
                         .backup(proto::BackupRequest {})
@@ -217,10 +232,10 @@ impl Link for Remote {
         };
         let until = Instant::now() + patience;
         // Time that runs out before there is a connection leaves nothing unknown.
-        let (at, channel) = self.connect(patience).await?;
+        let Reached { at, conversation, .. } = self.connect(patience).await?;
         let left = until.saturating_duration_since(Instant::now());
-        match tokio::time::timeout(left, Self::client(channel).call(request)).await {
-            Ok(Ok(response)) => match self.led(response.into_inner()).ok_or_else(not_understood)? {
+        match tokio::time::timeout(left, conversation.ask(request)).await {
+            Ok(Ok(response)) => match self.led(response).ok_or_else(not_understood)? {
                 Answer::Failure(said) => {
                     let error = failure(said);
                     if matches!(error, Error::Unavailable { .. }) && self.addresses.len() > 1 {
@@ -285,11 +300,9 @@ struct WatchStream {
     picture: Picture,
 }
 
-type Items = tonic::Streaming<proto::WatchResponse>;
-
 impl WatchStream {
     async fn open(&mut self, from: WatchFrom) -> Result<Items> {
-        let (at, channel) = self.link.connect(TO_REOPEN).await?;
+        let Reached { at, conversation, .. } = self.link.connect(TO_REOPEN).await?;
         let request = proto::WatchRequest {
             prefix: self.namespace.qualify(self.request.prefix.as_str()),
             scope: match self.request.scope {
@@ -305,7 +318,7 @@ impl WatchStream {
             }),
         };
         let opened = async {
-            let mut items = Remote::client(channel).watch(request).await?.into_inner();
+            let mut items = conversation.watch(request)?;
             let first = items.message().await?;
             Ok::<_, tonic::Status>((first, items))
         };
@@ -396,7 +409,7 @@ impl WatchStream {
         let mut current = Vec::new();
         let mut events = Vec::new();
         let again = *listing && self.picture.entries().next().is_some();
-        while let Some(Ok(response)) = items.next().await {
+        while let Ok(Some(response)) = items.message().await {
             match response.item {
                 Some(Item::Reset(_)) => {
                     self.picture = Picture::default();
@@ -473,7 +486,7 @@ impl WatchStream {
 pub(crate) fn to_messages(
     namespace: Namespace,
     watch: Watch,
-) -> impl futures_util::Stream<Item = Result<proto::WatchResponse, tonic::Status>> + Send {
+) -> impl futures_util::Stream<Item = proto::WatchResponse> + Send {
     let begun = futures_util::stream::iter([proto::WatchResponse { item: None }]);
     let items = watch.flat_map(move |item| {
         let items = match item {
@@ -484,7 +497,7 @@ pub(crate) fn to_messages(
         };
         futures_util::stream::iter(items.into_iter().map(|item| proto::WatchResponse { item: Some(item) }))
     });
-    begun.chain(items).map(Ok)
+    begun.chain(items)
 }
 
 /// Changes that belong together, in as many messages as their size takes.

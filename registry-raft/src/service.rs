@@ -2,13 +2,17 @@
 
 use std::time::Duration;
 
+use futures_util::stream::BoxStream;
+use futures_util::{StreamExt, stream};
 use registry_api::{
     Error, Expect, Key, MAX_OPERATIONS, MAX_TXN, Namespace, Prefix, Revision, WatchFrom, WatchRequest, WatchScope,
 };
-use tonic::{Request, Response, Status};
+use tokio::sync::watch;
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::backup;
 use crate::command::{Change, Command};
+use crate::conversation;
 use crate::founding::Door;
 use crate::link::BACKEND;
 use crate::member::Core;
@@ -28,6 +32,8 @@ pub(crate) const MAX_LIMIT: u64 = 10_000;
 #[derive(Clone, Debug)]
 pub(crate) struct Service {
     pub(crate) door: Door,
+    /// Whether the member stops.
+    pub(crate) stopping: watch::Receiver<bool>,
 }
 
 impl Service {
@@ -38,55 +44,55 @@ impl Service {
             source: "the member is not ready yet".into(),
         })
     }
+
+    pub(crate) async fn answer(&self, request: proto::Request) -> proto::Response {
+        let patience = Duration::from_millis(request.patience_ms.into()).min(MAX_PATIENCE);
+        let call = request
+            .call
+            .ok_or_else(|| Error::InvalidRequest("a request this version does not know".into()));
+        let (answer, leader) = match (call.and_then(|call| check(&call).map(|()| call)), self.core()) {
+            (Ok(call), Ok(core)) if request.forwarded => (core.serve_here(call, patience).await, String::new()),
+            (Ok(call), Ok(core)) => (core.serve(call, patience).await, core.leader_elsewhere()),
+            (Err(error), _) | (_, Err(error)) => (Err(error), String::new()),
+        };
+        let answer = Some(answer.unwrap_or_else(|error| Answer::Failure(said(&error))));
+        proto::Response { leader, answer }
+    }
+
+    /// The items of a watch; a failure alone if it can't begin.
+    pub(crate) async fn watch(&self, request: proto::WatchRequest) -> BoxStream<'static, proto::WatchResponse> {
+        let begun = async {
+            let (namespace, request) = watch_request(request)?;
+            let watch = self.core()?.watch(&namespace, request, MAX_PATIENCE).await?;
+            Ok(to_messages(namespace, watch).boxed())
+        };
+        begun.await.unwrap_or_else(|error: Error| {
+            let item = Some(proto::watch_response::Item::Failure(said(&error)));
+            stream::iter([proto::WatchResponse { item }]).boxed()
+        })
+    }
 }
 
 #[tonic::async_trait]
 impl Registry for Service {
-    async fn call(&self, request: Request<proto::Request>) -> Result<Response<proto::Response>, Status> {
-        let request = request.into_inner();
-        let call = request
-            .call
-            .ok_or_else(|| Status::invalid_argument("a request this version does not know"))?;
-        check(&call).map_err(|error| Status::invalid_argument(error.to_string()))?;
-        let patience = Duration::from_millis(request.patience_ms.into()).min(MAX_PATIENCE);
-        let (answer, leader) = match self.core() {
-            Ok(core) if request.forwarded => (core.serve_here(call, patience).await, String::new()),
-            Ok(core) => (core.serve(call, patience).await, core.leader_elsewhere()),
-            Err(error) => (Err(error), String::new()),
-        };
-        let answer = Some(answer.unwrap_or_else(|error| Answer::Failure(said(&error))));
-        Ok(Response::new(proto::Response { leader, answer }))
+    type ConverseStream = BoxStream<'static, Result<proto::ToldTogether, Status>>;
+
+    async fn converse(
+        &self,
+        asked: Request<Streaming<proto::AskedTogether>>,
+    ) -> Result<Response<Self::ConverseStream>, Status> {
+        let told = conversation::answer(self.clone(), asked.into_inner(), self.stopping.clone());
+        Ok(Response::new(told.boxed()))
     }
 
-    type WatchStream = futures_util::stream::BoxStream<'static, Result<proto::WatchResponse, Status>>;
-
-    async fn watch(&self, request: Request<proto::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        use futures_util::StreamExt;
-        let (namespace, request) =
-            watch_request(request.into_inner()).map_err(|error| Status::invalid_argument(error.to_string()))?;
-        let watch = match self.core() {
-            Ok(core) => core.watch(&namespace, request, MAX_PATIENCE).await,
-            Err(error) => Err(error),
-        };
-        let stream = match watch {
-            Ok(watch) => to_messages(namespace, watch).boxed(),
-            Err(error) => {
-                let item = Some(proto::watch_response::Item::Failure(said(&error)));
-                futures_util::stream::iter([Ok(proto::WatchResponse { item })]).boxed()
-            }
-        };
-        Ok(Response::new(stream))
-    }
-
-    type BackupStream = futures_util::stream::BoxStream<'static, Result<proto::BackupPart, Status>>;
+    type BackupStream = BoxStream<'static, Result<proto::BackupPart, Status>>;
 
     async fn backup(&self, _: Request<proto::BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
-        use futures_util::StreamExt;
         let parts = match self.core() {
             Ok(core) => core.backup().await,
             Err(error) => Err(error),
         };
-        let parts = parts.unwrap_or_else(|error| futures_util::stream::iter([Err(error)]).boxed());
+        let parts = parts.unwrap_or_else(|error| stream::iter([Err(error)]).boxed());
         Ok(Response::new(parts.map(|part| Ok(backup::message(part))).boxed()))
     }
 }

@@ -45,6 +45,8 @@ pub(crate) use refusal::status_error;
 
 /// The largest message either side takes: a transaction or a page, and some room.
 pub(crate) const MAX_MESSAGE: usize = 8 << 20;
+/// How many bytes may be on their way before the other side has read any.
+const WINDOW: u32 = 1 << 20;
 /// How long the other side may take to take a connection, handshake and all.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a connection may be silent before it is asked for a sign of life, and how long for the answer.
@@ -83,6 +85,8 @@ impl Transport {
         // To hyper the connection is a plain one: TLS is beneath, in the connector.
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .map_err(|error| unavailable(&error))?
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(WINDOW)
             .http2_keep_alive_interval(SILENCE)
             .keep_alive_timeout(SILENCE)
             .keep_alive_while_idle(true);
@@ -120,6 +124,8 @@ impl Transport {
     /// Answers until `stop`, and until what is under way then has ended.
     pub(crate) async fn serve(&self, listener: TcpListener, routes: Routes, stop: impl Future<Output = ()>) {
         let server = Server::builder()
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(WINDOW)
             .http2_keepalive_interval(Some(SILENCE_OF_CALLERS))
             .http2_keepalive_timeout(Some(SILENCE_OF_CALLERS))
             .layer(InterceptorLayer::new(Demand(self.token.clone())))

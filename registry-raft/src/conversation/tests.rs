@@ -1,0 +1,224 @@
+use std::time::Duration;
+
+use registry_api::{Key, Options, Registry};
+use registry_tests::Dice;
+use registry_tests::cluster::{eventually, within};
+use tempfile::TempDir;
+
+use super::*;
+use crate::bad_input::damaged;
+use crate::config::RaftConfig;
+use crate::member::Member;
+use crate::proto::request::Call;
+use crate::proto::response::Answer;
+use crate::transport::Transport;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Spoken {
+    _dir: TempDir,
+    member: Member,
+    registry: Arc<dyn Registry>,
+    conversation: Conversation,
+}
+
+impl Spoken {
+    async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let config = RaftConfig {
+            data_dir: Some(dir.path().join("data")),
+            listen: Some("127.0.0.1:0".into()),
+            ..RaftConfig::default()
+        };
+        let member = Member::start(&config).await.unwrap();
+        let registry = member.connect(&Options::default()).await.unwrap();
+        let transport = Transport::new(&RaftConfig::default()).unwrap();
+        let address = member.address().unwrap().to_string();
+        let channel = transport.dial(&address, PATIENCE).await.unwrap();
+        Self {
+            _dir: dir,
+            member,
+            registry,
+            conversation: Conversation::begin(channel),
+        }
+    }
+
+    /// What the member says of a key.
+    async fn get(&self, key: &str) -> Result<Option<Answer>, Status> {
+        let get = proto::Get {
+            key: format!("/registry{key}"),
+            ..proto::Get::default()
+        };
+        let request = proto::Request {
+            patience_ms: 10_000,
+            forwarded: false,
+            call: Some(Call::Get(get)),
+        };
+        within(PATIENCE, self.conversation.ask(request))
+            .await
+            .map(|told| told.answer)
+    }
+
+    fn watch(&self) -> Items {
+        let request = proto::WatchRequest {
+            prefix: "/registry/a".into(),
+            ..proto::WatchRequest::default()
+        };
+        self.conversation.watch(request).unwrap()
+    }
+
+    fn waiters(&self) -> usize {
+        self.conversation.waiting.lock().waiters.len()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_question_gets_its_own_answer() {
+    let spoken = Spoken::start().await;
+    for n in 0..50 {
+        let key = Key::parse(&format!("/k/{n}")).unwrap();
+        spoken.registry.put(&key, n.to_string()).await.unwrap();
+    }
+    // More at once than are worked on at once, some of them with large answers, others dropped halfway.
+    spoken
+        .registry
+        .put(&Key::parse("/k/large").unwrap(), vec![7; 300_000])
+        .await
+        .unwrap();
+    let spoken = &spoken;
+    let asked = (0..3_000_usize).map(|n| async move {
+        if n % 100 == 1 {
+            let get = spoken.get("/k/large");
+            drop(tokio::time::timeout(Duration::from_micros(n as u64), get).await);
+            return;
+        }
+        let n = n % 50;
+        match spoken.get(&format!("/k/{n}")).await.unwrap() {
+            Some(Answer::Get(proto::GetAnswer { entry: Some(entry), .. })) => assert_eq!(entry.value, n.to_string()),
+            other => panic!("{other:?}"),
+        }
+    });
+    futures_util::future::join_all(asked).await;
+    assert_eq!(spoken.waiters(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bad_question_is_answered_and_spoils_no_other() {
+    let spoken = Spoken::start().await;
+    let answer = spoken.get("/../a").await.unwrap();
+    assert!(matches!(answer, Some(Answer::Failure(said)) if said.kind() == proto::failure::Kind::Invalid));
+    assert!(matches!(spoken.get("/a").await, Ok(Some(Answer::Get(_)))));
+    let unknown = proto::Request::default();
+    let answer = within(PATIENCE, spoken.conversation.ask(unknown)).await.unwrap().answer;
+    assert!(matches!(answer, Some(Answer::Failure(said)) if said.kind() == proto::failure::Kind::Invalid));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_ends_on_the_member_when_nobody_reads_it_any_more() {
+    let spoken = Spoken::start().await;
+    let mut watches: Vec<_> = (0..10).map(|_| spoken.watch()).collect();
+    for items in &mut watches {
+        assert_eq!(within(PATIENCE, items.message()).await.unwrap().unwrap().item, None);
+    }
+    assert_eq!(spoken.member.status().watches, 10);
+    let kept = watches.pop();
+    drop(watches);
+    eventually(PATIENCE, || async { spoken.member.status().watches == 1 }).await;
+    assert_eq!(spoken.waiters(), 1);
+    // With the conversation, whatever is left of it ends.
+    let Spoken {
+        member, conversation, ..
+    } = spoken;
+    drop((kept, conversation));
+    eventually(PATIENCE, || async { member.status().watches == 0 }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn when_the_member_stops_everybody_is_told_and_it_waits_for_nobody() {
+    let spoken = Spoken::start().await;
+    let mut items = spoken.watch();
+    within(PATIENCE, items.message()).await.unwrap().unwrap();
+    let Spoken {
+        _dir: dir,
+        member,
+        registry,
+        conversation,
+    } = spoken;
+    assert!(!conversation.has_ended());
+    member.stop().await.unwrap();
+    let last = async { while let Ok(Some(_)) = items.message().await {} };
+    within(PATIENCE, last).await;
+    eventually(PATIENCE, || async { conversation.has_ended() }).await;
+    let refused = within(PATIENCE, conversation.ask(proto::Request::default())).await;
+    // It came to its end, and was not cut off with those who are still there when the member's patience is over.
+    assert_eq!(refused.unwrap_err().message(), gone().message());
+    assert!(conversation.watch(proto::WatchRequest::default()).is_err());
+    drop((registry, dir));
+}
+
+/// The part of a message that is about one question.
+fn asked(number: u64, what: Ask) -> proto::Asked {
+    let what = Some(what);
+    proto::Asked { number, what }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_was_asked_the_next_is_answered() {
+    let spoken = Spoken::start().await;
+    let get = Call::Get(proto::Get {
+        key: "/registry/a".into(),
+        ..proto::Get::default()
+    });
+    let request = proto::Request {
+        patience_ms: 1_000,
+        forwarded: false,
+        call: Some(get),
+    };
+    let watch = proto::WatchRequest {
+        prefix: "/registry/a".into(),
+        scope: 1,
+        from: None,
+    };
+    let parts = [Ask::Request(request), Ask::Watch(watch), Ask::Cancel(proto::Unit {})];
+    let message = proto::AskedTogether {
+        asked: (0..)
+            .map(|n| n / 2)
+            .zip(parts)
+            .map(|(number, what)| asked(number, what))
+            .collect(),
+    };
+    damaged(&mut Dice::of_run(), &[message], |message| {
+        let understood = message.asked.iter().all(|asked| asked.what.is_some());
+        for asked in message.asked {
+            spoken.conversation.asking.send(asked).unwrap();
+        }
+        understood
+    });
+    // A number that none of them had.
+    spoken.conversation.waiting.lock().next = 1 << 50;
+    assert!(matches!(spoken.get("/a").await, Ok(Some(Answer::Get(_)))));
+}
+
+#[test]
+fn what_is_told_damaged_is_told_or_passed_over() {
+    let response = proto::Response {
+        leader: "h:1".into(),
+        answer: Some(Answer::Done(proto::Unit {})),
+    };
+    let item = proto::WatchResponse { item: None };
+    let told = [(1, Tell::Response(response)), (2, Tell::Item(item))];
+    let told = told.map(|(number, what)| proto::Told {
+        number,
+        what: Some(what),
+    });
+    let message = proto::ToldTogether { told: told.to_vec() };
+    damaged(&mut Dice::of_run(), &[message], |message| {
+        let (once, mut answer) = oneshot::channel();
+        let (items, mut heard) = mpsc::unbounded_channel();
+        let mut waiting = Waiting::default();
+        waiting.add(Waiter::Once(once)).unwrap();
+        waiting.add(Waiter::Items(items)).unwrap();
+        message.told.into_iter().for_each(|told| waiting.tell(told));
+        answer.try_recv().is_ok() || heard.try_recv().is_ok()
+    });
+}
