@@ -160,12 +160,23 @@ impl Core {
 
     /// Waits until the local copy has all that was acknowledged before.
     pub(crate) async fn barrier(&self) -> Result<()> {
+        if self.alone().has_all() {
+            return Ok(());
+        }
         match self.leader().await? {
-            Leader::This => match self.raft().ensure_linearizable(ReadPolicy::ReadIndex).await {
-                Ok(_) => Ok(()),
-                Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => Err(no_leader()),
-                Err(error) => Err(unavailable(error)),
-            },
+            Leader::This => {
+                let alone = self.alone().since();
+                match self.raft().ensure_linearizable(ReadPolicy::ReadIndex).await {
+                    Ok(_) => {
+                        if let Some(since) = alone {
+                            self.alone().caught_up(since);
+                        }
+                        Ok(())
+                    }
+                    Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => Err(no_leader()),
+                    Err(error) => Err(unavailable(error)),
+                }
+            }
             Leader::Other(..) => {
                 let (done, waits) = oneshot::channel();
                 self.readers()

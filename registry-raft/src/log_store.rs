@@ -7,10 +7,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use openraft::storage::{IOFlushed, RaftLogStorage};
-use openraft::{LogState, RaftLogReader};
+use openraft::{EntryPayload, LogState, RaftLogReader};
 use registry_api::Result;
 use tokio::sync::oneshot;
 
+use crate::alone::Alone;
 use crate::disk::{Disk, DiskFile, Folder};
 use crate::log::{self, Identity, Job, Log, OnFatal, Options, Place};
 use crate::types::{LogEntry, LogId, TypeConfig, Vote};
@@ -21,9 +22,9 @@ const READ_BYTES: u64 = 2 << 20;
 /// An entry that is to be read: from memory, or from its file.
 type Found = (LogId, Option<LogEntry>, Option<(Place, Arc<dyn DiskFile>)>);
 
-/// A member's log. Cloning shares it.
+/// A member's log, and whether by it the member is alone. Cloning shares both.
 #[derive(Clone, Debug)]
-pub(crate) struct LogStore(Arc<Log>);
+pub(crate) struct LogStore(Arc<Log>, Arc<Alone>);
 
 impl LogStore {
     /// Opens the log in that directory.
@@ -36,11 +37,16 @@ impl LogStore {
 
     /// As [`LogStore::open`], on any disk.
     pub(crate) fn on(disk: Arc<dyn Disk>, identity: Identity, options: Options, on_fatal: OnFatal) -> Result<Self> {
-        Ok(Self(Arc::new(Log::open(disk, identity, options, on_fatal)?)))
+        let log = Log::open(disk, identity, options, on_fatal)?;
+        Ok(Self(Arc::new(log), Arc::new(Alone::new(identity.member))))
     }
 
-    pub(crate) fn in_memory() -> Self {
-        Self(Arc::new(Log::in_memory()))
+    pub(crate) fn in_memory(member: u64) -> Self {
+        Self(Arc::new(Log::in_memory()), Arc::new(Alone::new(member)))
+    }
+
+    pub(crate) fn alone(&self) -> &Alone {
+        &self.1
     }
 
     pub(crate) fn log(&self) -> &Log {
@@ -159,6 +165,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             // Readable at once, before they are on disk.
             let mut state = self.0.state.lock();
             for entry in &entries {
+                if let EntryPayload::Membership(membership) = &entry.payload {
+                    self.1.note(Some(membership));
+                }
                 state.push(entry.clone(), None)?;
             }
         }
@@ -170,6 +179,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> io::Result<()> {
         self.0.state.lock().truncate_after(last);
+        self.1.note(None);
         self.wait(|done| Job::Truncate(last, done)).await
     }
 
@@ -238,7 +248,7 @@ mod tests {
             let snapshots = Snapshots::open(None, IDENTITY).unwrap();
             Ok((
                 (),
-                LogStore::in_memory(),
+                LogStore::in_memory(1),
                 StateMachine::open(Store::default(), Arc::new(snapshots)).unwrap(),
             ))
         }

@@ -1,6 +1,8 @@
 //! A member: the process that stores, and answers for the group.
 
 #[cfg(test)]
+mod alone;
+#[cfg(test)]
 mod differing;
 #[cfg(test)]
 mod foreign;
@@ -20,6 +22,7 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Semaphore, oneshot, watch};
 use tonic::service::Routes;
 
+use crate::alone::Alone;
 use crate::backend::RaftRegistry;
 use crate::command::{Change, Command, Outcome, Reply};
 use crate::config::{RaftConfig, Timers};
@@ -292,6 +295,8 @@ impl Running {
         self.threads.handle()?.block_on(core.hand_over());
         self.stop.send_replace(true);
         core.store.end_watches();
+        // Another process may acknowledge what this one never hears of.
+        core.alone().note(None);
         let closed = self.threads.handle()?.block_on(async {
             if let Some(server) = self.server {
                 let grace = tokio::time::timeout(Duration::from_secs(1), server).await;
@@ -375,7 +380,7 @@ async fn start(config: &RaftConfig) -> Result<Started> {
             crate::log::Options::default(),
             crate::log::abort(),
         )?,
-        None => LogStore::in_memory(),
+        None => LogStore::in_memory(identity.member),
     };
     let snapshots = Arc::new(Snapshots::open(
         directory.as_ref().map(|directory| directory.snapshots()),
@@ -394,6 +399,9 @@ async fn start(config: &RaftConfig) -> Result<Started> {
     )
     .await
     .map_err(unavailable)?;
+    // Nobody else reaches the log yet.
+    let membership = raft.metrics().borrow_watched().membership_config.clone();
+    log.alone().note(Some(membership.membership()));
     let (readers, waiting) = leader::readers();
     let core = Core {
         identity,
@@ -521,6 +529,10 @@ impl Core {
 
     pub(crate) fn store(&self) -> &Store {
         &self.store
+    }
+
+    pub(crate) fn alone(&self) -> &Alone {
+        self.log.alone()
     }
 
     pub(crate) fn snapshots(&self) -> &Snapshots {
