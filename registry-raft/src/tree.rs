@@ -4,9 +4,12 @@
 //! which then copy the nodes they change, a handful each. Every inner node knows how many records are below it, so
 //! counting a prefix and paging cost the depth of the tree, not its size.
 
+mod slots;
+
 use std::sync::Arc;
 
 use bytes::Bytes;
+use slots::{Keyed, Slots};
 
 /// The most slots of a node. A node that falls below a quarter is merged with a neighbour where both fit in one.
 const MAX: usize = 64;
@@ -33,8 +36,8 @@ pub(crate) struct Tree {
 
 #[derive(Clone, Debug)]
 enum Node {
-    Leaf(Vec<Arc<Record>>),
-    Inner(Vec<Child>),
+    Leaf(Slots<Arc<Record>>),
+    Inner(Slots<Child>),
 }
 
 #[derive(Clone, Debug)]
@@ -45,9 +48,21 @@ struct Child {
     node: Arc<Node>,
 }
 
+impl Keyed for Arc<Record> {
+    fn key(&self) -> &str {
+        &self.key
+    }
+}
+
+impl Keyed for Child {
+    fn key(&self) -> &str {
+        &self.first
+    }
+}
+
 impl Default for Node {
     fn default() -> Self {
-        Self::Leaf(Vec::new())
+        Self::Leaf(Slots::default())
     }
 }
 
@@ -61,7 +76,7 @@ impl Tree {
         loop {
             match node {
                 Node::Inner(children) => node = &children[child_for(children, key)].node,
-                Node::Leaf(records) => return search(records, key).ok().map(|at| &records[at]),
+                Node::Leaf(records) => return records.find(key).ok().map(|at| &records[at]),
             }
         }
     }
@@ -71,7 +86,7 @@ impl Tree {
         let (old, split) = insert(&mut self.root, record);
         if let Some(right) = split {
             let left = Child::of(std::mem::take(&mut self.root));
-            self.root = Arc::new(Node::Inner(vec![left, right]));
+            self.root = Arc::new(Node::Inner(Slots::of(vec![left, right])));
         }
         old
     }
@@ -99,7 +114,7 @@ impl Tree {
                     before += children[..at].iter().map(|child| child.len).sum::<usize>();
                     node = &children[at].node;
                 }
-                Node::Leaf(records) => return before + search(records, key).unwrap_or_else(|at| at),
+                Node::Leaf(records) => return before + records.find(key).unwrap_or_else(|at| at),
             }
         }
     }
@@ -121,7 +136,7 @@ impl Tree {
                     node = &children[at].node;
                 }
                 Node::Leaf(records) => {
-                    let at = search(records, key).unwrap_or_else(|at| at);
+                    let at = records.find(key).unwrap_or_else(|at| at);
                     return Iter {
                         path,
                         leaf: records[at..].iter(),
@@ -168,12 +183,8 @@ impl Child {
 }
 
 /// The child that holds the key if any does: the last whose first key is not larger.
-fn child_for(children: &[Child], key: &str) -> usize {
-    children.partition_point(|child| &*child.first <= key).saturating_sub(1)
-}
-
-fn search(records: &[Arc<Record>], key: &str) -> Result<usize, usize> {
-    records.binary_search_by(|record| (*record.key).cmp(key))
+fn child_for(children: &Slots<Child>, key: &str) -> usize {
+    children.find(key).unwrap_or_else(|at| at.saturating_sub(1))
 }
 
 /// Answers the record that was replaced, and a new right neighbour if the node was split.
@@ -182,7 +193,7 @@ fn insert(node: &mut Arc<Node>, record: Arc<Record>) -> (Option<Arc<Record>>, Op
     let mut old = None;
     // Where the last slot was written: a split there leaves the left node full, as keys that come in order need it.
     let at_end = match node {
-        Node::Leaf(records) => match search(records, &record.key) {
+        Node::Leaf(records) => match records.find(&record.key) {
             Ok(at) => {
                 old = Some(std::mem::replace(&mut records[at], record));
                 false
@@ -194,10 +205,11 @@ fn insert(node: &mut Arc<Node>, record: Arc<Record>) -> (Option<Arc<Record>>, Op
         },
         Node::Inner(children) => {
             let at = child_for(children, &record.key);
-            let child = &mut children[at];
-            if record.key < child.first {
-                child.first = record.key.clone();
+            if record.key < children[at].first {
+                children[at].first = record.key.clone();
+                children.rekeyed(at);
             }
+            let child = &mut children[at];
             let (replaced, split) = insert(&mut child.node, record);
             child.len += usize::from(replaced.is_none());
             old = replaced;
@@ -224,7 +236,7 @@ fn insert(node: &mut Arc<Node>, record: Arc<Record>) -> (Option<Arc<Record>>, Op
 
 fn remove(node: &mut Arc<Node>, key: &str) -> Option<Arc<Record>> {
     match Arc::make_mut(node) {
-        Node::Leaf(records) => search(records, key).ok().map(|at| records.remove(at)),
+        Node::Leaf(records) => records.find(key).ok().map(|at| records.remove(at)),
         Node::Inner(children) => {
             let at = child_for(children, key);
             let removed = remove(&mut children[at].node, key)?;
@@ -238,7 +250,7 @@ fn remove(node: &mut Arc<Node>, key: &str) -> Option<Arc<Record>> {
 }
 
 /// Merges a small child with a neighbour, if both fit in one node.
-fn merge(children: &mut Vec<Child>, at: usize) {
+fn merge(children: &mut Slots<Child>, at: usize) {
     let left = at.saturating_sub(1);
     if left + 1 >= children.len() || children[left].node.slots() + children[left + 1].node.slots() > MAX {
         return;
@@ -246,8 +258,8 @@ fn merge(children: &mut Vec<Child>, at: usize) {
     let right = children.remove(left + 1);
     let left = &mut children[left];
     match (Arc::make_mut(&mut left.node), &*right.node) {
-        (Node::Leaf(records), Node::Leaf(more)) => records.extend_from_slice(more),
-        (Node::Inner(children), Node::Inner(more)) => children.extend_from_slice(more),
+        (Node::Leaf(records), Node::Leaf(more)) => records.extend(more),
+        (Node::Inner(children), Node::Inner(more)) => children.extend(more),
         _ => unreachable!("neighbours are of one height"),
     }
     left.len += right.len;
@@ -299,11 +311,10 @@ mod tests {
 
     use super::*;
 
-    fn record(key: u16, revision: u64) -> Arc<Record> {
-        let key = format!("/{key:03x}").into();
+    fn record(key: &str, revision: u64) -> Arc<Record> {
         let value = Bytes::new();
         Arc::new(Record {
-            key,
+            key: key.into(),
             value,
             create_revision: revision,
             mod_revision: revision,
@@ -312,9 +323,49 @@ mod tests {
         })
     }
 
+    fn number(key: u16) -> String {
+        format!("/{key:03x}")
+    }
+
     fn same(tree: &Tree, model: &BTreeMap<Arc<str>, Arc<Record>>) {
         assert_eq!(tree.len(), model.len());
         assert!(tree.from("").eq(model.values()));
+    }
+
+    /// Puts and deletes those keys, and looks for the others.
+    fn is_a_map(changes: &[(String, u8)], others: impl IntoIterator<Item = String>) {
+        let (mut tree, mut model) = (Tree::default(), BTreeMap::new());
+        let mut frozen = None;
+        let removing = changes.len() / 2;
+        for (revision, (key, what)) in changes.iter().enumerate() {
+            let record = record(key, revision as u64);
+            // Mostly puts first, then mostly deletes, so that nodes split and merge.
+            let put = if revision < removing { *what > 0 } else { *what == 0 };
+            if put {
+                assert_eq!(tree.insert(record.clone()), model.insert(record.key.clone(), record));
+            } else {
+                assert_eq!(tree.remove(&record.key), model.remove(&record.key));
+            }
+            if revision == removing {
+                frozen = Some((tree.clone(), model.clone()));
+            }
+        }
+        same(&tree, &model);
+        let (tree, model) = frozen.unwrap();
+        same(&tree, &model);
+        for key in others
+            .into_iter()
+            .chain(changes.iter().step_by(37).map(|(key, _)| key.clone()))
+        {
+            let key: Arc<str> = key.into();
+            assert_eq!(tree.rank(&key), model.range(..key.clone()).count());
+            assert_eq!(tree.get(&key), model.get(&key));
+            assert!(
+                tree.from(&key)
+                    .take(5)
+                    .eq(model.range(key..).map(|(_, record)| record).take(5))
+            );
+        }
     }
 
     proptest! {
@@ -322,31 +373,17 @@ mod tests {
         /// The tree holds, counts and orders what a `BTreeMap` does, and a clone stays as it was.
         #[test]
         fn is_an_ordered_map(changes in proptest::collection::vec((0u16..3000, 0u8..8), 1..4000)) {
-            let (mut tree, mut model) = (Tree::default(), BTreeMap::new());
-            let mut frozen = None;
-            let removing = changes.len() / 2;
-            for (revision, (key, what)) in changes.iter().enumerate() {
-                let record = record(*key, revision as u64);
-                // Mostly puts first, then mostly deletes, so that nodes split and merge.
-                let put = if revision < removing { *what > 0 } else { *what == 0 };
-                if put {
-                    prop_assert_eq!(tree.insert(record.clone()), model.insert(record.key.clone(), record));
-                } else {
-                    prop_assert_eq!(tree.remove(&record.key), model.remove(&record.key));
-                }
-                if revision == removing {
-                    frozen = Some((tree.clone(), model.clone()));
-                }
-            }
-            same(&tree, &model);
-            let (tree, model) = frozen.unwrap();
-            same(&tree, &model);
-            for key in (0..3000).step_by(37) {
-                let key: Arc<str> = format!("/{key:03x}").into();
-                prop_assert_eq!(tree.rank(&key), model.range(..key.clone()).count());
-                prop_assert_eq!(tree.get(&key), model.get(&key));
-                prop_assert!(tree.from(&key).take(5).eq(model.range(key..).map(|(_, record)| record).take(5)));
-            }
+            let changes: Vec<_> = changes.into_iter().map(|(key, what)| (number(key), what)).collect();
+            is_a_map(&changes, (0..3000).step_by(37).map(number));
+        }
+
+        /// Keys of all lengths, which share much or nothing, and bytes that sort around the separator.
+        #[test]
+        fn is_an_ordered_map_of_any_keys(
+            changes in proptest::collection::vec(("(/a|/aaaaaaaaaaaaaaaa|/b/)?[a!/\u{0}é]{0,10}", 0u8..8), 1..1500),
+            others in proptest::collection::vec("(/a|/aaaaaaaaaaaaaaaa|/b)?[a!/\u{0}é]{0,3}", 100),
+        ) {
+            is_a_map(&changes, others);
         }
     }
 
@@ -354,7 +391,7 @@ mod tests {
     fn keys_in_order_fill_the_nodes() {
         let mut tree = Tree::default();
         for key in 0..4096 {
-            tree.insert(record(key, 1));
+            tree.insert(record(&number(key), 1));
         }
         let Node::Inner(children) = &*tree.root else {
             panic!("4096 records fit no leaf")
