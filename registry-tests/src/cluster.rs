@@ -74,6 +74,16 @@ pub trait Members: Cluster {
     /// there is a way.
     async fn trim(&self) -> bool;
 
+    /// Sets the wall clock of one so many seconds ahead of the machine's. Says whether there is a way.
+    async fn set_clock(&self, _: usize, _: i64) -> bool {
+        false
+    }
+
+    /// Has one more process join, store and vote, and leave again, whatever breaks meanwhile. Says whether there is a way.
+    async fn have_a_guest(&self) -> bool {
+        false
+    }
+
     /// The network between them, if it can be broken.
     fn net(&self) -> Option<&Net> {
         None

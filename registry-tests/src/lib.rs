@@ -6,6 +6,7 @@
 //! written once, below.
 
 pub mod certificate;
+pub mod clock;
 pub mod cluster;
 pub mod cost;
 pub mod dice;
@@ -23,6 +24,7 @@ pub mod session;
 pub mod torture;
 pub mod watch;
 
+pub use clock::WallClock;
 pub use cluster::{Cluster, Members, TTL, key, prefix, within};
 pub use dice::Dice;
 pub use net::Net;

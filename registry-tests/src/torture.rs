@@ -167,7 +167,9 @@ pub async fn run(cluster: &impl Members, plan: Plan) -> Arc<Counts> {
     let break_wires = faults::break_wires(&wires, &options, until, dice.split(), &run);
     let break_members = async {
         if plan.breaks == Breaks::Everything {
-            faults::break_members(cluster, &options, until, dice.split(), &run).await;
+            let breaking = faults::break_members(cluster, &options, until, dice.split(), &run);
+            let guests = faults::have_guests(cluster, &options, until, dice.split(), &run);
+            tokio::join!(breaking, guests);
         }
     };
     let soak = soak::Soak::watch(cluster, until, &run);

@@ -1,27 +1,51 @@
 //! What the suite has break, on three members, each a process of its own: one fault after the other, and everything at once.
 
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures_util::future::join_all;
-use registry::raft::{self, RaftConfig};
-use registry::{Options, Registry, Result, SessionId, SessionTtl};
+use registry::raft::{self, MemberChange, RaftConfig};
+use registry::{Error, Options, Registry, Result, SessionId, SessionTtl};
 use registry_tests::torture::Usage;
-use registry_tests::{Cluster, Members, Net, Wire, key};
+use registry_tests::{Cluster, Members, Net, Process, WallClock, Wire, cluster, key, within};
+use tokio::process::Command;
 use tokio::sync::Mutex;
 
-use crate::harness::Group;
+use crate::harness::{self, Group};
 
 /// How many members there are.
 const MEMBERS: usize = 3;
 /// How much log makes a member take a snapshot.
 const SNAPSHOT_LOG_BYTES: usize = 1 << 20;
+/// Whoever is to join may need the group whole for that, and it seldom is.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// The name of each member that comes and goes.
+const GUEST: &str = "d";
 
 struct Three {
     group: Mutex<Group>,
     net: Arc<Net>,
     addresses: Vec<String>,
+    clocks: Vec<WallClock>,
+    guests: AtomicU64,
+}
+
+fn settings() -> String {
+    format!("snapshot_log_bytes = {SNAPSHOT_LOG_BYTES}")
+}
+
+fn clock(config: &Path) -> WallClock {
+    WallClock::told_by(&config.with_extension("clock"))
+}
+
+/// A member with a wall clock of its own.
+fn serving(config: &Path) -> Command {
+    let mut command = harness::serving(config);
+    clock(config).give_to(&mut command);
+    command
 }
 
 impl Three {
@@ -32,16 +56,33 @@ impl Three {
     async fn all<F: Future<Output = ()>>(&self, each: impl Fn(usize) -> F) {
         join_all((0..MEMBERS).map(each)).await;
     }
+
+    /// Changes the members, however often that has to be asked for.
+    async fn change(&self, change: MemberChange) {
+        let began = Instant::now();
+        cluster::eventually(PATIENCE, || async {
+            match raft::change_members(&self.remote(), &self.options(), change.clone()).await {
+                Ok(()) => true,
+                // Nobody of that name is there: the guest is not yet, or not any more, and the answer was lost.
+                Err(Error::InvalidRequest(_)) => matches!(change, MemberChange::Remove { .. }),
+                Err(Error::Unavailable { .. } | Error::OutcomeUnknown { .. } | Error::DeadlineExceeded { .. }) => false,
+                Err(error) => panic!("{change:?}, after {:?}: {error:?}", began.elapsed()),
+            }
+        })
+        .await;
+    }
 }
 
 #[async_trait]
 impl Cluster for Three {
     async fn start() -> Self {
-        let group = Group::start_with(MEMBERS, |_| format!("snapshot_log_bytes = {SNAPSHOT_LOG_BYTES}")).await;
+        let group = Group::start_program(MEMBERS, |_| settings(), serving).await;
         Self {
             net: group.net.clone(),
+            clocks: ["a", "b", "c"].map(|name| clock(&group.config_file(name))).into(),
             addresses: group.listen.iter().map(ToString::to_string).collect(),
             group: Mutex::new(group),
+            guests: AtomicU64::new(0),
         }
     }
 
@@ -119,6 +160,31 @@ impl Members for Three {
         // One that can't be closed ends by its TTL.
         let _ = registry.close().await;
         trimmed
+    }
+
+    async fn set_clock(&self, member: usize, seconds: i64) -> bool {
+        self.clocks[member].jump(seconds);
+        true
+    }
+
+    async fn have_a_guest(&self) -> bool {
+        let (config, data) = {
+            let group = self.group.lock().await;
+            group.write_joiner(GUEST, harness::free_address(), &settings());
+            (group.config_file(GUEST), group.directory().join(GUEST))
+        };
+        let mut guest = Process::start_unready(harness::serving(&config));
+        let name = GUEST.to_owned();
+        self.change(MemberChange::Promote { name: name.clone() }).await;
+        // One in two dies with its vote.
+        if self.guests.fetch_add(1, Ordering::Relaxed) % 2 == 1 {
+            guest.kill().await;
+        }
+        self.change(MemberChange::Remove { name }).await;
+        // It hears of it from the others.
+        within(PATIENCE, guest.ended()).await.unwrap();
+        std::fs::remove_dir_all(data).unwrap();
+        true
     }
 
     fn net(&self) -> Option<&Net> {

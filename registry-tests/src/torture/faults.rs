@@ -70,7 +70,7 @@ pub(super) async fn break_members(
             0 => (0..cluster.members()).collect(),
             _ => vec![one],
         };
-        match dice.roll(7) {
+        match dice.roll(8) {
             0 | 1 => {
                 run.counts.one("kills");
                 join_all(members.iter().map(|&member| cluster.kill_member(member))).await;
@@ -86,6 +86,7 @@ pub(super) async fn break_members(
                 join_all(members.iter().map(|&member| cluster.resume_member(member))).await;
             }
             4 if cluster.trim().await => run.counts.one("trims"),
+            5 if set_clocks(cluster, &members, &mut dice).await => run.counts.one("jumps of clocks"),
             _ => {
                 if let Some(net) = cluster.net() {
                     break_net(net, one, cluster.members(), &mut dice, run);
@@ -96,6 +97,26 @@ pub(super) async fn break_members(
         }
         sleep(dice.time(ttl / 2), until).await;
     }
+}
+
+/// Has more members come and go, beside whatever else breaks.
+pub(super) async fn have_guests(cluster: &impl Members, options: &Options, until: Instant, mut dice: Dice, run: &Run) {
+    while Instant::now() < until && cluster.have_a_guest().await {
+        run.counts.one("members added and removed");
+        sleep(dice.time(options.session_ttl.get()), until).await;
+    }
+}
+
+/// Each goes wrong by up to a day, to either side; says whether there is a way.
+async fn set_clocks(cluster: &impl Members, members: &[usize], dice: &mut Dice) -> bool {
+    const DAY: i64 = 86_400;
+    for &member in members {
+        let ahead = dice.pick(2 * DAY as usize) as i64 - DAY;
+        if !cluster.set_clock(member, ahead).await {
+            return false;
+        }
+    }
+    true
 }
 
 /// Breaks ways of one member to the others.
