@@ -18,41 +18,52 @@ use crate::proto::response::Answer;
 pub(crate) struct Sessions {
     link: Arc<dyn Link>,
     ttl: Duration,
-    patience: Duration,
+    /// How long is tried to open or close one, and to keep one alive: a little less than the keeper waits, so that the
+    /// cause is told and not only that time ran out.
+    to_change: Duration,
+    to_keep: Duration,
 }
 
 impl Sessions {
     pub(crate) fn new(link: Arc<dyn Link>, options: &Options) -> Self {
-        // A little less than the keeper waits, so that the cause is told and not only that time ran out.
-        let patience = options.connect_timeout.min(options.request_timeout).mul_f64(0.9);
+        let (ttl, timeout) = (
+            options.session_ttl.get(),
+            options.connect_timeout.min(options.request_timeout),
+        );
         Self {
             link,
-            ttl: options.session_ttl.get(),
-            patience,
+            ttl,
+            to_change: timeout.mul_f64(0.9),
+            // The keeper's turn is a third of the TTL.
+            to_keep: (ttl / 3).min(timeout).mul_f64(0.9),
         }
     }
 
-    /// A change that may be asked for twice: a second session that nobody uses expires, a second close finds nothing.
-    async fn change(&self, change: Change) -> Result<Outcome> {
-        let until = Instant::now() + self.patience;
+    /// Asks what may be asked twice, until somebody answers: a second session that nobody uses expires, a second close
+    /// finds nothing, and a keep-alive is one. Members fail over faster than the keeper tries again.
+    async fn ask(&self, call: Call, patience: Duration) -> Result<Answer> {
+        let until = Instant::now() + patience;
         let mut backoff = Duration::from_millis(5);
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            match self.link.command(Command::new(change.clone()), left).await {
-                Ok(reply) => return reply.result.ok_or_else(not_understood),
-                Err(Error::Unavailable { source, .. } | Error::OutcomeUnknown { source, .. }) if left <= backoff => {
-                    return Err(Error::Unavailable {
-                        backend: BACKEND,
-                        source,
-                    });
-                }
-                Err(Error::Unavailable { source, .. } | Error::OutcomeUnknown { source, .. }) => {
-                    tracing::debug!(error = %source, "a session can't be opened or closed yet");
-                }
-                Err(error) => return Err(error),
+            let source = match self.link.call(call.clone(), left).await {
+                Err(Error::Unavailable { source, .. } | Error::OutcomeUnknown { source, .. }) => source,
+                answered => return answered,
+            };
+            if Instant::now() + backoff >= until {
+                let backend = BACKEND;
+                return Err(Error::Unavailable { backend, source });
             }
+            tracing::debug!(error = %source, "nobody answers for a session yet");
             tokio::time::sleep(backoff).await;
             backoff = (backoff * 2).min(Duration::from_millis(200));
+        }
+    }
+
+    async fn change(&self, change: Change) -> Result<Outcome> {
+        match self.ask(Call::Command(Command::new(change)), self.to_change).await? {
+            Answer::Reply(reply) => reply.result.ok_or_else(not_understood),
+            _ => Err(not_understood()),
         }
     }
 }
@@ -72,16 +83,10 @@ impl SessionStore for Sessions {
     }
 
     async fn keep_alive(&self, session: SessionId) -> Result<()> {
-        match self
-            .link
-            .call(Call::KeepAlive(proto::KeepAlive { session: session.0 }), self.patience)
-            .await?
-        {
+        let call = Call::KeepAlive(proto::KeepAlive { session: session.0 });
+        match self.ask(call, self.to_keep).await? {
             Answer::Done(_) => Ok(()),
-            _ => Err(Error::Unavailable {
-                backend: BACKEND,
-                source: "no answer to a keep-alive".into(),
-            }),
+            _ => Err(not_understood()),
         }
     }
 
@@ -94,11 +99,65 @@ impl SessionStore for Sessions {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use futures_util::{StreamExt, TryStreamExt, stream};
-    use registry_api::{Key, Prefix, Read, SessionState, SessionTtl};
+    use registry_api::{Key, Namespace, Prefix, Read, SessionState, SessionTtl, Watch, WatchRequest};
 
     use super::*;
     use crate::{Member, RaftConfig};
+
+    /// A way to a member on which three calls of four are lost: the member is not reached, or its answer does not come.
+    #[derive(Debug)]
+    struct Lossy(Arc<dyn Link>, AtomicU32);
+
+    #[async_trait]
+    impl Link for Lossy {
+        async fn call(&self, call: Call, patience: Duration) -> Result<Answer> {
+            let source = "lost".into();
+            match self.1.fetch_add(1, Ordering::Relaxed) % 4 {
+                0 | 1 => Err(Error::Unavailable {
+                    backend: BACKEND,
+                    source,
+                }),
+                2 => {
+                    let _answer = self.0.call(call, patience).await;
+                    Err(Error::OutcomeUnknown {
+                        operation: "a request",
+                        source,
+                    })
+                }
+                _ => self.0.call(call, patience).await,
+            }
+        }
+
+        async fn watch(&self, namespace: &Namespace, request: WatchRequest, patience: Duration) -> Result<Watch> {
+            self.0.watch(namespace, request, patience).await
+        }
+
+        fn endpoint(&self) -> String {
+            self.0.endpoint()
+        }
+
+        fn apart(&self) -> Arc<dyn Link> {
+            self.0.apart()
+        }
+    }
+
+    /// The keeper pauses between its keep-alives for a twentieth of the TTL, while a leader may have come and gone.
+    #[tokio::test]
+    async fn one_keep_alive_asks_until_it_is_answered() {
+        let member = Member::start(&RaftConfig::in_memory()).await.unwrap();
+        let sessions = Sessions::new(Arc::new(Lossy(member.link(), AtomicU32::new(0))), &Options::default());
+        let session = sessions.open().await.unwrap().session;
+        for _ in 0..3 {
+            sessions.keep_alive(session).await.unwrap();
+        }
+        sessions.close(session).await.unwrap();
+        let gone = sessions.keep_alive(session).await;
+        assert!(matches!(gone, Err(Error::SessionExpired { .. })), "{gone:?}");
+        member.stop().await.unwrap();
+    }
 
     const MANY: usize = 5_000;
     /// How many are asked for at once.

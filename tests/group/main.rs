@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod book;
+mod failover;
 mod harness;
 mod leadership;
 mod members;
