@@ -152,8 +152,11 @@ impl RaftConfig {
     /// The address to listen on: if not given, its own of the founding list.
     pub(crate) fn address(&self) -> Result<SocketAddr> {
         let listen = self.listen.as_deref().or(self.listed()).unwrap_or(DEFAULT_ADDRESS);
-        let wrong = || refused("listen", format!("{listen:?} is no address such as {DEFAULT_ADDRESS}"));
-        listen.parse().map_err(|_| wrong())
+        let wrong = || match &self.listen {
+            Some(listen) => format!("{listen:?} is no address such as {DEFAULT_ADDRESS}"),
+            None => format!("give the address to listen on: the list has {listen:?}, a name"),
+        };
+        listen.parse().map_err(|_| refused("listen", wrong()))
     }
 
     /// The address to speak HTTP on.
@@ -388,6 +391,66 @@ mod tests {
                 matches!(config.check(), Err(Error::Config { .. })),
                 "{config:?} was taken"
             );
+        }
+    }
+
+    #[test]
+    fn a_group_that_can_not_be_is_refused_naming_the_setting() {
+        let list = |members: &[(&str, &str)]| -> RaftConfig {
+            let owned = members.iter().map(|(name, at)| ((*name).into(), (*at).into()));
+            RaftConfig {
+                cluster: owned.collect(),
+                ..RaftConfig::default()
+            }
+        };
+        let join = |addresses: &[&str]| RaftConfig {
+            join: addresses.iter().map(|at| (*at).to_owned()).collect(),
+            ..RaftConfig::default()
+        };
+        let advertise = |address: &str, config: RaftConfig| RaftConfig {
+            advertise: Some(address.into()),
+            ..config
+        };
+        for good in [
+            list(&[("a", "127.0.0.1:1"), ("b", "localhost:2"), ("c", "[::1]:3")]),
+            list(&[("a", "10.0.0.2:1"), ("b", "db-1:1")]),
+            join(&["10.0.0.2:1", "db-1:1"]),
+            advertise("db-2:1", join(&["db-1:1"])),
+        ] {
+            good.check().unwrap();
+        }
+        let both = RaftConfig {
+            join: vec!["h2:1".into()],
+            ..list(&[("a", "h1:1")])
+        };
+        let in_memory = RaftConfig {
+            data_dir: RaftConfig::in_memory().data_dir,
+            ..list(&[("a", "h1:1"), ("b", "h2:1")])
+        };
+        let refused = [
+            // A loopback address of a group on several hosts leads each of them to itself.
+            ("cluster", list(&[("a", "10.0.0.1:1"), ("b", "127.0.0.1:1")])),
+            ("cluster", list(&[("a", "localhost:1"), ("b", "db-2:1")])),
+            // A name may be that of several addresses.
+            ("listen", list(&[("a", "db-1:1"), ("b", "db-2:1")])),
+            ("cluster", list(&[("a", "[::1]:1"), ("b", "[fe80::2]:1")])),
+            ("advertise", advertise("127.0.0.1:1", join(&["10.0.0.1:1"]))),
+            (
+                "advertise",
+                advertise("10.0.0.9:1", list(&[("a", "10.0.0.1:1"), ("b", "10.0.0.2:1")])),
+            ),
+            ("cluster", list(&[("b", "h2:1"), ("c", "h3:1")])),
+            ("cluster", list(&[("a", "h1"), ("b", "h2:1")])),
+            ("cluster", list(&[("a", "h1:1"), ("b/c", "h2:1")])),
+            ("join", join(&["h1"])),
+            ("join", both),
+            ("data_dir", in_memory),
+        ];
+        for (setting, config) in refused {
+            match config.check() {
+                Err(Error::Config { field, .. }) => assert_eq!(field, format!("registry.raft.{setting}"), "{config:?}"),
+                other => panic!("{config:?}: {other:?}"),
+            }
         }
     }
 }
