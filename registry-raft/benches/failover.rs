@@ -1,5 +1,6 @@
 //! How long nobody can write after the leader is killed (`kill -9`), and after it stops in an orderly way: three members
-//! as processes, medians and extremes of 20 trials for each profile of timers.
+//! as processes, medians and extremes of 20 trials for each profile of timers. One handle has a session, a lock, a
+//! leadership and a watch of every write through all of them, and loses none.
 //!
 //! `cargo bench -p registry-raft --bench failover [-- TRIALS]`
 
@@ -8,9 +9,12 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use registry_api::{Key, Options, Registry, Result, SessionTtl};
+use registry_api::{
+    Held, Key, Leadership, Options, Registry, Result, SessionId, SessionTtl, Watch, WatchItem, WatchRequest, WatchScope,
+};
 use registry_raft::{Member, RaftConfig, Status, Timers};
 use tokio::sync::watch;
 
@@ -145,15 +149,18 @@ async fn measure(timers: &str, dir: &Path, trials: usize) -> Result<()> {
         group.processes.push(process);
     }
     group.processes.iter_mut().for_each(Group::ready);
-    let registry = group.connect().await?;
-    let session = registry.session().live()?;
+    let undisturbed = Undisturbed::begin(group.connect().await?).await?;
+    let numbers = Arc::new(Numbers {
+        registry: undisturbed.registry.clone(),
+        last: AtomicU64::new(0),
+    });
     for how in ["kill -9", "orderly stop"] {
         let mut took = Vec::new();
         for _ in 0..trials {
             let leader = group.leader().await;
-            registry.put(&key(), "before").await?;
+            numbers.put().await?;
             let (tell, told) = watch::channel(false);
-            let longest = tokio::spawn(longest_put(registry.clone(), told));
+            let longest = tokio::spawn(longest_put(numbers.clone(), told));
             match how {
                 "kill -9" => group.processes[leader].kill().expect("it runs"),
                 _ => drop(group.processes[leader].stdin.take()),
@@ -166,27 +173,100 @@ async fn measure(timers: &str, dir: &Path, trials: usize) -> Result<()> {
         }
         took.sort();
         println!(
-            "timers {timers:8} {how:13} until the next write is acknowledged: median {:6.0?}, least {:6.0?}, most {:6.0?} ({trials} trials)",
-            took[took.len() / 2],
-            took[0],
-            took[took.len() - 1]
+            "timers {timers:8} {how:13} until the next write is acknowledged: median {:4} ms, least {:4}, most {:4} ({trials} trials)",
+            took[took.len() / 2].as_millis(),
+            took[0].as_millis(),
+            took[took.len() - 1].as_millis()
         );
     }
-    let kept = registry.session().live()? == session;
-    println!("timers {timers:8} the session is the one of the beginning: {kept}");
-    registry.close().await
+    let puts = numbers.last.load(Ordering::Relaxed);
+    undisturbed.end(puts).await?;
+    println!(
+        "timers {timers:8} session, lock and leadership are those of the beginning; the watch was told all {puts} writes, each once"
+    );
+    Ok(())
+}
+
+/// What a failover must not take from anybody.
+struct Undisturbed {
+    registry: Arc<dyn Registry>,
+    session: SessionId,
+    held: Held,
+    leadership: Leadership,
+    told: tokio::task::JoinHandle<Result<()>>,
+    newest: watch::Receiver<u64>,
+}
+
+impl Undisturbed {
+    async fn begin(registry: Arc<dyn Registry>) -> Result<Self> {
+        let watch = registry.watch(WatchRequest::new(key(), WatchScope::Key)).await?;
+        let (telling, newest) = watch::channel(0);
+        Ok(Self {
+            session: registry.session().live()?,
+            held: registry.lock(&key()).acquire().await?,
+            leadership: registry.election(&key()).campaign("this one").await?,
+            told: tokio::spawn(in_order(watch, telling)),
+            newest,
+            registry,
+        })
+    }
+
+    /// Checks that nothing is lost after so many writes.
+    async fn end(mut self, puts: u64) -> Result<()> {
+        let told = self.newest.wait_for(|newest| *newest == puts);
+        tokio::select! {
+            told = tokio::time::timeout(Duration::from_secs(30), told) => {
+                told.expect("the watch is told the last write in time").expect("the watch goes on");
+            }
+            ended = &mut self.told => panic!("the watch has ended: {ended:?}"),
+        }
+        assert_eq!(self.registry.session().live()?, self.session, "the session is lost");
+        assert!(
+            !self.held.is_lost() && !self.leadership.is_lost(),
+            "what was held is lost"
+        );
+        self.held.release().await?;
+        self.leadership.resign().await?;
+        self.registry.close().await
+    }
+}
+
+/// Follows a key whose values count up. None may be missing or come twice.
+async fn in_order(mut watch: Watch, newest: watch::Sender<u64>) -> Result<()> {
+    while let Some(item) = watch.next().await {
+        let WatchItem::Changes(events) = item? else { continue };
+        for event in events {
+            let number = std::str::from_utf8(&event.entry().value).expect("it is a number");
+            let before = newest.send_replace(number.parse().expect("it is a number"));
+            assert_eq!(*newest.borrow(), before + 1, "an event is lost, or came twice");
+        }
+    }
+    Ok(())
 }
 
 fn key() -> Key {
     Key::parse("/k").expect("it is one")
 }
 
+/// Puts one number after the other.
+struct Numbers {
+    registry: Arc<dyn Registry>,
+    last: AtomicU64,
+}
+
+impl Numbers {
+    async fn put(&self) -> Result<()> {
+        let next = self.last.fetch_add(1, Ordering::Relaxed) + 1;
+        self.registry.put(&key(), next.to_string()).await.map(drop)
+    }
+}
+
 /// The longest that one put took, of a writer that goes on until it is told, and once more.
-async fn longest_put(registry: Arc<dyn Registry>, told: watch::Receiver<bool>) -> Result<Duration> {
+async fn longest_put(numbers: Arc<Numbers>, told: watch::Receiver<bool>) -> Result<Duration> {
     let mut longest = Duration::ZERO;
     loop {
         let (last, asked) = (*told.borrow(), Instant::now());
-        registry.put(&key(), "v").await?;
+        numbers.put().await?;
         longest = longest.max(asked.elapsed());
         if last {
             return Ok(longest);
