@@ -7,23 +7,29 @@
 mod clusters;
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clusters::Served;
+use registry::raft::{self, RaftConfig};
 use registry::{Read, SessionState};
 use registry_tests::torture::Usage;
 use registry_tests::{Cluster, Dice, Members, key, process, within};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::process::Command;
 use tokio::task::JoinSet;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const MIB: u64 = 1 << 20;
+const LARGEST: usize = 900_000;
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const ACK: u8 = 1;
 const END_HEADERS: u8 = 4;
 
 /// A frame of HTTP/2 (RFC 9113, section 4.1).
@@ -68,6 +74,35 @@ async fn pour(stream: &mut TcpStream, bytes: &[u8], most: usize) -> usize {
         }
     }
     sent
+}
+
+/// A part of a message of Protocol Buffers that has a length, up to 127.
+fn field(number: u8, bytes: &[u8]) -> Vec<u8> {
+    [&[number << 3 | 2, u8::try_from(bytes.len()).unwrap()][..], bytes].concat()
+}
+
+/// Watches a key, and lives: it says so when it is asked. Never does it have room for what it is told.
+async fn watch_and_take_nothing(mut stream: TcpStream, key: &str) {
+    let watch = [&[1 << 3, 1][..], &field(3, &field(1, key.as_bytes()))].concat();
+    let asked = field(1, &watch);
+    let length = u8::try_from(asked.len()).unwrap();
+    let message = [&[0, 0, 0, 0, length][..], &asked].concat();
+    let said = [
+        hello(),
+        request(1, "/registry.v1.Registry/Converse"),
+        frame(DATA, 0, 1, &message),
+    ];
+    stream.write_all(&said.concat()).await.unwrap();
+    loop {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await.unwrap();
+        let [a, b, c, kind, flags, ..] = head;
+        let mut body = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+        stream.read_exact(&mut body).await.unwrap();
+        if kind == PING && flags & ACK == 0 {
+            stream.write_all(&frame(PING, ACK, 0, &body)).await.unwrap();
+        }
+    }
 }
 
 struct Besieged {
@@ -211,5 +246,67 @@ async fn who_speaks_nonsense_is_cut_off() {
         let _ = stream.write_all(&bytes).await;
     }
     member.serves(256 * MIB).await;
+    member.lets_go().await;
+}
+
+/// Waits until so many watch.
+async fn watched_by(member: &Besieged, watches: u64) {
+    let remote = RaftConfig::remote([member.cluster.address().to_string()]);
+    registry_tests::cluster::eventually(PATIENCE, || async {
+        let status = raft::status(&remote, &member.cluster.options()).await.unwrap();
+        status.watches == watches
+    })
+    .await;
+}
+
+/// Changes each key so many times, to the largest values there are.
+async fn storm(member: &Besieged, keys: &[&str], times: u8) {
+    let registry = member.cluster.connect().await.unwrap();
+    for n in 0..times {
+        let puts = keys.iter().map(|name| {
+            let (registry, key) = (&registry, key(name));
+            async move { registry.put(&key, vec![b'a' + n % 26; LARGEST]).await.unwrap() }
+        });
+        futures_util::future::join_all(puts).await;
+    }
+    registry.close().await.unwrap();
+}
+
+/// Neither to the member, whoever it is that does not read, nor to a program whose own part does not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_watches_and_does_not_read_costs_little() {
+    const KEYS: [&str; 2] = ["/w/1", "/w/2"];
+    let mut member = Besieged::start().await;
+    // What changes cost without a watch: the history, and the log's cache.
+    storm(&member, &KEYS, 60).await;
+    member.before = member.cluster.usage().await.unwrap();
+    let mut held = JoinSet::new();
+    for name in KEYS {
+        let stream = open(member.cluster.address()).await;
+        held.spawn(async move { watch_and_take_nothing(stream, &format!("/registry{name}")).await });
+    }
+    // It prints what it is told, and nobody takes it.
+    let mut program = Command::new(env!("CARGO_BIN_EXE_registry"))
+        .args(["watch", "/w", "--set"])
+        .arg(format!("raft.endpoints={}", member.cluster.address()))
+        .env_remove("REGISTRY_CONFIG")
+        .stdout(std::process::Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    watched_by(&member, 3).await;
+    storm(&member, &KEYS, 200).await;
+    let usage = Usage::of(program.id(), Path::new("/nowhere"));
+    println!("a program that does not read: {usage}");
+    assert!(
+        usage.memory < 96 * MIB,
+        "the program has grown to {}",
+        usage.memory / MIB
+    );
+    member.serves(96 * MIB).await;
+    assert!(held.try_join_next().is_none(), "it was cut off");
+    held.shutdown().await;
+    program.kill().await.unwrap();
+    watched_by(&member, 0).await;
     member.lets_go().await;
 }

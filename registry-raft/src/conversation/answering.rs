@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::task::Context;
 
 use futures_util::{Stream, StreamExt};
-use tokio::sync::{Semaphore, mpsc, watch};
+use prost::Message;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tonic::{Status, Streaming};
 
@@ -17,8 +19,9 @@ use crate::service::Service;
 const AT_ONCE: u32 = 1024;
 /// For how many a list counts, whose answer may be as large as those of so many others.
 const LIST: u32 = AT_ONCE / 32;
-/// How much that is told waits for the connection to take it.
+/// How much that is told waits for the connection to take it, in parts and in bytes. A part that is larger waits alone.
 const TOLD: usize = 256;
+const TOLD_BYTES: usize = 4 << 20;
 
 /// Answers all that is asked until nobody asks or hears any more, or the member stops: what was begun is answered then.
 pub(crate) fn answer(
@@ -27,14 +30,44 @@ pub(crate) fn answer(
     stopping: watch::Receiver<bool>,
 ) -> impl Stream<Item = Result<proto::ToldTogether, Status>> + Send {
     let (tell, told) = mpsc::channel(TOLD);
-    tokio::spawn(read(service, asked, tell, stopping));
-    together(told, mpsc::Receiver::poll_recv, |told| proto::ToldTogether { told }).map(Ok)
+    let room = Arc::new(Semaphore::new(TOLD_BYTES));
+    tokio::spawn(read(service, asked, Telling { tell, room }, stopping));
+    let next = |told: &mut mpsc::Receiver<Waiting>, context: &mut Context<'_>| {
+        told.poll_recv(context)
+            .map(|waiting| waiting.map(|waiting| waiting.told))
+    };
+    together(told, next, |told| proto::ToldTogether { told }).map(Ok)
+}
+
+/// What is to be told, with its place among what waits for the connection.
+struct Waiting {
+    told: proto::Told,
+    _place: OwnedSemaphorePermit,
+}
+
+/// Tells the other side. Clones share the room for what waits.
+#[derive(Clone)]
+struct Telling {
+    tell: mpsc::Sender<Waiting>,
+    room: Arc<Semaphore>,
+}
+
+impl Telling {
+    /// Waits for room, and says whether anybody hears it.
+    async fn tell(&self, number: u64, what: Option<Tell>) -> bool {
+        let told = proto::Told { number, what };
+        let bytes = u32::try_from(told.encoded_len().min(TOLD_BYTES)).unwrap_or(u32::MAX);
+        let Ok(place) = self.room.clone().acquire_many_owned(bytes).await else {
+            return false;
+        };
+        self.tell.send(Waiting { told, _place: place }).await.is_ok()
+    }
 }
 
 async fn read(
     service: Service,
     mut asked: Streaming<proto::AskedTogether>,
-    tell: mpsc::Sender<proto::Told>,
+    telling: Telling,
     mut stopping: watch::Receiver<bool>,
 ) {
     let room = Arc::new(Semaphore::new(AT_ONCE as usize));
@@ -54,15 +87,15 @@ async fn read(
                 }
                 continue;
             }
-            () = tell.closed() => return,
+            () = telling.tell.closed() => return,
             // An error says that the member is gone.
             _ = stopping.wait_for(|stop| *stop) => return,
         };
         for proto::Asked { number, what } in together.asked {
             match what {
                 Some(Ask::Watch(request)) => {
-                    let (service, tell) = (service.clone(), tell.clone());
-                    by_number.insert(number, watches.spawn(items(service, request, number, tell)));
+                    let (service, telling) = (service.clone(), telling.clone());
+                    by_number.insert(number, watches.spawn(items(service, request, number, telling)));
                 }
                 Some(Ask::Cancel(_)) => {
                     if let Some(watch) = by_number.remove(&number) {
@@ -81,11 +114,11 @@ async fn read(
                     let Ok(place) = room.clone().acquire_many_owned(counts_for).await else {
                         return;
                     };
-                    let (service, tell) = (service.clone(), tell.clone());
+                    let (service, telling) = (service.clone(), telling.clone());
                     tokio::spawn(async move {
                         let what = Some(Tell::Response(service.answer(request).await));
                         // Nobody may hear it any more.
-                        let _ = tell.send(proto::Told { number, what }).await;
+                        let _ = telling.tell(number, what).await;
                         drop(place);
                     });
                 }
@@ -95,13 +128,12 @@ async fn read(
 }
 
 /// Tells the items of a watch, and its end; its number is left.
-async fn items(service: Service, request: proto::WatchRequest, number: u64, tell: mpsc::Sender<proto::Told>) -> u64 {
+async fn items(service: Service, request: proto::WatchRequest, number: u64, telling: Telling) -> u64 {
     let mut items = service.watch(request).await;
     loop {
         let item = items.next().await;
         let ended = item.is_none();
-        let what = item.map(Tell::Item);
-        if tell.send(proto::Told { number, what }).await.is_err() || ended {
+        if !telling.tell(number, item.map(Tell::Item)).await || ended {
             return number;
         }
     }
