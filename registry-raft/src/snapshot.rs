@@ -228,10 +228,13 @@ impl Snapshots {
             .map_err(|e| storage(&disk.path(""), format!("can't be synced: {e}")))?;
         let path = disk.path(&name);
         let refused = |error: io::Error| {
-            storage(
-                &path,
-                format!("{error}; nothing was changed: restore a backup into a new directory"),
-            )
+            let text = match error.kind() {
+                io::ErrorKind::InvalidData => {
+                    format!("{error}; nothing was changed: restore a backup into a new directory")
+                }
+                _ => format!("can't be read: {error}"),
+            };
+            storage(&path, text)
         };
         let file = SnapshotFile::new(disk, name, false);
         let frozen = file.open().and_then(|file| self.read(file)).map_err(refused)?;
@@ -335,7 +338,7 @@ pub(crate) struct Read {
 /// Reads a file to its end, whosever it is, and hands each record on. What is handed on counts only with an `Ok`.
 pub(crate) fn read(mut from: impl io::Read, mut each: impl FnMut(Record)) -> io::Result<Read> {
     let mut head = [0; 12];
-    from.read_exact(&mut head).map_err(|_| invalid("it is cut short"))?;
+    from.read_exact(&mut head).map_err(cut_short)?;
     let format = u32::from_le_bytes([head[8], head[9], head[10], head[11]]);
     if head[..8] != *MAGIC {
         return Err(invalid("it is no snapshot of a registry"));
@@ -513,17 +516,24 @@ fn put(out: &mut dyn Write, frame: Frame) -> io::Result<()> {
     out.write_all(&frame)
 }
 
+/// A file that ends too early, and not one that can't be read.
+fn cut_short(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => invalid("it is cut short"),
+        _ => error,
+    }
+}
+
 fn next(from: &mut impl io::Read) -> io::Result<Frame> {
-    let cut = |_| invalid("it is cut short");
     let (mut length, mut crc) = ([0; 4], [0; 4]);
-    from.read_exact(&mut length).map_err(cut)?;
-    from.read_exact(&mut crc).map_err(cut)?;
+    from.read_exact(&mut length).map_err(cut_short)?;
+    from.read_exact(&mut crc).map_err(cut_short)?;
     let length = u32::from_le_bytes(length) as usize;
     if length > MAX_FRAME {
         return Err(invalid("it is damaged: a frame has an impossible length"));
     }
     let mut frame = vec![0; length];
-    from.read_exact(&mut frame).map_err(cut)?;
+    from.read_exact(&mut frame).map_err(cut_short)?;
     if crc32fast::hash(&frame) != u32::from_le_bytes(crc) {
         return Err(invalid("it is damaged: a checksum is wrong"));
     }

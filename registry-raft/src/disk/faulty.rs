@@ -30,6 +30,8 @@ struct Shared {
     /// Whether every sync of a file is held up.
     held: (Mutex<bool>, Condvar),
     failing: AtomicU64,
+    /// How many reads are left before one that fails.
+    reads_left: AtomicU64,
 }
 
 impl Default for Shared {
@@ -40,6 +42,7 @@ impl Default for Shared {
             room: AtomicU64::new(u64::MAX),
             held: Default::default(),
             failing: AtomicU64::new(0),
+            reads_left: AtomicU64::new(u64::MAX),
         }
     }
 }
@@ -108,6 +111,16 @@ impl Faulty {
     /// The next syncs of files fail.
     pub(crate) fn fail_syncs(&self, syncs: u64) {
         self.0.failing.store(syncs, Ordering::SeqCst);
+    }
+
+    /// After so many reads one fails, and those after it do not.
+    pub(crate) fn fail_read_after(&self, reads: u64) {
+        self.0.reads_left.store(reads, Ordering::SeqCst);
+    }
+
+    /// Whether the read that was to fail has failed.
+    pub(crate) fn has_failed_a_read(&self) -> bool {
+        self.0.reads_left.load(Ordering::SeqCst) == u64::MAX
     }
 
     pub(crate) fn limit(&self, bytes: u64) {
@@ -294,6 +307,11 @@ impl DiskFile for OpenFile {
     }
 
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        let next = |left: u64| (left != u64::MAX).then(|| left.wrapping_sub(1));
+        let left = &self.disk.0.reads_left;
+        if left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next) == Ok(0) {
+            return Err(io::Error::other("the read failed"));
+        }
         let content = self.content.lock();
         let found = content.seen.get(offset as usize..offset as usize + bytes.len());
         bytes.copy_from_slice(found.ok_or(io::ErrorKind::UnexpectedEof)?);

@@ -227,6 +227,51 @@ async fn a_flipped_bit_anywhere_is_refused_or_cut_and_never_served() {
     assert!(refused > cut && cut > 0);
 }
 
+/// A part of the disk that can't be read is not the end of what was written.
+#[tokio::test]
+async fn a_read_that_fails_at_the_start_is_told_and_nothing_is_cut() {
+    let disk = Faulty::default();
+    let (mut log, _) = open(&disk);
+    for index in 0..60 {
+        append(&mut log, index).await.await.unwrap().unwrap();
+    }
+    log.log().close().unwrap();
+    let mut refused = 0;
+    for reads in 0.. {
+        let bad = disk.killed();
+        bad.fail_read_after(reads);
+        let opened = LogStore::on(Arc::new(bad.clone()), IDENTITY, OPTIONS, Arc::new(|_: &_| {}));
+        if !bad.has_failed_a_read() {
+            break;
+        }
+        let error = opened.expect_err("it was opened").to_string();
+        assert!(error.contains("wal-") && error.contains("the read failed"), "{error}");
+        refused += 1;
+        assert_eq!(held(&mut open(&bad.killed()).0).await, 60);
+    }
+    assert!(refused > 1, "{refused}");
+}
+
+/// Nor is it a hole in what is sent, nor anything that was purged.
+#[tokio::test]
+async fn an_entry_that_can_t_be_read_is_an_error() {
+    let disk = Faulty::default();
+    let (mut log, _) = open(&disk);
+    for index in 0..60 {
+        append(&mut log, index).await.await.unwrap().unwrap();
+    }
+    for reads in 0..20 {
+        disk.fail_read_after(reads);
+        let error = log.try_get_log_entries(..).await.unwrap_err();
+        assert!(error.to_string().contains("the read failed"), "{error}");
+        disk.fail_read_after(reads);
+        assert!(log.limited_get_log_entries(0, 60).await.is_err());
+        assert!(disk.has_failed_a_read());
+    }
+    // It could be read after all.
+    assert_eq!(held(&mut log).await, 60);
+}
+
 #[tokio::test]
 async fn entries_purged_while_they_are_sent_are_no_hole() {
     let disk = Faulty::default();

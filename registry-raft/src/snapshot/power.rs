@@ -140,3 +140,28 @@ fn a_full_disk_or_a_failed_sync_leaves_the_one_before() {
     let (_, found) = open(&full.without_power(&mut dice)).unwrap();
     assert_eq!(bytes(&found.unwrap()), bytes(&next));
 }
+
+/// A snapshot that can't be read now is not one that is not there, nor a shorter one.
+#[test]
+fn a_read_that_fails_is_told_and_the_snapshot_stays() {
+    let mut dice = Dice(1);
+    let disk = Faulty::default();
+    let good = frozen(1, &mut dice);
+    open(&disk).unwrap().0.write(&good).unwrap();
+    let mut refused = 0;
+    for reads in 0.. {
+        let bad = disk.killed();
+        bad.fail_read_after(reads);
+        let opened = open(&bad);
+        if !bad.has_failed_a_read() {
+            break;
+        }
+        let Err(error) = opened else { panic!("it was loaded") };
+        let error = error.to_string();
+        assert!(error.contains(".snap") && error.contains("the read failed"), "{error}");
+        refused += 1;
+        let (_, found) = open(&bad.killed()).unwrap();
+        assert_eq!(bytes(&found.unwrap()), bytes(&good));
+    }
+    assert!(refused > 0, "nothing was read");
+}
