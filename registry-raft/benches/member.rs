@@ -4,14 +4,14 @@
 //! `cargo bench -p registry-raft --bench member [-- DIRECTORY]`, or with `-- DIRECTORY keys N` what N keys cost: the load,
 //! the restart, a listing of ten, and the longest wait of a write while a snapshot is taken.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use registry_api::{Key, List, Options, Read, Registry, Result};
 use registry_raft::{Member, RaftConfig};
+use registry_tests::cost::median;
+use registry_tests::disk;
 
 const ROUNDS: usize = 5;
 const ROUND: Duration = Duration::from_secs(2);
@@ -48,21 +48,21 @@ async fn throughput(dir: &Path) -> Result<()> {
     let member = Member::start(&config(dir)).await?;
     let registry = member.connect(&Options::default()).await?;
     println!("{ROUNDS} rounds of {ROUND:?}, medians; values of 256 bytes, fsync on");
-    let mut disk = Vec::new();
+    let mut synced = Vec::new();
     for tasks in [1, 16, 64, 256] {
         let (mut puts, mut gets) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
             if tasks == 1 {
-                disk.push(fdatasync(dir));
+                synced.push(disk::fdatasync(dir).expect("the disk takes what is written"));
             }
             puts.push(run(&registry, tasks, Work::Put).await?);
             gets.push(run(&registry, tasks, Work::Get).await?);
         }
         if tasks == 1 {
-            let ratios = puts.iter().zip(&disk).map(|(put, disk)| put.p50 / disk).collect();
+            let ratios = puts.iter().zip(&synced).map(|(put, disk)| put.p50 / disk).collect();
             println!(
                 "fdatasync of a pre-written 4 KiB: p50 {:.0} us; one writer's put costs {:.2} times that",
-                median(disk.clone()),
+                median(synced.clone()),
                 median(ratios)
             );
         }
@@ -74,27 +74,6 @@ async fn throughput(dir: &Path) -> Result<()> {
     }
     registry.close().await?;
     member.stop().await
-}
-
-/// The median of overwriting and syncing 4 KiB of a file that has its blocks, in microseconds.
-fn fdatasync(dir: &Path) -> f64 {
-    let path = dir.join("fdatasync");
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .expect("the directory takes files");
-    file.write_all_at(&vec![0; 4 << 20], 0).expect("the disk has room");
-    file.sync_all().expect("the disk syncs");
-    let mut took = Vec::new();
-    for n in 0..1000 {
-        let start = Instant::now();
-        file.write_all_at(&[1; 4096], n * 4096).expect("the disk has room");
-        file.sync_data().expect("the disk syncs");
-        took.push(start.elapsed().as_secs_f64() * 1e6);
-    }
-    median(took)
 }
 
 #[derive(Clone, Copy)]
@@ -258,9 +237,4 @@ impl std::fmt::Display for Puts {
             "p50 {p50:.2} ms, p99 {p99:.2} ms, longest {longest:.1} ms (each: {all}) in {seconds:.1} s"
         )
     }
-}
-
-fn median(mut of: Vec<f64>) -> f64 {
-    of.sort_by(f64::total_cmp);
-    of[of.len() / 2]
 }

@@ -10,6 +10,7 @@ pub mod clock;
 pub mod cluster;
 pub mod cost;
 pub mod dice;
+pub mod disk;
 pub mod election;
 pub mod failure;
 pub mod history;

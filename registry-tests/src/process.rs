@@ -4,6 +4,7 @@ use std::io;
 use std::net::TcpListener;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process, setrlimit};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
@@ -113,6 +114,18 @@ pub fn take_open_files() -> u64 {
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit).expect("what is allowed can be taken");
     limit.maximum.unwrap_or(u64::MAX)
+}
+
+/// The time that a process has spent on the processors.
+pub fn on_cpu(process: u32) -> io::Result<Duration> {
+    // What `/proc` counts in.
+    const TICK: Duration = Duration::from_millis(10);
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
+    // The name, in parentheses, may hold blanks; user and system time are the 12th and 13th field after it.
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let ticks = fields.skip(11).take(2).map(str::parse::<u32>);
+    let ticks = ticks.sum::<std::result::Result<u32, _>>().map_err(io::Error::other)?;
+    Ok(TICK * ticks)
 }
 
 /// A port that nobody uses, and that nobody is given again: neither by this, in this process, nor by the system, which

@@ -1,0 +1,52 @@
+//! The machine and the versions, as the page says them.
+
+use std::path::Path;
+use std::process::Command;
+
+use registry_api::BoxError;
+
+use crate::servers::jars;
+
+/// Writes them beside the samples.
+pub(crate) fn describe(kept: &Path) -> Result<(), BoxError> {
+    let processor = read("/proc/cpuinfo", "model name");
+    let memory: f64 = read("/proc/meminfo", "MemTotal")
+        .trim_end_matches("kB")
+        .trim()
+        .parse()
+        .unwrap_or_default();
+    let cores = std::thread::available_parallelism()?;
+    let zookeeper = jars()?
+        .split(':')
+        .filter_map(|jar| jar.rsplit("/zookeeper-").next()?.strip_suffix(".jar"))
+        .find(|version| version.starts_with(|first: char| first.is_ascii_digit()))
+        .unwrap_or("of an unknown version")
+        .to_owned();
+    let text = format!(
+        "{processor}, {cores} cores, {:.0} GiB, Linux {}; {}, ZooKeeper {zookeeper} on {}, {}; {}",
+        memory / f64::from(1 << 20),
+        first_line("uname", &["-r"]),
+        first_line("etcd", &["--version"]).replace(" Version:", ""),
+        first_line("java", &["--version"]),
+        first_line("rustc", &["--version"]),
+        first_line("date", &["+%-d %B %Y"]),
+    );
+    Ok(std::fs::write(kept.join("machine.txt"), text)?)
+}
+
+fn read(file: &str, name: &str) -> String {
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.split(':').nth(1));
+    line.unwrap_or_default().trim().to_owned()
+}
+
+fn first_line(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    text.unwrap_or_default()
+        .lines()
+        .next()
+        .unwrap_or("unknown")
+        .trim()
+        .to_owned()
+}
