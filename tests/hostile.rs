@@ -15,6 +15,7 @@ use registry::raft::{self, RaftConfig};
 use registry::{Read, SessionState};
 use registry_tests::torture::Usage;
 use registry_tests::{Cluster, Dice, Members, key, process, within};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::process::Command;
@@ -178,6 +179,39 @@ async fn ten_thousand_who_say_nothing_or_half_a_word() {
     member.serves(512 * MIB).await;
     drop(held);
     member.lets_go().await;
+}
+
+/// When there are more connections than the system lets a process have, those there are go on, the rest wait, and nobody
+/// works in vain meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_connections_than_there_are_file_descriptors() {
+    const MORE: usize = 100;
+    let member = Besieged::start().await;
+    let (registry, process) = (
+        member.cluster.connect().await.unwrap(),
+        member.cluster.process_id().await,
+    );
+    // With this it has all its connections.
+    registry.put(&key("/a"), "before").await.unwrap();
+    let limit = Rlimit {
+        current: Some(member.cluster.usage().await.unwrap().files + 20),
+        ..getrlimit(Resource::Nofile)
+    };
+    prlimit(Pid::from_raw(process.cast_signed()), Resource::Nofile, limit).unwrap();
+    let mut held = Vec::new();
+    for _ in 0..MORE {
+        held.push(open(member.cluster.address()).await);
+    }
+    let (before, began) = (process::on_cpu(process).unwrap(), Instant::now());
+    while began.elapsed() < Duration::from_secs(3) {
+        registry.put(&key("/a"), "during").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let worked = process::on_cpu(process).unwrap() - before;
+    assert!(worked < began.elapsed() / 2, "{worked:?} of {:?}", began.elapsed());
+    drop(held);
+    member.serves(512 * MIB).await;
+    registry.close().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

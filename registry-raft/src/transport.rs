@@ -21,17 +21,19 @@ mod tls;
 mod token;
 
 use std::future::Future;
+use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use hyper_util::rt::TokioIo;
 use registry_api::{Error, Result};
 use tokio::net::{TcpListener, TcpStream};
+use tokio_stream::wrappers::TcpListenerStream;
 use tonic::codegen::InterceptedService;
 use tonic::codegen::http::Uri;
 use tonic::service::Routes;
 use tonic::service::interceptor::InterceptorLayer;
-use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Channel, Endpoint, Server};
 
 use crate::config::RaftConfig;
@@ -53,6 +55,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const SILENCE: Duration = Duration::from_secs(2);
 /// The same, on the side that was called.
 const SILENCE_OF_CALLERS: Duration = Duration::from_secs(10);
+
+/// The pause after a connection that could not be taken.
+const NOT_TAKEN: Duration = Duration::from_millis(100);
 
 /// A connection on which each request says the token, if there is one. Clones share it.
 pub(crate) type Connection = InterceptedService<Channel, Say>;
@@ -131,9 +136,12 @@ impl Transport {
             .layer(InterceptorLayer::new(Demand(self.token.clone())))
             .add_routes(routes);
         let served = match &self.proofs {
-            Some(proofs) => server.serve_with_incoming_shutdown(proofs.accept(listener), stop).await,
+            Some(proofs) => {
+                let incoming = proofs.accept(listener).map(io::Result::Ok);
+                server.serve_with_incoming_shutdown(incoming, stop).await
+            }
             None => {
-                let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+                let incoming = accepted(listener).map(io::Result::Ok);
                 server.serve_with_incoming_shutdown(incoming, stop).await
             }
         };
@@ -151,6 +159,21 @@ async fn connect(proofs: Option<&Proofs>, address: &str) -> Result<TokioIo<Strea
         Some(proofs) => Box::new(proofs.greet(tcp, address).await?),
         None => Box::new(tcp),
     }))
+}
+
+/// The connections that are taken, one after the other.
+fn accepted(listener: TcpListener) -> impl futures_util::Stream<Item = TcpStream> {
+    TcpListenerStream::new(listener).filter_map(|tcp| async {
+        match tcp.and_then(|tcp| tcp.set_nodelay(true).map(|()| tcp)) {
+            Ok(tcp) => Some(tcp),
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be taken");
+                // Out of file descriptors, say: the next try at once would fail as well.
+                tokio::time::sleep(NOT_TAKEN).await;
+                None
+            }
+        }
+    })
 }
 
 /// A connection of either kind.

@@ -83,6 +83,12 @@ impl Served {
         SocketAddr::from(([127, 0, 0, 1], self.port))
     }
 
+    // Not every test looks that closely.
+    #[allow(dead_code)]
+    pub(crate) async fn process_id(&self) -> u32 {
+        self.process.lock().await.id().expect("it runs")
+    }
+
     async fn serve(dir: PathBuf, port: u16) -> Process {
         let mut command = Command::new(env!("CARGO_BIN_EXE_registry"));
         command.arg("serve").env_remove("REGISTRY_CONFIG");

@@ -5,10 +5,9 @@ use std::net::SocketAddr;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use registry_api::Result;
-use tokio_stream::wrappers::TcpListenerStream;
 
 use super::token::Demand;
-use super::{Stream, Transport};
+use super::{Stream, Transport, accepted};
 use crate::config::{RaftConfig, refused};
 
 /// The connections to `registry.raft.http`: with TLS, those alone that proved who they are, as at the member's own address.
@@ -44,24 +43,10 @@ impl Gate {
             .map_err(|error| refused("http", error.to_string()))?;
         let connections = match &transport.proofs {
             Some(proofs) => {
-                let accepted = proofs.for_http().accept(listener);
-                accepted
-                    .filter_map(|tls| async { Some(Box::new(tls.ok()?) as Stream) })
-                    .boxed()
+                let proven = proofs.for_http().accept(listener);
+                proven.map(|tls| Box::new(tls) as Stream).boxed()
             }
-            None => TcpListenerStream::new(listener)
-                .filter_map(|tcp| async {
-                    match tcp {
-                        Ok(tcp) => Some(Box::new(tcp) as Stream),
-                        Err(error) => {
-                            tracing::warn!(%error, "a connection could not be taken");
-                            // Out of file descriptors, say: the next try at once would fail as well.
-                            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-                            None
-                        }
-                    }
-                })
-                .boxed(),
+            None => accepted(listener).map(|tcp| Box::new(tcp) as Stream).boxed(),
         };
         Ok(Some(Self {
             address,

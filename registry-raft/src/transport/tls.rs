@@ -14,8 +14,8 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
-use tokio_stream::wrappers::TcpListenerStream;
 
+use super::accepted;
 use super::refusal::Refusal;
 use crate::config::{Tls, refused};
 
@@ -118,28 +118,16 @@ impl Proofs {
     }
 
     /// The callers who proved who they are.
-    pub(super) fn accept(
-        &self,
-        listener: TcpListener,
-    ) -> impl Stream<Item = io::Result<server::TlsStream<TcpStream>>> + use<> {
+    pub(super) fn accept(&self, listener: TcpListener) -> impl Stream<Item = server::TlsStream<TcpStream>> + use<> {
         let acceptor = self.acceptor.clone();
-        TcpListenerStream::new(listener)
+        accepted(listener)
             .map(move |tcp| admit(acceptor.clone(), tcp))
             .buffer_unordered(HANDSHAKES)
-            .filter_map(|admitted| std::future::ready(admitted.map(Ok)))
+            .filter_map(std::future::ready)
     }
 }
 
-async fn admit(acceptor: TlsAcceptor, tcp: io::Result<TcpStream>) -> Option<server::TlsStream<TcpStream>> {
-    let tcp = match tcp {
-        Ok(tcp) => tcp,
-        Err(error) => {
-            tracing::warn!(%error, "a connection could not be taken");
-            // Out of file descriptors, say: the next try at once would fail as well.
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            return None;
-        }
-    };
+async fn admit(acceptor: TlsAcceptor, tcp: TcpStream) -> Option<server::TlsStream<TcpStream>> {
     let from = tcp.peer_addr().ok()?;
     match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(&acceptor, tcp)).await {
         Ok(Ok(stream)) => return Some(stream),
@@ -153,7 +141,7 @@ async fn admit(acceptor: TlsAcceptor, tcp: io::Result<TcpStream>) -> Option<serv
 /// `None` for a caller that left without a word, as load balancers do.
 async fn handshake(acceptor: &TlsAcceptor, tcp: TcpStream) -> Result<server::TlsStream<TcpStream>, Option<String>> {
     let mut first = [0];
-    if !matches!(tcp.peek(&mut first).await, Ok(1)) || tcp.set_nodelay(true).is_err() {
+    if !matches!(tcp.peek(&mut first).await, Ok(1)) {
         return Err(None);
     }
     if first != [HANDSHAKE_RECORD] {
