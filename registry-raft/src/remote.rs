@@ -1,5 +1,8 @@
 //! The link over gRPC, to whichever member answers.
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -127,6 +127,36 @@ async fn a_remote_handle_goes_on_to_the_next_member() {
     registry.close().await.unwrap();
 }
 
+/// Whoever it asks first says where the leader is, and is asked no more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_remote_handle_goes_to_the_leader() {
+    let group = Group::start(3).await;
+    let follower = group.follower().await;
+    let mut addresses = group.addresses();
+    addresses.rotate_left(follower);
+    let registry = registry_raft::connect(&RaftConfig::remote(addresses), &options())
+        .await
+        .unwrap();
+    // One that is told to one who leads no more by then is followed by the next.
+    let there = async {
+        loop {
+            registry.put(&key("/a"), "1").await.unwrap();
+            let endpoint = registry.health().await.unwrap().endpoint;
+            if endpoint == group.addresses()[group.leader().await] {
+                return;
+            }
+        }
+    };
+    within(PATIENCE, there).await;
+    // A handle that knows one member alone stays with it.
+    let alone = RaftConfig::remote([group.addresses()[follower].clone()]);
+    let alone = registry_raft::connect(&alone, &options()).await.unwrap();
+    alone.put(&key("/a"), "2").await.unwrap();
+    assert_eq!(alone.health().await.unwrap().endpoint, group.addresses()[follower]);
+    alone.close().await.unwrap();
+    registry.close().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_a_quorum_only_stale_reads_are_answered_until_it_is_back() {
     let mut group = Group::start(3).await;
