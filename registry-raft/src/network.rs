@@ -4,6 +4,9 @@
 //! snapshot over a third: neither a large batch nor a snapshot keeps a heartbeat waiting. Every question has a deadline
 //! of its own, since openraft ends none that hangs.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::future::Future;
 use std::io::Read;
