@@ -372,6 +372,42 @@ async fn a_watch_is_a_stream_of_events_and_goes_on_where_it_was() {
     within(PATIENCE, watching.child.wait()).await.unwrap();
 }
 
+/// A restored group can tell nothing of before: who comes back with a revision of then is refused, or begins anew.
+#[tokio::test]
+async fn a_watch_from_what_is_compacted_is_refused_or_reset() {
+    let served = Served::start().await;
+    let revision = served.puts("/w/a", "1").await;
+    let path = format!("/v1/watch/w/a?after={revision}");
+    let Served { dir, mut member, .. } = served;
+    let command = async |arguments: [&str; 2]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_registry"));
+        command.args(["--config", "registry.toml"]).args(arguments);
+        let output = within(PATIENCE, command.current_dir(dir.path()).output())
+            .await
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+    };
+    command(["backup", "one"]).await;
+    assert!(within(PATIENCE, member.stop()).await.unwrap().success());
+    std::fs::remove_dir_all(dir.path().join("data")).unwrap();
+    command(["restore", "one"]).await;
+    let served = Served::start_with(dir, String::new()).await;
+
+    served.asks(&path, &[]).await.refuses(410, "compacted");
+    let mut watching = served.watches(&format!("{path}&reset"), &[]).await;
+    assert_eq!(watching.next().await.0, "reset");
+    let (kind, event) = watching.next().await;
+    assert_eq!(
+        (kind.as_str(), &event["entry"]["value"]),
+        ("created", &Value::from("1"))
+    );
+    assert_eq!(watching.next().await.0, "synced");
+    served
+        .asks(&format!("{path}&reset=perhaps"), &[])
+        .await
+        .refuses(400, "invalid_request");
+}
+
 #[tokio::test]
 async fn health_members_and_metrics_are_told() {
     let served = Served::start().await;

@@ -137,3 +137,12 @@ pub(super) fn query(uri: &Uri, known: &[&str]) -> Result<HashMap<String, String>
     }
     Ok(query)
 }
+
+/// `?name`, which is also `?name=true`.
+pub(super) fn flag(query: &HashMap<String, String>, name: &str) -> Result<bool, Refusal> {
+    match query.get(name).map(String::as_str) {
+        None | Some("false") => Ok(false),
+        Some("" | "true") => Ok(true),
+        Some(_) => Err(Refusal::invalid(format!("{name} is true or false"))),
+    }
+}

@@ -10,7 +10,7 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use registry_api::{Depth, Expect, Key, List, MAX_VALUE, Prefix, Read, Registry, Revision};
 use serde_json::json;
 
-use super::answer::{self, Refusal, etag, key, query};
+use super::answer::{self, Refusal, etag, flag, key, query};
 use super::{GRACE, PATIENCE};
 use crate::json as as_json;
 
@@ -195,14 +195,6 @@ fn read(query: &std::collections::HashMap<String, String>) -> Result<Read, Refus
         true => Read::Stale,
         false => Read::Linearizable,
     })
-}
-
-fn flag(query: &std::collections::HashMap<String, String>, name: &str) -> Result<bool, Refusal> {
-    match query.get(name).map(String::as_str) {
-        None | Some("false") => Ok(false),
-        Some("" | "true") => Ok(true),
-        Some(_) => Err(Refusal::invalid(format!("{name} is true or false"))),
-    }
 }
 
 fn absent(key: &Key) -> Refusal {

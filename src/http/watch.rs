@@ -11,7 +11,7 @@ use futures_util::stream;
 use registry_api::{Prefix, Registry, Revision, Watch, WatchFrom, WatchItem, WatchRequest, WatchScope};
 use serde_json::json;
 
-use super::answer::{Refusal, key, query};
+use super::answer::{Refusal, flag, key, query};
 use crate::json as as_json;
 
 /// How often a watch in which nothing happens says so, for what stands between and forgets quiet connections.
@@ -19,7 +19,7 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
 
 /// A key; or with a slash at the end, it and all below it.
 pub(super) async fn answer(registry: &Arc<dyn Registry>, name: &str, head: &Parts) -> Result<Response<Body>, Refusal> {
-    let query = query(&head.uri, &["after"])?;
+    let query = query(&head.uri, &["after", "reset"])?;
     let (prefix, scope) = match name.strip_suffix('/') {
         Some("") => (Prefix::root(), WatchScope::Subtree),
         Some(name) => (key(name)?.into(), WatchScope::Subtree),
@@ -30,7 +30,10 @@ pub(super) async fn answer(registry: &Arc<dyn Registry>, name: &str, head: &Part
     let last = head.headers.get("last-event-id").and_then(|id| id.to_str().ok());
     if let Some(after) = last.or(query.get("after").map(String::as_str)) {
         let after = after.parse().map_err(|_| Refusal::invalid("after is a revision"))?;
-        watched.from = WatchFrom::After(Revision(after));
+        watched.from = match flag(&query, "reset")? {
+            true => WatchFrom::AfterOrReset(Revision(after)),
+            false => WatchFrom::After(Revision(after)),
+        };
     }
     let watch = registry.watch(watched).await?;
     let mut response = Response::new(Body::from_stream(events(watch)));
