@@ -30,7 +30,12 @@ impl Shell {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_registry"));
+        self.of(env!("CARGO_BIN_EXE_registry"), arguments)
+    }
+
+    /// Another program, in the same surroundings.
+    fn of(&self, program: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program);
         command
             .args(arguments)
             .current_dir(self.dir.path())
@@ -585,6 +590,13 @@ async fn a_store_is_compared_backed_up_and_restored_into_a_new_directory() {
     assert!(said.contains("one.backup: ") && said.contains("revision 1"), "{said}");
     let json = &shell.json(&["backup", "one.backup"]).await[0];
     assert_eq!(json["backup"]["revision"], 1);
+    // A terminal is shown how far it is. The package bsdutils has `script`, which gives it one.
+    let typed = format!("'{}' backup one.backup", env!("CARGO_BIN_EXE_registry"));
+    let mut terminal = shell.of("script", &["--quiet", "--return", "--command", &typed, "/dev/null"]);
+    let shown = within(PATIENCE, terminal.output()).await.unwrap();
+    let (bytes, text) = (&json["backup"]["bytes"], String::from_utf8_lossy(&shown.stdout));
+    assert!(shown.status.success(), "{text}");
+    assert!(text.contains(&format!("{bytes} B/{bytes} B")), "{text}");
     // There is something already, then it is damaged, then it is right.
     let refused = shell.says(1, &["restore", "one.backup"]).await;
     assert!(refused.contains("new directory"), "{refused}");

@@ -309,22 +309,43 @@ async fn members_prove_themselves_to_each_other() {
     )
     .await;
 
-    // A stranger on the same network does not get in, whichever of the two it lacks.
-    let foreign = Tls {
-        ca: client.ca.clone(),
-        ..Authority::new("foreign").sign(directory.path(), "foreign")
+    // A stranger on the same network does not get in, whatever it lacks; nor does a member that does not believe the others.
+    let foreign = Authority::new("foreign").sign(directory.path(), "foreign");
+    let distrustful = Tls {
+        ca: foreign.ca.clone(),
+        ..client.clone()
     };
+    let impostor = Tls {
+        ca: client.ca.clone(),
+        ..foreign
+    };
+    let expired = authority.sign_expired(directory.path(), "expired");
     let guess = write(directory.path(), "guess", "a-word-that-somebody-guesses");
-    for (tls, token) in [(Some(foreign), &token), (Some(client), &guess), (None, &token)] {
+    let joins = async |name: &str, tls: Option<Tls>, token: &Path| {
         let mut config = RaftConfig::default();
-        config.member = Some("stranger".into());
-        config.data_dir = Some(directory.path().join("stranger"));
+        config.member = Some(name.into());
+        config.data_dir = Some(directory.path().join(name));
         config.listen = Some("127.0.0.1:0".into());
         config.join = group.addresses();
-        config.token_file = tls.is_some().then(|| token.clone());
+        config.token_file = tls.is_some().then(|| token.into());
         config.tls = tls;
-        let joined = tokio::time::timeout(Duration::from_secs(3), Member::start(&config)).await;
+        Member::start(&config).await
+    };
+    let strangers = [
+        ("impostor", Some(impostor), &token),
+        ("distrustful", Some(distrustful), &token),
+        ("expired", Some(expired), &token),
+        ("guesser", Some(client.clone()), &guess),
+        ("plain", None, &token),
+    ];
+    let strangers =
+        strangers.map(|(name, tls, token)| tokio::time::timeout(Duration::from_secs(5), joins(name, tls, token)));
+    for joined in futures_util::future::join_all(strangers).await {
         assert!(joined.is_err(), "{joined:?}");
     }
     assert_eq!(follower.status().members.len(), 3);
+    // With all of it, it does.
+    let joined = tokio::time::timeout(Duration::from_secs(60), joins("d", Some(client), &token));
+    joined.await.expect("it joins in time").unwrap().stop().await.unwrap();
+    assert_eq!(follower.status().members.len(), 4);
 }
