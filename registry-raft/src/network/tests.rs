@@ -66,9 +66,11 @@ async fn every_question_to_a_member_that_says_nothing_ends() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_message_that_is_too_large_is_neither_sent_nor_taken() {
     let dir = tempfile::tempdir().unwrap();
-    let mut config = RaftConfig::default();
-    config.data_dir = Some(dir.path().join("data"));
-    config.listen = Some("127.0.0.1:0".into());
+    let config = RaftConfig {
+        data_dir: Some(dir.path().join("data")),
+        listen: Some("127.0.0.1:0".into()),
+        ..RaftConfig::default()
+    };
     let member = crate::Member::start(&config).await.unwrap();
     let transport = Transport::new(&config).unwrap();
     let lane = Lane::new(&transport, &member.address().unwrap().to_string());

@@ -20,9 +20,11 @@ fn hint(address: &str) -> proto::Response {
 async fn a_hint_to_one_that_does_not_answer_is_not_followed() {
     let dir = tempfile::tempdir().unwrap();
     let start = async |name: &str| {
-        let mut config = RaftConfig::default();
-        config.data_dir = Some(dir.path().join(name));
-        config.listen = Some("127.0.0.1:0".into());
+        let config = RaftConfig {
+            data_dir: Some(dir.path().join(name)),
+            listen: Some("127.0.0.1:0".into()),
+            ..RaftConfig::default()
+        };
         Member::start(&config).await.unwrap()
     };
     let (one, other) = (start("one").await, start("other").await);
