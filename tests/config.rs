@@ -262,7 +262,7 @@ fn a_damaged_file_is_a_config_or_refused() {
             Config::load(Some(file(ending, good).path()), &Vec::new()).is_ok(),
             "{good}"
         );
-        for _ in 0..2_000 {
+        for _ in 0..Dice::tries(2_000) {
             let mut text: Vec<char> = good.chars().collect();
             for _ in 0..=dice.pick(3) {
                 let (at, put) = (dice.pick(text.len()), dice.pick(128) as u8 as char);

@@ -30,7 +30,8 @@ const IDENTITY: Identity = Identity {
 pub(crate) fn damaged<M: Message + Default>(dice: &mut Dice, good: &[M], mut take: impl FnMut(M) -> bool) {
     let good: Vec<_> = good.iter().map(M::encode_to_vec).collect();
     let (mut decoded, mut taken) = (0, 0);
-    for _ in 0..EACH {
+    let each = Dice::tries(EACH);
+    for _ in 0..each {
         let one = dice.roll(good.len() as u64) as usize;
         let bytes = dice.damage(&good[one]);
         if let Ok(message) = M::decode(&*bytes) {
@@ -39,9 +40,9 @@ pub(crate) fn damaged<M: Message + Default>(dice: &mut Dice, good: &[M], mut tak
         }
     }
     let name = std::any::type_name::<M>();
-    println!("{EACH} of {name}: {decoded} could be decoded, {taken} were taken");
+    println!("{each} of {name}: {decoded} could be decoded, {taken} were taken");
     assert!(
-        0 < taken && decoded < EACH,
+        0 < taken && decoded < each,
         "{name}: the damage damages nothing, or everything"
     );
 }

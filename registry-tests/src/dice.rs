@@ -24,6 +24,12 @@ impl Dice {
         std::env::var("REGISTRY_SEED").ok()?.parse().ok()
     }
 
+    /// How often something random is tried: so often, or as many times that as `REGISTRY_TIMES` of the environment says.
+    pub fn tries(usual: u64) -> u64 {
+        let times = std::env::var("REGISTRY_TIMES").ok();
+        usual * times.map_or(1, |times| times.parse().expect("REGISTRY_TIMES is a number"))
+    }
+
     /// A number below `sides`.
     pub fn roll(&mut self, sides: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);

@@ -227,6 +227,36 @@ async fn a_flipped_bit_anywhere_is_refused_or_cut_and_never_served() {
     assert!(refused > cut && cut > 0);
 }
 
+/// Whatever a file has become: the log is refused, or what it serves is how it began.
+#[tokio::test]
+async fn a_damaged_log_serves_nothing_else() {
+    let mut dice = Dice::of_run();
+    let disk = Faulty::default();
+    let (mut log, _) = open(&disk);
+    for index in 0..60 {
+        append(&mut log, index).await.await.unwrap().unwrap();
+    }
+    log.log().close().unwrap();
+    let files = disk.files();
+    let segments: Vec<_> = files.iter().filter(|(name, _)| name.ends_with(".log")).collect();
+    let (tries, mut refused) = (Dice::tries(1_000), 0);
+    for _ in 0..tries {
+        let (name, good) = segments[dice.pick(segments.len())];
+        let bad = disk.killed();
+        let file = crate::disk::Disk::open(&bad, name).unwrap();
+        file.truncate(0).unwrap();
+        file.write_at(&dice.damage(good), 0).unwrap();
+        let Ok(mut log) = LogStore::on(Arc::new(bad), IDENTITY, OPTIONS, Arc::new(|_: &_| {})) else {
+            refused += 1;
+            continue;
+        };
+        let held = log.try_get_log_entries(..).await.unwrap();
+        assert!(held.into_iter().zip(0..).all(|(held, index)| held == entry(index)));
+    }
+    println!("{tries} damaged logs: {refused} were refused");
+    assert!(0 < refused && refused < tries);
+}
+
 /// A part of the disk that can't be read is not the end of what was written.
 #[tokio::test]
 async fn a_read_that_fails_at_the_start_is_told_and_nothing_is_cut() {
