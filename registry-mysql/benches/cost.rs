@@ -1,24 +1,21 @@
 //! What the contract costs: writes, events and locks through the registry, and what one would write by hand on the same
 //! server, in one run.
 //!
-//! `cargo bench -p registry-mysql` starts a MariaDB of its own on loopback, durable as shipped. The sides take turns, round by
-//! round, so that what else the machine does falls on all; the figure of each is the median of its rounds.
+//! `cargo bench -p registry-mysql` starts a MariaDB of its own on loopback, durable as shipped.
 
 #[path = "../tests/harness/mod.rs"]
 mod harness;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use harness::{Server, connect, key, url};
 use registry_api::{BoxError, Prefix, Registry, WatchItem, WatchRequest, WatchScope};
 use registry_mysql::MysqlConfig;
-use registry_tests::cost::{self, Done, median, timed};
+use registry_tests::cost::{self, Done, KEYS, Ours, VALUE};
 use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
 use sqlx::{AssertSqlSafe, Connection, Executor, MySqlConnection, MySqlPool};
-
-const VALUE: [u8; 256] = [b'v'; 256];
-const ROUNDS: usize = 7;
 
 const TABLES: &str = "
     CREATE TABLE counter (id INT PRIMARY KEY, revision BIGINT UNSIGNED NOT NULL) ENGINE = InnoDB;
@@ -33,8 +30,7 @@ const TABLES: &str = "
 
 #[tokio::main]
 async fn main() -> Done {
-    // `cargo test` builds benches too, and runs them with this.
-    if std::env::args().any(|argument| argument == "--test") {
+    if !cost::is_wanted() {
         return Ok(());
     }
     let server = Server::start().await;
@@ -44,74 +40,48 @@ async fn main() -> Done {
         .connect_with(options.clone())
         .await?;
     raw.execute(sqlx::raw_sql(TABLES)).await?;
-    let (ours, other) = (connect(&server.address()).await, connect(&server.address()).await);
-    let bench = Bench { raw, ours };
-
-    println!("puts a second, 256 bytes, the median of {ROUNDS} rounds in turns");
-    println!(
-        "{:>8}{:>12}{:>22}{:>10}{:>22}{:>10}",
-        "writers", "registry", "a transaction each", "ratio", "kine's insert", "ratio"
+    let raw = &Raw { pool: raw, options };
+    let (ours, other) = (
+        &Ours(connect(&server.address()).await),
+        connect(&server.address()).await,
     );
-    for writers in [1, 16, 64, 256] {
-        bench.puts(writers).await?;
+
+    cost::head("by hand");
+    for tasks in [1, 16, 64, 256] {
+        let name = "put, against the same rows";
+        cost::row(name, tasks, 400, (raw, Raw::put_rows), (ours, Ours::put)).await?;
+        let name = "put, against kine's insert";
+        cost::row(name, tasks, 400, (raw, Raw::put_kine), (ours, Ours::put)).await?;
     }
-    bench.delays(&other, "of another handle").await?;
-    let own = bench.ours.clone();
-    bench.delays(&own, "of the own handle").await?;
-    bench.locks(&options).await?;
-    bench.ours.close().await?;
+    for tasks in [1, 16] {
+        let name = "lock and unlock, against GET_LOCK";
+        cost::row(name, tasks, 320, (raw, Raw::get_lock), (ours, Ours::lock)).await?;
+    }
+    if cost::is_asked_for("delays") {
+        delays(&ours.0, &other, "of another handle").await?;
+        delays(&ours.0, &ours.0, "of the own handle").await?;
+    }
+    ours.0.close().await?;
     other.close().await?;
-    idle(&server).await
+    if cost::is_asked_for("idle") {
+        idle(&server).await?;
+    }
+    Ok(())
 }
 
+/// What one would write by hand.
 #[derive(Clone)]
-struct Bench {
-    raw: MySqlPool,
-    ours: Arc<dyn Registry>,
+struct Raw {
+    pool: MySqlPool,
+    options: MySqlConnectOptions,
 }
 
-impl Bench {
-    async fn puts(&self, writers: usize) -> Done {
-        let each = (2000 / writers).clamp(12, 400);
-        let (mut ours, mut rows, mut kine) = (Vec::new(), Vec::new(), Vec::new());
-        // The first round only warms up.
-        for round in 0..=ROUNDS {
-            let of_ours = timed(writers, |writer| self.clone().put_ours(writer, each)).await?;
-            let of_rows = timed(writers, |writer| self.clone().put_rows(writer, each)).await?;
-            let of_kine = timed(writers, |writer| {
-                self.clone().put_kine(format!("/{writers}/{round}/{writer}"), each)
-            })
-            .await?;
-            if round > 0 {
-                let rate = |taken: Duration| (writers * each) as f64 / taken.as_secs_f64();
-                ours.push(rate(of_ours));
-                rows.push(rate(of_rows));
-                kine.push(rate(of_kine));
-            }
-        }
-        let (ours, rows, kine) = (median(ours), median(rows), median(kine));
-        println!(
-            "{writers:>8}{ours:>12.0}{rows:>22.0}{:>10.2}{kine:>22.0}{:>10.2}",
-            ours / rows,
-            ours / kine
-        );
-        Ok(())
-    }
-
-    async fn put_ours(self, writer: usize, count: usize) -> Done {
-        for n in 0..count {
-            self.ours
-                .put(&key(&format!("/{writer}/{}", n % 10)), VALUE.to_vec())
-                .await?;
-        }
-        Ok(())
-    }
-
+impl Raw {
     /// The same rows: the counter, the entry, the change.
-    async fn put_rows(self, writer: usize, count: usize) -> Done {
-        let mut connection = self.raw.acquire().await?;
-        for n in 0..count {
-            let name = format!("/{writer}/{}", n % 10);
+    async fn put_rows(self, task: usize, count: usize) -> Done {
+        let mut connection = self.pool.acquire().await?;
+        for round in 0..count {
+            let name = format!("/{task}-{}", round % KEYS);
             let mut txn = connection.begin().await?;
             sqlx::query("UPDATE counter SET revision = LAST_INSERT_ID(revision + 1) WHERE id = 1")
                 .execute(&mut *txn)
@@ -132,14 +102,15 @@ impl Bench {
     }
 
     /// One row that is inserted, its number given by the table. Nothing is judged, and nothing orders the commits.
-    async fn put_kine(self, name: String, count: usize) -> Done {
-        let mut connection = self.raw.acquire().await?;
-        for n in 0..count {
+    async fn put_kine(self, _task: usize, count: usize) -> Done {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let mut connection = self.pool.acquire().await?;
+        for _ in 0..count {
             sqlx::query(
                 "INSERT INTO kine (name, created, deleted, create_revision, prev_revision, lease, value, old_value) \
                  VALUES (?, 1, 0, 0, 0, 0, ?, NULL)",
             )
-            .bind(format!("{name}/{n}").as_bytes())
+            .bind(format!("/{}", NEXT.fetch_add(1, Ordering::Relaxed)).as_bytes())
             .bind(&VALUE[..])
             .execute(&mut *connection)
             .await?;
@@ -147,60 +118,37 @@ impl Bench {
         Ok(())
     }
 
-    /// From the answer to a put to its event, at all phases of the poll interval.
-    async fn delays(&self, watching: &Arc<dyn Registry>, whose: &str) -> Done {
-        const EVENTS: usize = 500;
-        let prefix = Prefix::from(key("/delay"));
-        let mut watch = watching.watch(WatchRequest::new(prefix, WatchScope::Children)).await?;
-        while !matches!(watch.next().await.transpose()?, Some(WatchItem::Synced(_))) {}
-        let mut delays = Vec::new();
-        for n in 0..EVENTS {
-            tokio::time::sleep(Duration::from_millis(7 * (n as u64 % 11))).await;
-            self.ours.put(&key("/delay/k"), n.to_string()).await?;
-            let answered = Instant::now();
-            while !matches!(watch.next().await.transpose()?, Some(WatchItem::Changes(_))) {}
-            delays.push(answered.elapsed());
-        }
-        delays.sort();
-        println!(
-            "from the answer to a put to the event at a watch {whose}: median {:.1} ms, 99 of 100 within {:.1} ms",
-            delays[EVENTS / 2].as_secs_f64() * 1e3,
-            delays[EVENTS * 99 / 100].as_secs_f64() * 1e3
-        );
-        Ok(())
-    }
-
-    async fn locks(&self, options: &MySqlConnectOptions) -> Done {
-        for tasks in [1, 16] {
-            let each = 320 / tasks;
-            let (mut ours, mut raw) = (Vec::new(), Vec::new());
-            for round in 0..=ROUNDS {
-                let of_ours = timed(tasks, |_| {
-                    let ours = self.ours.clone();
-                    async move { cost::lock_and_unlock(ours, &key("/lock"), each).await }
-                });
-                let of_ours = of_ours.await?;
-                let of_raw = timed(tasks, |_| get_lock(options.clone(), each)).await?;
-                if round > 0 {
-                    let rate = |taken: Duration| (tasks * each) as f64 / taken.as_secs_f64();
-                    ours.push(rate(of_ours));
-                    raw.push(rate(of_raw));
-                }
-            }
-            let (ours, raw) = (median(ours), median(raw));
-            println!("lock and unlock, {tasks} tasks on one lock: {ours:.0} a second; GET_LOCK: {raw:.0}");
+    /// A lock that is durable nowhere, orders nobody, and goes with its connection.
+    async fn get_lock(self, _task: usize, count: usize) -> Done {
+        let mut connection = MySqlConnection::connect_with(&self.options).await?;
+        for _ in 0..count {
+            connection.execute(sqlx::raw_sql("SELECT GET_LOCK('lock', 60)")).await?;
+            connection.execute(sqlx::raw_sql("SELECT RELEASE_LOCK('lock')")).await?;
         }
         Ok(())
     }
 }
 
-/// A lock that is durable nowhere, orders nobody, and goes with its connection.
-async fn get_lock(options: MySqlConnectOptions, count: usize) -> Done {
-    let mut connection = MySqlConnection::connect_with(&options).await?;
-    for _ in 0..count {
-        connection.execute(sqlx::raw_sql("SELECT GET_LOCK('lock', 60)")).await?;
-        connection.execute(sqlx::raw_sql("SELECT RELEASE_LOCK('lock')")).await?;
+/// From the answer to a put to its event, at all phases of the poll interval.
+async fn delays(writing: &Arc<dyn Registry>, watching: &Arc<dyn Registry>, whose: &str) -> Done {
+    const EVENTS: usize = 500;
+    let prefix = Prefix::from(key("/delay"));
+    let mut watch = watching.watch(WatchRequest::new(prefix, WatchScope::Children)).await?;
+    while !matches!(watch.next().await.transpose()?, Some(WatchItem::Synced(_))) {}
+    let mut delays = Vec::new();
+    for n in 0..EVENTS {
+        tokio::time::sleep(Duration::from_millis(7 * (n as u64 % 11))).await;
+        writing.put(&key("/delay/k"), n.to_string()).await?;
+        let answered = Instant::now();
+        while !matches!(watch.next().await.transpose()?, Some(WatchItem::Changes(_))) {}
+        delays.push(answered.elapsed());
     }
+    delays.sort();
+    println!(
+        "from the answer to a put to the event at a watch {whose}: median {:.1} ms, 99 of 100 within {:.1} ms",
+        delays[EVENTS / 2].as_secs_f64() * 1e3,
+        delays[EVENTS * 99 / 100].as_secs_f64() * 1e3
+    );
     Ok(())
 }
 
