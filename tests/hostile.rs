@@ -125,12 +125,15 @@ impl Besieged {
     async fn serves(&self, most: u64) {
         let began = Instant::now();
         let registry = within(PATIENCE, self.cluster.connect()).await.unwrap();
+        let session = registry.session().live().unwrap();
         for n in 0..100 {
             registry.put(&key("/a"), n.to_string()).await.unwrap();
             let entry = registry.get(&key("/a"), Read::Linearizable).await.unwrap();
             assert_eq!(entry.unwrap().value, n.to_string());
         }
-        assert!(matches!(registry.session().state(), SessionState::Connected(_)));
+        let mut states = registry.session().states();
+        let kept = states.wait_for(|state| *state == SessionState::Connected(session));
+        within(PATIENCE, kept).await.unwrap();
         registry.close().await.unwrap();
         let usage = self.cluster.usage().await.unwrap();
         println!(
