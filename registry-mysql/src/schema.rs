@@ -35,7 +35,7 @@ pub(crate) async fn prepare(lines: &Lines, config: &MysqlConfig, deadline: Insta
         _ if config.migrate => {
             for migration in &MIGRATIONS[usize::try_from(found.unwrap_or(0)).unwrap_or(0)..] {
                 let sql = migration.replace("{prefix}", config.table_prefix.as_str());
-                lines.ask(deadline, &sql, NO_BOUND).await?;
+                lines.ask(deadline, &sql, NO_BOUND).await.map_err(may_not)?;
             }
             Ok(())
         }
@@ -49,6 +49,18 @@ pub(crate) async fn prepare(lines: &Lines, config: &MysqlConfig, deadline: Insta
             );
             Err(storage(&table, reason))
         }
+    }
+}
+
+/// Who may not make tables is told what to do.
+fn may_not(error: Error) -> Error {
+    match error {
+        Error::AccessDenied { backend, source } => Error::AccessDenied {
+            backend,
+            source: format!("{source}; somebody who may make tables can run what `registry schema mysql` prints")
+                .into(),
+        },
+        error => error,
     }
 }
 
