@@ -167,7 +167,8 @@ async fn a_process_stopped_in_the_middle_of_a_write_blocks_nobody_for_long() {
         signal(Signal::CONT);
         tokio::time::sleep(Duration::from_millis(7)).await;
         signal(Signal::STOP);
-        // What was under way at the server ends; what waits for the client stays.
+        // What was under way at the server ends; what waits for the client stays. (Not less: the server renews `innodb_trx`
+        // only when nobody has read it for 100 ms.)
         tokio::time::sleep(Duration::from_millis(200)).await;
         held().await
     })
