@@ -187,6 +187,11 @@ impl Member {
         Arc::new(self.core.clone())
     }
 
+    #[cfg(test)]
+    pub(crate) fn core(&self) -> Core {
+        self.core.clone()
+    }
+
     /// A handle that owns this member, which stops when the handle is closed or dropped.
     pub(crate) async fn into_handle(self, options: &Options) -> Result<Arc<dyn Registry>> {
         let handle = RaftRegistry::open(self.link(), options).await?;

@@ -1,40 +1,81 @@
 //! The side that is asked.
+//!
+//! Whoever asks may be broken, or mean no good: what is worked on, watched and waits to be taken has bounds of its own for
+//! each conversation.
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Context;
+use std::time::Duration;
 
 use futures_util::{Stream, StreamExt};
 use prost::Message;
+use registry_api::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio::task::JoinSet;
-use tonic::{Status, Streaming};
+use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
+use tonic::Status;
 
-use super::{Ask, Tell, together};
+use super::{Ask, TOGETHER, Tell, together};
 use crate::proto;
 use crate::proto::request::Call;
-use crate::service::Service;
+use crate::service::{Service, said};
 
 /// How many requests of one conversation are worked on at once; the next are not read meanwhile.
 const AT_ONCE: u32 = 1024;
 /// For how many a list counts, whose answer may be as large as those of so many others.
 const LIST: u32 = AT_ONCE / 32;
+/// How many watches one conversation has at the most; one more is refused.
+pub(super) const WATCHES: usize = 4096;
 /// How much that is told waits for the connection to take it, in parts and in bytes. A part that is larger waits alone.
 const TOLD: usize = 256;
 const TOLD_BYTES: usize = 4 << 20;
+/// An answer up to this size waits for room as it is: `AT_ONCE` of them are as much as may wait anyway.
+const SMALL: usize = TOLD_BYTES / AT_ONCE as usize;
+/// A conversation ends of which nothing was taken for so long, or twice that, though something waits.
+const DEAF: Duration = Duration::from_secs(30);
 
 /// Answers all that is asked until nobody asks or hears any more, or the member stops: what was begun is answered then.
 pub(crate) fn answer(
     service: Service,
-    asked: Streaming<proto::AskedTogether>,
+    asked: impl Stream<Item = Result<proto::AskedTogether, Status>> + Send + Unpin + 'static,
     stopping: watch::Receiver<bool>,
 ) -> impl Stream<Item = Result<proto::ToldTogether, Status>> + Send {
+    answer_unless(service, asked, stopping, DEAF)
+}
+
+/// As [`answer`], with another time after which nobody is taken to hear.
+pub(super) fn answer_unless(
+    service: Service,
+    asked: impl Stream<Item = Result<proto::AskedTogether, Status>> + Send + Unpin + 'static,
+    mut stopping: watch::Receiver<bool>,
+    deaf: Duration,
+) -> impl Stream<Item = Result<proto::ToldTogether, Status>> + Send {
     let (tell, told) = mpsc::channel(TOLD);
-    let room = Arc::new(Semaphore::new(TOLD_BYTES));
-    tokio::spawn(read(service, asked, Telling { tell, room }, stopping));
-    let next = |told: &mut mpsc::Receiver<Waiting>, context: &mut Context<'_>| {
-        told.poll_recv(context)
-            .map(|waiting| waiting.map(|waiting| waiting.told))
+    let telling = Telling {
+        tell,
+        room: Arc::new(Semaphore::new(TOLD_BYTES)),
+        taken: Arc::default(),
+    };
+    let taken = telling.taken.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            () = read(service, asked, &telling) => {}
+            () = telling.tell.closed() => {}
+            () = telling.deaf(deaf) => {
+                tracing::warn!(for_at_least = ?deaf, "a handle takes nothing of what it is told: its conversation ends");
+                // Whoever waits for room gives up.
+                telling.room.close();
+            }
+            // An error says that the member is gone.
+            _ = stopping.wait_for(|stop| *stop) => {}
+        }
+    });
+    let next = move |told: &mut mpsc::Receiver<Waiting>, context: &mut Context<'_>| {
+        told.poll_recv(context).map(|waiting| {
+            taken.fetch_add(1, Ordering::Relaxed);
+            waiting.map(|waiting| waiting.told)
+        })
     };
     together(told, next, |told| proto::ToldTogether { told }).map(Ok)
 }
@@ -50,80 +91,179 @@ struct Waiting {
 struct Telling {
     tell: mpsc::Sender<Waiting>,
     room: Arc<Semaphore>,
+    /// How much was taken, in parts.
+    taken: Arc<AtomicU64>,
 }
 
 impl Telling {
     /// Waits for room, and says whether anybody hears it.
-    async fn tell(&self, number: u64, what: Option<Tell>) -> bool {
-        let told = proto::Told { number, what };
-        let bytes = u32::try_from(told.encoded_len().min(TOLD_BYTES)).unwrap_or(u32::MAX);
-        let Ok(place) = self.room.clone().acquire_many_owned(bytes).await else {
-            return false;
-        };
+    async fn tell(&self, told: proto::Told) -> bool {
+        match self.room.clone().acquire_many_owned(room_for(&told)).await {
+            Ok(place) => self.tell_at(place, told).await,
+            Err(_) => false,
+        }
+    }
+
+    async fn tell_at(&self, place: OwnedSemaphorePermit, told: proto::Told) -> bool {
         self.tell.send(Waiting { told, _place: place }).await.is_ok()
+    }
+
+    /// Tells what was read. A large answer does not wait for room: it is read again when there is some, so that what waits
+    /// unread costs little, however much is asked for.
+    async fn tell_read<F: Future<Output = proto::Told>>(&self, read: impl Fn() -> F) -> bool {
+        let mut had = None::<OwnedSemaphorePermit>;
+        loop {
+            let told = read().await;
+            let needs = room_for(&told);
+            let place = match had.take() {
+                Some(place) if place.num_permits() >= needs as usize => Ok(place),
+                _ => self.room.clone().try_acquire_many_owned(needs),
+            };
+            match place {
+                Ok(place) => return self.tell_at(place, told).await,
+                Err(_) if needs as usize <= SMALL => return self.tell(told).await,
+                Err(_) => drop(told),
+            }
+            match self.room.clone().acquire_many_owned(needs).await {
+                Ok(place) => had = Some(place),
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// Waits until nothing was taken for so long of what waits.
+    async fn deaf(&self, patience: Duration) {
+        let mut before = None;
+        loop {
+            let waits = self.room.available_permits() < TOLD_BYTES;
+            let taken = waits.then(|| self.taken.load(Ordering::Relaxed));
+            if waits && taken == before {
+                return;
+            }
+            before = taken;
+            tokio::time::sleep(patience).await;
+        }
     }
 }
 
+/// How much of the room it takes.
+fn room_for(told: &proto::Told) -> u32 {
+    u32::try_from(told.encoded_len().min(TOLD_BYTES)).unwrap_or(u32::MAX)
+}
+
+/// Works on what is asked.
 async fn read(
     service: Service,
-    mut asked: Streaming<proto::AskedTogether>,
-    telling: Telling,
-    mut stopping: watch::Receiver<bool>,
+    mut asked: impl Stream<Item = Result<proto::AskedTogether, Status>> + Unpin,
+    telling: &Telling,
 ) {
     let room = Arc::new(Semaphore::new(AT_ONCE as usize));
     // Those that nobody cancelled end with this.
-    let (mut watches, mut by_number) = (JoinSet::new(), HashMap::new());
+    let mut watches = Watches::default();
     loop {
         let together = tokio::select! {
-            message = asked.message() => match message {
-                Ok(Some(together)) => together,
+            message = asked.next() => match message {
+                // No handle puts more into one.
+                Some(Ok(together)) if together.asked.len() <= TOGETHER => together,
                 // It was said to the end, or broke off.
-                Ok(None) | Err(_) => return,
+                Some(_) | None => return,
             },
-            Some(ended) = watches.join_next() => {
-                // One that was cancelled is not there any more.
-                if let Ok(number) = ended {
-                    by_number.remove(&number);
-                }
-                continue;
-            }
-            () = telling.tell.closed() => return,
-            // An error says that the member is gone.
-            _ = stopping.wait_for(|stop| *stop) => return,
+            () = watches.ended() => continue,
         };
         for proto::Asked { number, what } in together.asked {
-            match what {
-                Some(Ask::Watch(request)) => {
-                    let (service, telling) = (service.clone(), telling.clone());
-                    by_number.insert(number, watches.spawn(items(service, request, number, telling)));
+            let request = match what {
+                Some(Ask::Watch(request)) if watches.have_room_for(number) => {
+                    watches.begin(number, items(service.clone(), request, number, telling.clone()));
+                    continue;
                 }
                 Some(Ask::Cancel(_)) => {
-                    if let Some(watch) = by_number.remove(&number) {
-                        watch.abort();
-                    }
+                    watches.cancel(number);
+                    continue;
                 }
-                request => {
-                    let request = match request {
-                        Some(Ask::Request(request)) => request,
-                        _ => proto::Request::default(),
-                    };
-                    let counts_for = match &request.call {
-                        Some(Call::List(_)) => LIST,
-                        _ => 1,
-                    };
-                    let Ok(place) = room.clone().acquire_many_owned(counts_for).await else {
-                        return;
-                    };
-                    let (service, telling) = (service.clone(), telling.clone());
-                    tokio::spawn(async move {
-                        let what = Some(Tell::Response(service.answer(request).await));
-                        // Nobody may hear it any more.
-                        let _ = telling.tell(number, what).await;
-                        drop(place);
-                    });
-                }
-            }
+                Some(Ask::Watch(_)) => None,
+                Some(Ask::Request(request)) => Some(request),
+                None => Some(proto::Request::default()),
+            };
+            let counts_for = match request.as_ref().and_then(|request| request.call.as_ref()) {
+                Some(Call::List(_)) => LIST,
+                _ => 1,
+            };
+            let Ok(place) = room.clone().acquire_many_owned(counts_for).await else {
+                return;
+            };
+            let (service, telling) = (service.clone(), telling.clone());
+            tokio::spawn(async move {
+                // Nobody may hear it any more.
+                let _ = match request {
+                    Some(request) => one(&service, request, number, &telling).await,
+                    None => one_watch_too_many(number, &telling).await,
+                };
+                drop(place);
+            });
         }
+    }
+}
+
+/// The watches of a conversation, by the numbers that the other side gives them.
+#[derive(Default)]
+struct Watches {
+    tasks: JoinSet<u64>,
+    by_number: HashMap<u64, AbortHandle>,
+}
+
+impl Watches {
+    fn have_room_for(&self, number: u64) -> bool {
+        self.by_number.len() < WATCHES || self.by_number.contains_key(&number)
+    }
+
+    /// One of the same number makes room for it.
+    fn begin(&mut self, number: u64, watch: impl Future<Output = u64> + Send + 'static) {
+        let begun = self.tasks.spawn(watch);
+        if let Some(before) = self.by_number.insert(number, begun) {
+            before.abort();
+        }
+        while let Some(ended) = self.tasks.try_join_next_with_id() {
+            self.forget(ended);
+        }
+    }
+
+    fn cancel(&mut self, number: u64) {
+        if let Some(watch) = self.by_number.remove(&number) {
+            watch.abort();
+        }
+    }
+
+    /// Waits for the end of one, if there is any.
+    async fn ended(&mut self) {
+        match self.tasks.join_next_with_id().await {
+            Some(ended) => self.forget(ended),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// One that was cancelled is not there any more, and its number may be another's.
+    fn forget(&mut self, ended: Result<(Id, u64), JoinError>) {
+        if let Ok((id, number)) = ended
+            && self.by_number.get(&number).is_some_and(|watch| watch.id() == id)
+        {
+            self.by_number.remove(&number);
+        }
+    }
+}
+
+/// Answers a request, and says whether anybody hears it.
+async fn one(service: &Service, request: proto::Request, number: u64, telling: &Telling) -> bool {
+    let told = |response| proto::Told {
+        number,
+        what: Some(Tell::Response(response)),
+    };
+    match &request.call {
+        Some(Call::Get(_) | Call::List(_) | Call::Children(_)) => {
+            let request = &request;
+            let read = || async move { told(service.answer(request.clone()).await) };
+            telling.tell_read(read).await
+        }
+        _ => telling.tell(told(service.answer(request).await)).await,
     }
 }
 
@@ -133,8 +273,17 @@ async fn items(service: Service, request: proto::WatchRequest, number: u64, tell
     loop {
         let item = items.next().await;
         let ended = item.is_none();
-        if !telling.tell(number, item.map(Tell::Item)).await || ended {
+        let what = item.map(Tell::Item);
+        if !telling.tell(proto::Told { number, what }).await || ended {
             return number;
         }
     }
+}
+
+async fn one_watch_too_many(number: u64, telling: &Telling) -> bool {
+    let reason = format!("more than {WATCHES} watches of one handle");
+    let refusal = proto::watch_response::Item::Failure(said(&Error::InvalidRequest(reason)));
+    let item = Tell::Item(proto::WatchResponse { item: Some(refusal) });
+    let told = |what| telling.tell(proto::Told { number, what });
+    told(Some(item)).await && told(None).await
 }

@@ -5,12 +5,19 @@ use registry_tests::Dice;
 use registry_tests::cluster::{eventually, within};
 use tempfile::TempDir;
 
+use futures_util::StreamExt;
+use tokio::sync::watch;
+
+use super::answering::{WATCHES, answer_unless};
 use super::*;
 use crate::bad_input::damaged;
 use crate::config::RaftConfig;
+use crate::founding::Door;
 use crate::member::Member;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
+use crate::proto::watch_response::Item;
+use crate::service::Service;
 use crate::transport::Transport;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -67,8 +74,37 @@ impl Spoken {
         self.conversation.watch(request).unwrap()
     }
 
+    /// A conversation without a connection: what is asked, and what is told when the test takes it. It ends when nothing
+    /// was taken for so long.
+    fn directly(&self, deaf: Duration) -> (Asking, impl Stream<Item = Result<proto::ToldTogether, Status>> + use<>) {
+        let transport = Transport::new(&RaftConfig::default()).unwrap();
+        let door = Door::new(1, "a", &Default::default(), transport);
+        door.open(self.member.core());
+        let (stop, stopping) = watch::channel(false);
+        let service = Service {
+            door,
+            stopping: stopping.clone(),
+        };
+        let (asking, mut asked) = mpsc::unbounded_channel();
+        let asked = stream::poll_fn(move |context| asked.poll_recv(context));
+        let told = answer_unless(service, asked, stopping, deaf);
+        (Asking { asking, _stop: stop }, told)
+    }
+
     fn waiters(&self) -> usize {
         self.conversation.waiting.lock().waiters.len()
+    }
+}
+
+struct Asking {
+    asking: mpsc::UnboundedSender<Result<proto::AskedTogether, Status>>,
+    _stop: watch::Sender<bool>,
+}
+
+impl Asking {
+    fn ask(&self, parts: impl IntoIterator<Item = proto::Asked>) {
+        let asked = parts.into_iter().collect();
+        self.asking.send(Ok(proto::AskedTogether { asked })).unwrap();
     }
 }
 
@@ -221,4 +257,144 @@ fn what_is_told_damaged_is_told_or_passed_over() {
         message.told.into_iter().for_each(|told| waiting.tell(told));
         answer.try_recv().is_ok() || heard.try_recv().is_ok()
     });
+}
+
+fn watch_of(key: &str) -> Ask {
+    Ask::Watch(proto::WatchRequest {
+        prefix: format!("/registry{key}"),
+        ..proto::WatchRequest::default()
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_takes_nothing_is_told_nothing_any_more_and_others_are() {
+    let spoken = Spoken::start().await;
+    let (deaf, changing) = (Duration::from_secs(2), Key::parse("/w").unwrap());
+    let (silent, _never_taken) = spoken.directly(deaf);
+    let (living, mut told) = spoken.directly(deaf);
+    for asking in [&silent, &living] {
+        asking.ask([asked(1, watch_of("/w"))]);
+    }
+    let (hear, mut heard) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Some(Ok(together)) = told.next().await {
+            for told in together.told {
+                let Some(Tell::Item(proto::WatchResponse {
+                    item: Some(Item::Changes(changes)),
+                })) = told.what
+                else {
+                    continue;
+                };
+                for event in changes.events {
+                    // The test may have ended.
+                    let _ = hear.send(event.entry.unwrap().value);
+                }
+            }
+        }
+    });
+    eventually(PATIENCE, || async { spoken.member.status().watches == 2 }).await;
+    // More than may wait.
+    within(PATIENCE, async {
+        let mut value = 0_u8;
+        while spoken.member.status().watches == 2 {
+            value = value.wrapping_add(1);
+            spoken.registry.put(&changing, vec![value; 900_000]).await.unwrap();
+        }
+    })
+    .await;
+    // The other has nothing to take for as long, and goes on.
+    tokio::time::sleep(3 * deaf).await;
+    assert_eq!(spoken.member.status().watches, 1);
+    spoken.registry.put(&changing, "last").await.unwrap();
+    while within(PATIENCE, heard.recv()).await.unwrap() != "last" {}
+    // Whoever asks in vain is left alone too.
+    assert!(silent.asking.is_closed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_watch_too_many_is_refused_and_ends_no_other() {
+    let spoken = Spoken::start().await;
+    let begun = async |mut items: Items| match within(PATIENCE, items.message()).await.unwrap() {
+        Some(proto::WatchResponse { item: None }) => Some(items),
+        Some(proto::WatchResponse {
+            item: Some(Item::Failure(said)),
+        }) => {
+            assert_eq!(said.kind(), proto::failure::Kind::Invalid);
+            assert_eq!(items.message().await.unwrap(), None);
+            None
+        }
+        other => panic!("{other:?}"),
+    };
+    let mut watches = Vec::new();
+    for _ in 0..WATCHES {
+        watches.push(begun(spoken.watch()).await.unwrap());
+    }
+    assert!(begun(spoken.watch()).await.is_none());
+    assert_eq!(spoken.member.status().watches, WATCHES as u64);
+    watches.pop();
+    eventually(PATIENCE, || async { begun(spoken.watch()).await.is_some() }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_number_given_twice_is_the_later_watchs() {
+    let spoken = Spoken::start().await;
+    let (asking, _told) = spoken.directly(PATIENCE);
+    for _ in 0..100 {
+        asking.ask((0..50).map(|_| asked(7, watch_of("/w"))));
+    }
+    asking.ask([asked(8, watch_of("/w"))]);
+    eventually(PATIENCE, || async { spoken.member.status().watches == 2 }).await;
+    asking.ask([asked(7, Ask::Cancel(proto::Unit {}))]);
+    eventually(PATIENCE, || async { spoken.member.status().watches == 1 }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_that_no_handle_makes_ends_the_conversation() {
+    let spoken = Spoken::start().await;
+    let (asking, told) = spoken.directly(PATIENCE);
+    asking.ask((0..=TOGETHER as u64).map(|number| asked(number, watch_of("/w"))));
+    assert_eq!(within(PATIENCE, told.collect::<Vec<_>>()).await.len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_answer_that_nobody_takes_is_read_again_when_somebody_does() {
+    const LARGE: usize = 300_000;
+    const ASKED: u64 = 100;
+    let spoken = Spoken::start().await;
+    let key = Key::parse("/a").unwrap();
+    spoken.registry.put(&key, vec![1; LARGE]).await.unwrap();
+    let (asking, mut told) = spoken.directly(PATIENCE);
+    let get = || {
+        Ask::Request(proto::Request {
+            patience_ms: 10_000,
+            forwarded: false,
+            call: Some(Call::Get(proto::Get {
+                key: "/registry/a".into(),
+                ..proto::Get::default()
+            })),
+        })
+    };
+    asking.ask((0..ASKED).map(|number| asked(number, get())));
+    // Long enough for all to be read once; a test that is too quick for that shows less, and fails no more.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    spoken.registry.put(&key, vec![2; LARGE]).await.unwrap();
+    let (mut old, mut new) = (0, 0);
+    while old + new < ASKED {
+        for told in within(PATIENCE, told.next()).await.unwrap().unwrap().told {
+            match told.what {
+                Some(Tell::Response(proto::Response {
+                    answer: Some(Answer::Get(got)),
+                    ..
+                })) => match got.entry.unwrap().value[0] {
+                    1 => old += 1,
+                    _ => new += 1,
+                },
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    assert!(
+        old * LARGE as u64 <= 5 << 20,
+        "{old} answers were held while nobody took them"
+    );
 }
