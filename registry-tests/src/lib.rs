@@ -6,7 +6,6 @@
 //! written once, below.
 
 pub mod certificate;
-pub mod clock;
 pub mod cluster;
 pub mod cost;
 pub mod dice;
@@ -22,15 +21,16 @@ pub mod proxy;
 pub mod recipe;
 pub mod revisions;
 pub mod session;
+pub mod system;
 pub mod torture;
 pub mod watch;
 
-pub use clock::WallClock;
 pub use cluster::{Cluster, Members, TTL, key, prefix, within};
 pub use dice::Dice;
 pub use net::Net;
 pub use process::Process;
 pub use proxy::{Direction, Wire};
+pub use system::System;
 
 /// Every property, by subject. The second list needs a connection that can be cut, or a store that can be killed.
 #[macro_export]

@@ -1,5 +1,6 @@
-/* Comes between a process and the system's time of day, which it makes as many seconds later as a file says. */
+/* Comes between a process and its system, as a file says: the time of day is so many seconds later, a sync fails. */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -8,21 +9,24 @@
 #include <time.h>
 #include <unistd.h>
 
-static volatile long long *ahead;
+static volatile struct {
+    long long seconds_ahead;
+    long long error_of_syncs;
+} *said;
 
 __attribute__((constructor)) static void begin(void) {
-    int file = open(getenv("REGISTRY_TEST_CLOCK"), O_RDONLY | O_CLOEXEC);
-    void *seconds = mmap(NULL, sizeof *ahead, PROT_READ, MAP_SHARED, file, 0);
-    if (seconds == MAP_FAILED)
+    int file = open(getenv("REGISTRY_TEST_SYSTEM"), O_RDONLY | O_CLOEXEC);
+    void *words = mmap(NULL, sizeof *said, PROT_READ, MAP_SHARED, file, 0);
+    if (words == MAP_FAILED)
         abort();
     close(file);
-    ahead = seconds;
+    said = words;
 }
 
 int clock_gettime(clockid_t clock, struct timespec *now) {
     int failed = syscall(SYS_clock_gettime, clock, now);
-    if (!failed && ahead && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE))
-        now->tv_sec += *ahead;
+    if (!failed && said && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE))
+        now->tv_sec += said->seconds_ahead;
     return failed;
 }
 
@@ -41,4 +45,20 @@ time_t time(time_t *now) {
     if (now)
         *now = seconds;
     return seconds;
+}
+
+static int sync_or_fail(long number, int file) {
+    if (said && said->error_of_syncs) {
+        errno = said->error_of_syncs;
+        return -1;
+    }
+    return syscall(number, file);
+}
+
+int fdatasync(int file) {
+    return sync_or_fail(SYS_fdatasync, file);
+}
+
+int fsync(int file) {
+    return sync_or_fail(SYS_fsync, file);
 }

@@ -10,7 +10,7 @@ use futures_util::future::join_all;
 use registry::raft::{self, MemberChange, RaftConfig};
 use registry::{Error, Options, Registry, Result, SessionId, SessionTtl};
 use registry_tests::torture::Usage;
-use registry_tests::{Cluster, Members, Net, Process, WallClock, Wire, cluster, key, within};
+use registry_tests::{Cluster, Members, Net, Process, System, Wire, cluster, key, within};
 use tokio::process::Command;
 use tokio::sync::Mutex;
 
@@ -29,7 +29,7 @@ struct Three {
     group: Mutex<Group>,
     net: Arc<Net>,
     addresses: Vec<String>,
-    clocks: Vec<WallClock>,
+    systems: Vec<System>,
     guests: AtomicU64,
 }
 
@@ -37,14 +37,14 @@ fn settings() -> String {
     format!("snapshot_log_bytes = {SNAPSHOT_LOG_BYTES}")
 }
 
-fn clock(config: &Path) -> WallClock {
-    WallClock::told_by(&config.with_extension("clock"))
+fn system(config: &Path) -> System {
+    System::told_by(&config.with_extension("system"))
 }
 
 /// A member with a wall clock of its own.
 fn serving(config: &Path) -> Command {
     let mut command = harness::serving(config);
-    clock(config).give_to(&mut command);
+    system(config).give_to(&mut command);
     command
 }
 
@@ -79,7 +79,7 @@ impl Cluster for Three {
         let group = Group::start_program(MEMBERS, |_| settings(), serving).await;
         Self {
             net: group.net.clone(),
-            clocks: ["a", "b", "c"].map(|name| clock(&group.config_file(name))).into(),
+            systems: ["a", "b", "c"].map(|name| system(&group.config_file(name))).into(),
             addresses: group.listen.iter().map(ToString::to_string).collect(),
             group: Mutex::new(group),
             guests: AtomicU64::new(0),
@@ -163,7 +163,7 @@ impl Members for Three {
     }
 
     async fn set_clock(&self, member: usize, seconds: i64) -> bool {
-        self.clocks[member].jump(seconds);
+        self.systems[member].set_clock(seconds);
         true
     }
 
