@@ -9,7 +9,7 @@
 //! sessions of the backup get numbers that nobody keeps alive, and expire, not before their TTL, as those of dead
 //! processes do: their keys go by entries of the log.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Write};
@@ -325,6 +325,8 @@ fn leap(read: snapshot::Read, tree: Tree, identity: Identity, peer: Peer) -> Res
         revision: read.header.revision.checked_add(LEAP).ok_or_else(out_of_numbers)?,
         last_session: read.header.last_session.checked_add(LEAP).ok_or_else(out_of_numbers)?,
         sessions: sessions.collect(),
+        // Nobody of the old group is asked for in the new one.
+        removed: BTreeSet::new(),
     })
 }
 

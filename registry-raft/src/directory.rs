@@ -77,10 +77,7 @@ impl Directory {
             Err(error) => return Err(storage(&file, format!("can't be read: {error}"))),
         };
         if label.removed {
-            return Err(storage(
-                path,
-                format!("member {member:?} was removed from its group; to come back, join with an empty directory"),
-            ));
+            return Err(storage(path, removed_for_good(member)));
         }
         if label.founded && is_empty(&path.join("log")).map_err(failed("can't be read"))? {
             return Err(storage(
@@ -251,6 +248,11 @@ fn made(path: &Path) -> io::Result<()> {
 /// Opens a file that only its owner may read.
 pub(crate) fn owned(path: PathBuf, options: &mut OpenOptions) -> io::Result<File> {
     options.mode(0o600).open(path)
+}
+
+/// What is said of a member that was removed, by its directory or by the group.
+pub(crate) fn removed_for_good(member: &str) -> String {
+    format!("member {member:?} was removed from its group; to come back, join with an empty directory")
 }
 
 pub(crate) fn storage(place: &Path, reason: String) -> Error {

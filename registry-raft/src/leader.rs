@@ -4,18 +4,20 @@
 //! must be applied, for all readers that wait at that moment at once, and then reads its own copy (the follower read of
 //! Ongaro's dissertation, section 6.4).
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver;
-use openraft::error::{ClientWriteError, LinearizableReadError, RaftError};
+use openraft::error::{LinearizableReadError, RaftError};
 use openraft::raft::StreamAppendError;
 use openraft::raft::linearizable_read::{Linearizer, ReadLogId};
-use openraft::{Instant as _, Membership, ReadPolicy};
+use openraft::{ChangeMembers, Instant as _, Membership, ReadPolicy};
 use registry_api::{Error, Result};
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Code, Status};
 
 use crate::command::not_understood;
+use crate::directory::removed_for_good;
 use crate::link::{BACKEND, failure};
 use crate::member::{Core, unavailable};
 use crate::peers::{Appended, refused};
@@ -240,7 +242,8 @@ impl Core {
         }
     }
 
-    /// Takes a new member in as a learner; again and again comes to the same.
+    /// Takes a new member in as a learner; again and again comes to the same. One that was removed stays so, whenever it
+    /// asked: the question may have been under way since before.
     pub(crate) async fn admit(&self, admission: message::Admission) -> std::result::Result<(), Status> {
         if *admission.cluster != self.identity().cluster {
             return Err(refused("it asks to join another group".into()));
@@ -248,7 +251,12 @@ impl Core {
         let leader = tokio::time::timeout(ROUND, self.leader()).await;
         let leader = leader.map_err(|_| Status::unavailable("there is no Raft leader"))?;
         match leader.map_err(|error| Status::unavailable(error.to_string()))? {
-            Leader::This => {}
+            // What was changed before is decided on.
+            Leader::This => match tokio::time::timeout(ROUND, self.barrier()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => return Err(Status::unavailable(error.to_string())),
+                Err(_) => return Err(Status::unavailable("no majority answers the Raft leader")),
+            },
             Leader::Other(..) if admission.forwarded => return Err(Status::unavailable("the Raft leader has changed")),
             Leader::Other(id, peer) => {
                 let passed_on = message::Admission {
@@ -260,8 +268,14 @@ impl Core {
                 return asked.await.map(|_| ());
             }
         }
-        let (_, membership) = self.membership();
-        let members = membership.nodes().map(|(id, peer)| (*id, peer.clone())).collect();
+        let (decided_on, members, removed) = self.store().read(|inner| {
+            let members = inner.membership.nodes().map(|(id, peer)| (*id, peer.clone()));
+            let removed = inner.state.removed.contains(&admission.id);
+            (*inner.membership.log_id(), members.collect(), removed)
+        });
+        if removed {
+            return Err(Status::already_exists(removed_for_good(&admission.name)));
+        }
         crate::founding::refuse_namesake(&members, admission.id, &admission.name)
             .map_err(|error| Status::already_exists(error.to_string()))?;
         let peer = Peer {
@@ -272,19 +286,15 @@ impl Core {
             return Ok(());
         }
         tracing::info!(member = peer.name, address = peer.address, "a member joins");
-        match self.raft().add_learner(admission.id, peer, false).await {
-            Ok(_) => Ok(()),
-            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => {
-                Err(Status::unavailable("the Raft leader has changed"))
-            }
-            Err(error) => Err(Status::unavailable(error.to_string())),
-        }
+        let learner = ChangeMembers::AddNodes(BTreeMap::from([(admission.id, peer)]));
+        let taken_in = self.propose_members(learner, true, decided_on).await;
+        taken_in.map_err(|error| Status::unavailable(error.to_string()))
     }
 
     /// Asks the members at these addresses to be taken in, until one of them has it done.
     ///
     /// # Errors
-    /// [`Error::Storage`] if the group knows another disk under this member's name.
+    /// [`Error::Storage`] if the group knows another disk under this member's name, or has removed this one.
     pub(crate) async fn join(&self, addresses: &[String], peer: &Peer) -> Result<()> {
         let admission = message::Admission {
             cluster: bytes::Bytes::copy_from_slice(&self.identity().cluster),

@@ -6,6 +6,8 @@ mod alone;
 mod differing;
 #[cfg(test)]
 mod foreign;
+#[cfg(test)]
+mod late;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{ChangeMembershipError, ClientWriteError, RaftError};
-use openraft::{ChangeMembers, Instant as _, LogIdOptionExt};
+use openraft::{ChangeMembers, Instant as _, LogIdOptionExt, Precondition};
 use registry_api::{Error, Result};
 use tokio::sync::watch;
 
@@ -16,7 +16,7 @@ use crate::member::{Core, unavailable};
 use crate::proto;
 use crate::proto::registry::peer::v1 as message;
 use crate::proto::request::Call;
-use crate::types::Peer;
+use crate::types::{LogId, Peer};
 
 /// How often it is looked whether this member still leads.
 const LOOK: Duration = Duration::from_millis(20);
@@ -103,8 +103,9 @@ impl Core {
         if change.kind() == Kind::Add {
             return self.invite(name, &change.address).await;
         }
-        let metrics = self.raft().metrics().borrow_watched().clone();
-        let membership = metrics.membership_config.membership().clone();
+        // What was changed before is decided on, and nothing that this member does not lead any more.
+        self.barrier().await?;
+        let (decided_on, membership) = self.membership();
         let Some((id, _)) = membership.nodes().find(|(_, peer)| peer.name == *name) else {
             let names: BTreeSet<_> = membership.nodes().map(|(_, peer)| peer.name.as_str()).collect();
             let names = Vec::from_iter(names);
@@ -117,19 +118,19 @@ impl Core {
             Kind::Promote if votes.contains(&id) => Ok(()),
             Kind::Promote => {
                 self.caught_up(id, name).await?;
-                self.propose_members(ChangeMembers::AddVoterIds(BTreeSet::from([id])), true)
-                    .await
+                let voters = ChangeMembers::AddVoterIds(BTreeSet::from([id]));
+                self.propose_members(voters, true, decided_on).await
             }
             Kind::Remove if votes.len() == 1 && votes.contains(&id) => Err(Error::InvalidRequest(format!(
                 "{name:?} is the only member with a vote: stop it instead"
             ))),
-            Kind::Remove if votes.contains(&id) => {
-                self.propose_members(ChangeMembers::RemoveVoters(BTreeSet::from([id])), false)
-                    .await
-            }
             Kind::Remove => {
-                self.propose_members(ChangeMembers::RemoveNodes(BTreeSet::from([id])), false)
-                    .await
+                let gone = BTreeSet::from([id]);
+                let gone = match votes.contains(&id) {
+                    true => ChangeMembers::RemoveVoters(gone),
+                    false => ChangeMembers::RemoveNodes(gone),
+                };
+                self.propose_members(gone, false, decided_on).await
             }
             Kind::Transfer if !votes.contains(&id) => Err(Error::InvalidRequest(format!(
                 "{name:?} is a learner: promote it first"
@@ -195,8 +196,17 @@ impl Core {
         }
     }
 
-    async fn propose_members(&self, change: ChangeMembers<u64, Peer>, retain: bool) -> Result<()> {
-        match self.raft().change_membership(change, retain).await {
+    /// Has a change committed, unless the members have changed since what it was decided on.
+    pub(crate) async fn propose_members(
+        &self,
+        change: ChangeMembers<u64, Peer>,
+        retain: bool,
+        decided_on: Option<LogId>,
+    ) -> Result<()> {
+        let unchanged = Precondition::LastMembershipLogId {
+            last_membership_log_id: decided_on,
+        };
+        match self.raft().change_membership_if(change, retain, [unchanged]).await {
             Ok(_) => Ok(()),
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => {
                 Err(unavailable("the Raft leader has changed"))

@@ -3,7 +3,7 @@
 //! A file is a magic number, then frames, each with its length and CRC, the last of which counts what came before. It is
 //! written beside, synced, renamed, and the directory synced, before the log that it covers may be dropped.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufReader, BufWriter, Cursor, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -42,6 +42,7 @@ pub(crate) struct Frozen {
     pub(crate) revision: u64,
     pub(crate) last_session: u64,
     pub(crate) sessions: BTreeMap<u64, Arc<SessionRecord>>,
+    pub(crate) removed: BTreeSet<u64>,
 }
 
 impl Frozen {
@@ -52,6 +53,7 @@ impl Frozen {
             revision: state.revision,
             last_session: state.last_session,
             sessions: state.sessions.clone(),
+            removed: state.removed.clone(),
         }
     }
 
@@ -61,10 +63,9 @@ impl Frozen {
             .into_iter()
             .map(|(id, session)| (id, Arc::unwrap_or_clone(session)))
             .collect();
-        (
-            State::restore(self.tree, self.revision, self.last_session, sessions),
-            self.meta,
-        )
+        let mut state = State::restore(self.tree, self.revision, self.last_session, sessions);
+        state.removed = self.removed;
+        (state, self.meta)
     }
 }
 
@@ -323,6 +324,7 @@ impl Snapshots {
             revision: read.header.revision,
             last_session: read.header.last_session,
             sessions: read.sessions,
+            removed: read.header.removed.into_iter().collect(),
         })
     }
 }
@@ -420,6 +422,7 @@ pub(crate) fn write(out: &mut dyn Write, identity: &Identity, frozen: &Frozen) -
             membership_log_id: frozen.meta.last_membership.log_id().as_ref().map(wire::log_id_to),
             revision: frozen.revision,
             last_session: frozen.last_session,
+            removed: frozen.removed.iter().copied().collect(),
         }),
     )?;
     for (id, session) in &frozen.sessions {

@@ -21,6 +21,8 @@ pub(crate) struct State {
     pub(crate) sessions: BTreeMap<u64, Arc<SessionRecord>>,
     /// The newest session's id. Ids are never used again.
     pub(crate) last_session: u64,
+    /// The ids of members that the group has removed. None is given again, so whoever asks in its name comes too late.
+    pub(crate) removed: BTreeSet<u64>,
     /// The keys of `tree` that are ephemeral, for the question whether one is above a key that is put.
     ephemeral: HashSet<Arc<str>>,
 }
@@ -91,6 +93,7 @@ impl State {
             revision,
             sessions,
             last_session,
+            removed: BTreeSet::new(),
             ephemeral,
         }
     }

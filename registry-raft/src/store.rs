@@ -381,8 +381,12 @@ impl Applier<'_> {
     }
 
     pub(crate) fn membership(&mut self, membership: StoredMembership, log_id: LogId) {
-        self.inner.applied = Some(log_id);
-        self.inner.membership = membership;
+        let inner = &mut *self.inner;
+        let gone = inner.membership.nodes().map(|(id, _)| *id);
+        let gone = gone.filter(|id| membership.membership().get_node(id).is_none());
+        inner.state.removed.extend(gone);
+        inner.applied = Some(log_id);
+        inner.membership = membership;
     }
 }
 
