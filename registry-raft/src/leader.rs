@@ -128,7 +128,22 @@ impl Core {
         let Leader::Other(id, peer) = leader else {
             return Err(unavailable("the Raft leader has changed"));
         };
-        let lane = self.network().lane(*id, &peer.address);
+        self.ask(*id, peer, call, patience, self.deposed(leader)).await
+    }
+
+    /// Asks another member, which does not pass it on, as long as it is the one to ask.
+    ///
+    /// # Errors
+    /// As [`Core::forward`].
+    pub(crate) async fn ask(
+        &self,
+        id: u64,
+        peer: &Peer,
+        call: Call,
+        patience: Duration,
+        deposed: impl Future<Output = ()>,
+    ) -> Result<Answer> {
+        let lane = self.network().lane(id, &peer.address);
         let conversation = tokio::time::timeout(patience, lane.conversation())
             .await
             .map_err(unavailable)?;
@@ -144,7 +159,7 @@ impl Core {
         };
         let answered = tokio::select! {
             answered = conversation.ask(request) => answered,
-            () = self.deposed(leader) => return Err(unknown("the Raft leader has changed".into())),
+            () = deposed => return Err(unknown("the Raft leader has changed".into())),
         };
         match answered {
             Ok(response) => match response.answer.ok_or_else(not_understood)? {

@@ -15,6 +15,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{ClientWriteError, InitializeError, RaftError};
 use openraft::{Raft, SnapshotPolicy};
@@ -672,16 +673,33 @@ impl Core {
         }
     }
 
-    /// How it stands, with what the Raft leader knows of each member if that answers soon.
+    /// How it stands, with what the Raft leader knows of each member and how far each has applied the log, as far as they
+    /// answer soon.
     async fn status_of_all(&self, patience: Duration) -> proto::StatusAnswer {
         let mut status = self.status();
-        if let Some(leader @ Leader::Other(..)) = self.known_leader() {
+        let patience = patience.min(STATUS);
+        let (_, membership) = self.membership();
+        let others = membership.nodes().filter(|(id, _)| **id != self.identity.member);
+        let asking = others.map(|(id, peer)| async move {
             let call = Call::Status(proto::StatusRequest {});
-            let patience = patience.min(STATUS);
-            let asked = tokio::time::timeout(patience, self.forward(&leader, call, patience)).await;
-            if let Ok(Ok(Answer::Status(leaders))) = asked {
-                status.members = leaders.members;
+            let asked = self.ask(*id, peer, call, patience, std::future::pending());
+            match tokio::time::timeout(patience, asked).await {
+                Ok(Ok(Answer::Status(status))) => Some(status),
+                _ => None,
             }
+        });
+        let answered: Vec<_> = join_all(asking).await.into_iter().flatten().collect();
+        let of = |id| answered.iter().find(|answer| answer.answered_by == id);
+        if let Some(Leader::Other(leader, _)) = self.known_leader()
+            && let Some(leader) = of(leader)
+        {
+            status.members.clone_from(&leader.members);
+        }
+        for member in &mut status.members {
+            member.applied = match member.id == status.answered_by {
+                true => Some(status.applied),
+                false => of(member.id).map(|answer| answer.applied),
+            };
         }
         status
     }
@@ -829,6 +847,7 @@ impl Core {
                 role: role.into(),
                 matched,
                 lag: matched.map(|matched| metrics.last_log_index.unwrap_or(0).saturating_sub(matched)),
+                applied: (*id == self.identity.member).then_some(applied),
             }
         };
         let mut members: Vec<_> = membership.nodes().map(member).collect();

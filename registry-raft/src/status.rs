@@ -47,6 +47,8 @@ pub struct MemberStatus {
     pub matched: Option<u64>,
     /// How many entries of the log it lacks, if the Raft leader could be asked.
     pub lag: Option<u64>,
+    /// The index of the last entry of the log that it has applied, if it could be asked.
+    pub applied: Option<u64>,
 }
 
 impl Status {
@@ -65,6 +67,7 @@ impl From<proto::StatusAnswer> for Status {
             role: member.role,
             matched: member.matched,
             lag: member.lag,
+            applied: member.applied,
         };
         Self {
             members: answer.members.into_iter().map(member).collect(),

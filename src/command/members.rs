@@ -73,13 +73,17 @@ pub(super) fn show(status: &Status, out: Output) -> Result<(), Failure> {
                     Some(lag) => format!("  lacks {lag} entries"),
                     None => "  how far it is, is not known".into(),
                 };
+                let applied = member.applied.map(|applied| format!("  applied {applied}"));
                 let this = match member.id == status.answered_by {
                     true => "  (answered)",
                     false => "",
                 };
                 format!(
-                    "member {:10} {:8} {}{lag}{this}",
-                    member.name, member.role, member.address
+                    "member {:10} {:8} {}{}{lag}{this}",
+                    member.name,
+                    member.role,
+                    member.address,
+                    applied.unwrap_or_default()
                 )
             },
             || json!({ "member": member }),

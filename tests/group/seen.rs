@@ -103,6 +103,18 @@ async fn a_group_is_seen_from_outside() {
         assert!(equal.lines().last().unwrap().starts_with("equal at entry "), "{equal}");
     }
 
+    // How far each has applied the log, which all of them have in the end.
+    until("all have applied the same", || async {
+        let told = site.group.run(NAMES[slow], &["--json", "members"]).await;
+        let applied = told.lines().map(|line| {
+            let line: Value = serde_json::from_str(line).unwrap();
+            line["member"]["applied"].as_u64().unwrap()
+        });
+        let applied: Vec<_> = applied.collect();
+        applied.len() == 3 && applied.iter().all(|each| *each == applied[0])
+    })
+    .await;
+
     // One that stands still lacks what is written meanwhile, and is told not to answer.
     site.group.process(slow).pause();
     for n in 0..40 {
@@ -117,7 +129,8 @@ async fn a_group_is_seen_from_outside() {
     let line = told
         .lines()
         .find(|line| line.contains(&format!("member {} ", NAMES[slow])));
-    assert!(line.unwrap().contains(" lacks "), "{told}");
+    let line = line.unwrap();
+    assert!(line.contains(" lacks ") && !line.contains(" applied "), "{told}");
     let verified = site.group.command(NAMES[leader], &["status", "--verify"]).await;
     assert_eq!(verified.status.code(), Some(5));
     let said = String::from_utf8_lossy(&verified.stderr);
