@@ -363,31 +363,34 @@ async fn a_list_that_was_changed_later_is_warned_of() {
     assert_eq!(names, ["a", "b", "c"]);
 }
 
-/// A member that comes back from a partition has no larger term: it follows whom the others follow.
+/// A member that comes back from a partition has no larger term: it follows whom the others follow. Three times.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_that_comes_back_does_not_depose_the_leader() {
     let group = Group::start(3).await;
-    // Another election in these seconds would be the machine's fault; three times it is not.
-    for attempt in 0.. {
+    let (mut undisturbed, mut deposed) = (0, Vec::new());
+    while undisturbed < 3 {
         let leader = group.leader().await;
         let away = (leader + 1) % 3;
         let term = group.status(leader).await.unwrap().term;
         group.net.isolate(away);
         let registry = group.connect(leader).await;
-        for n in 0..20 {
+        // Several elections could be held meanwhile.
+        for n in 0..30 {
             registry.put(&key("/a"), n.to_string()).await.unwrap();
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         group.net.mend();
         let back = group.connect(away).await;
-        assert_eq!(value(&back, "/a", Read::Linearizable).await.unwrap(), "19");
-        registry.put(&key("/a"), "20").await.unwrap();
+        assert_eq!(value(&back, "/a", Read::Linearizable).await.unwrap(), "29");
+        registry.put(&key("/a"), "30").await.unwrap();
         back.close().await.unwrap();
         registry.close().await.unwrap();
         let after = group.status(away).await.unwrap();
-        if after.term == term && group.leader().await == leader {
-            return;
+        match after.term == term && group.leader().await == leader {
+            true => undisturbed += 1,
+            // An election in these seconds may be the machine's fault; as often as not it is none.
+            false => deposed.push((term, after.term)),
         }
-        assert!(attempt < 2, "the term went from {term} to {}", after.term);
+        assert!(deposed.len() < 3, "the terms went {deposed:?}");
     }
 }

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use registry::{
-    Error, Held, Leadership, Options, Prefix, Read, Registry, SessionState, SessionTtl, WatchRequest, WatchScope,
+    Error, Held, Leadership, List, Options, Prefix, Read, Registry, SessionState, SessionTtl, Txn, WatchRequest,
+    WatchScope,
 };
 use registry_tests::{key, within};
 use tokio::task::JoinHandle;
@@ -101,16 +102,41 @@ fn states_of(registry: &Arc<dyn Registry>) -> JoinHandle<Vec<SessionState>> {
 /// Every call that needs the quorum ends by its deadline, and none says that it has done anything.
 async fn calls_fail(registry: &Arc<dyn Registry>, request_timeout: Duration) {
     let limit = 2 * request_timeout;
-    let read = within(limit, registry.get(&key("/a"), Read::Linearizable)).await;
-    assert!(matches!(read, Err(Error::Unavailable { .. })), "{read:?}");
-    let count = within(limit, registry.count(&Prefix::root(), Read::Linearizable)).await;
-    assert!(matches!(count, Err(Error::Unavailable { .. })), "{count:?}");
-    let write = within(limit, registry.put(&key("/a"), "2")).await;
-    let unknown = |error: &Error| matches!(error, Error::Unavailable { .. } | Error::OutcomeUnknown { .. });
-    assert!(write.as_ref().is_err_and(unknown), "{write:?}");
-    let deleted = within(limit, registry.delete_prefix(&key("/b").into())).await;
-    assert!(deleted.as_ref().is_err_and(unknown), "{deleted:?}");
+    let (a, below) = (key("/a"), Prefix::from(key("/b")));
+    let reads = async {
+        let (get, list, children, count, watch) = tokio::join!(
+            within(limit, registry.get(&a, Read::Linearizable)),
+            within(limit, registry.list(List::new(below.clone()))),
+            within(limit, registry.children(&below, Read::Linearizable)),
+            within(limit, registry.count(&below, Read::Linearizable)),
+            within(limit, registry.watch(WatchRequest::new(key("/b"), WatchScope::Subtree))),
+        );
+        [get.err(), list.err(), children.err(), count.err(), watch.err()]
+    };
+    let writes = async {
+        let (other, ephemeral) = (key("/other"), key("/ephemeral"));
+        let (lock, election) = (registry.lock(&other), registry.election(&other));
+        let (put, ephemeral, delete, delete_below, commit, locked, led) = tokio::join!(
+            within(limit, registry.put(&a, "2")),
+            within(limit, registry.put_ephemeral(&ephemeral, "2")),
+            within(limit, registry.delete(&a)),
+            within(limit, registry.delete_prefix(&below)),
+            within(limit, registry.commit(Txn::new().put(&a, "2"))),
+            within(limit, lock.try_acquire()),
+            within(limit, election.leader()),
+        );
+        let errors = [put.err(), ephemeral.err(), delete.err(), delete_below.err()];
+        errors.into_iter().chain([commit.err(), locked.err(), led.err()])
+    };
     assert!(within(limit, registry.health()).await.is_err());
+    let (reads, writes) = tokio::join!(reads, writes);
+    for read in reads {
+        assert!(matches!(read, Some(Error::Unavailable { .. })), "{read:?}");
+    }
+    for write in writes {
+        let unknown = matches!(write, Some(Error::Unavailable { .. } | Error::OutcomeUnknown { .. }));
+        assert!(unknown, "{write:?}");
+    }
 }
 
 /// What etcd's raftexample, kvrocks and DSS do not do: every call ends by its deadline, what needs no quorum goes on, who
@@ -210,4 +236,14 @@ async fn a_leader_whose_others_stand_still() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_that_is_cut_off_from_both() {
     a_loss(Loss::CutOff, Stays::Leader).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_whose_others_are_killed() {
+    a_loss(Loss::Killed, Stays::Leader).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_that_is_cut_off_from_both() {
+    a_loss(Loss::CutOff, Stays::Follower).await;
 }
