@@ -8,6 +8,8 @@ mod differing;
 mod foreign;
 #[cfg(test)]
 mod late;
+#[cfg(test)]
+mod stopping;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -66,6 +68,8 @@ const SUCCESSION: Duration = Duration::from_millis(100);
 const PAUSE: Duration = Duration::from_millis(4);
 /// How many bytes of log that a snapshot covers are kept for members that lag behind.
 const KEPT: u64 = 32 << 20;
+/// How long a member that stops waits for what is under way.
+const GRACE: Duration = Duration::from_secs(1);
 /// How many bytes of changes may be on their way at once; more wait their turn.
 const IN_FLIGHT: usize = 64 << 20;
 const HOUSEKEEPING: Duration = Duration::from_millis(500);
@@ -300,14 +304,17 @@ impl Drop for Member {
 
 impl Running {
     fn stop(mut self, core: &Core) -> Result<()> {
-        self.threads.handle()?.block_on(core.hand_over());
+        self.threads.handle()?.block_on(async {
+            core.hand_over().await;
+            core.settle().await;
+        });
         self.stop.send_replace(true);
         core.store.end_watches();
         // Another process may acknowledge what this one never hears of.
         core.alone().note(None);
         let closed = self.threads.handle()?.block_on(async {
             if let Some(server) = self.server {
-                let grace = tokio::time::timeout(Duration::from_secs(1), server).await;
+                let grace = tokio::time::timeout(GRACE, server).await;
                 tracing::debug!(in_time = grace.is_ok(), "the server has stopped");
             }
             // Ends the member's tasks; an error says that they had ended already.
@@ -779,6 +786,15 @@ impl Core {
                 source: fatal.into(),
             }),
         }
+    }
+
+    /// Waits until what this member has proposed is answered. What it could not commit itself before it handed over, the
+    /// next Raft leader does, who must reach it for that.
+    async fn settle(&self) {
+        let all = u32::try_from(IN_FLIGHT).unwrap_or(u32::MAX);
+        // Whoever comes later goes on with what is let go of here.
+        let settled = tokio::time::timeout(GRACE, self.in_flight.acquire_many(all)).await;
+        tracing::debug!(in_time = settled.is_ok(), "what was proposed is answered");
     }
 
     async fn keep_alive(&self, session: SessionId) -> Result<()> {
