@@ -39,6 +39,11 @@ pub struct RaftConfig {
     pub advertise: Option<String>,
     /// How soon the silence of the Raft leader is noticed, `default` if not given.
     pub timers: Timers,
+    /// Whether the Raft leader answers linearizable reads without asking the others, as long as a majority heard it within
+    /// 0.8 times the longest that its silence is waited for. They are linearizable then as far as its clock runs as fast as
+    /// theirs, and does not stand still while theirs go on, as that of a virtual machine does which is suspended. Off if
+    /// not given: each read asks a majority. The same on all members.
+    pub lease_reads: bool,
     /// Members to reach from elsewhere, `host:port`, in the order they are tried.
     pub endpoints: Vec<String>,
     /// How many bytes of log make a member take a snapshot and drop what it covers: 1 MiB or more, 64 MiB if not given.
@@ -196,6 +201,7 @@ impl RaftConfig {
                 ("join", !self.join.is_empty()),
                 ("advertise", self.advertise.is_some()),
                 ("timers", self.timers != Timers::Default),
+                ("lease_reads", self.lease_reads),
             ];
             if let Some((field, _)) = of_member.into_iter().find(|&(_, given)| given) {
                 return Err(refused(

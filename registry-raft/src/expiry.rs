@@ -22,12 +22,18 @@ use crate::link::BACKEND;
 pub(crate) const TICK: Duration = Duration::from_millis(100);
 /// A look that comes this late says that the process stood still.
 const STALL: Duration = Duration::from_millis(700);
-/// The most sessions that one entry expires: ten thousand at once must not hold up others' writes.
+/// The most sessions that one entry speaks of, and how many keys it takes along, but for those of its last session. The
+/// next entry follows when this one is applied: however many sessions end at once, others' writes wait for one such entry.
 pub(crate) const BATCH: usize = 500;
+const BATCH_KEYS: usize = 500;
 
 /// The deadlines of all sessions, while this member leads.
 #[derive(Debug, Default)]
-pub(crate) struct Expiry(Mutex<Deadlines>);
+pub(crate) struct Expiry {
+    deadlines: Mutex<Deadlines>,
+    /// Whose turn it is to propose.
+    turn: tokio::sync::Mutex<()>,
+}
 
 #[derive(Debug, Default)]
 struct Deadlines {
@@ -55,13 +61,15 @@ pub(crate) struct Known {
     /// What earlier leaders noted of its silence.
     pub(crate) silent: Duration,
     pub(crate) heard: u64,
+    /// How many keys end with it.
+    pub(crate) keys: usize,
 }
 
 /// What a look at the clock has found.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Due {
-    /// Their time has run out.
-    pub(crate) expired: Vec<u64>,
+    /// Their time has run out: those of an entry together.
+    pub(crate) expired: Vec<Vec<u64>>,
     /// Their silence is to be noted.
     pub(crate) silent: Vec<(Known, Duration)>,
 }
@@ -73,7 +81,7 @@ impl Expiry {
     /// # Errors
     /// [`Error::Unavailable`] if it is about to be expired, or not known to the leader yet: ask again.
     pub(crate) fn extend(&self, session: SessionId, now: Instant) -> Result<bool> {
-        let mut deadlines = self.0.lock();
+        let mut deadlines = self.deadlines.lock();
         let not_now = |reason: &str| {
             Err(Error::Unavailable {
                 backend: BACKEND,
@@ -96,7 +104,7 @@ impl Expiry {
 
     /// This member does not lead: it counts nothing.
     pub(crate) fn rest(&self) {
-        let mut deadlines = self.0.lock();
+        let mut deadlines = self.deadlines.lock();
         if deadlines.term.is_some() {
             *deadlines = Deadlines::default();
         }
@@ -105,7 +113,7 @@ impl Expiry {
     /// Takes up the sessions there are, and answers those whose time has run out, and those that are silent. The former
     /// count as expiring until [`Expiry::settled`].
     pub(crate) fn due(&self, term: u64, now: Instant, sessions: impl Iterator<Item = Known>) -> Due {
-        let mut deadlines = self.0.lock();
+        let mut deadlines = self.deadlines.lock();
         let stalled = deadlines
             .looked
             .is_some_and(|looked| now.saturating_duration_since(looked) > STALL);
@@ -118,7 +126,7 @@ impl Expiry {
         }
         deadlines.looked = Some(now);
         let mut before = std::mem::take(&mut deadlines.sessions);
-        let mut due = Due::default();
+        let (mut due, mut keys) = (Due::default(), 0);
         for known in sessions {
             let mut deadline = before.remove(&known.session).unwrap_or_else(|| Deadline {
                 at: now + known.ttl.saturating_sub(known.silent),
@@ -128,20 +136,37 @@ impl Expiry {
             let silence = deadline.ttl.saturating_sub(deadline.at.saturating_duration_since(now));
             let next = (deadline.ttl / 2).max(deadline.noted + deadline.ttl / 8);
             if deadline.at <= now && !deadlines.expiring.contains(&known.session) {
-                due.expired.push(known.session);
+                deadlines.expiring.insert(known.session);
+                keys = match due.expired.last_mut() {
+                    Some(batch) if batch.len() < BATCH && keys < BATCH_KEYS => {
+                        batch.push(known.session);
+                        keys + known.keys
+                    }
+                    _ => {
+                        due.expired.push(vec![known.session]);
+                        known.keys
+                    }
+                };
             } else if silence >= next && silence < deadline.ttl {
                 deadline.noted = silence;
                 due.silent.push((known, silence));
             }
             deadlines.sessions.insert(known.session, deadline);
         }
-        deadlines.expiring.extend(&due.expired);
         due
+    }
+
+    /// Waits for its turn to propose, in the order of asking.
+    ///
+    /// # Cancel safety
+    /// Who stops waiting lets the next go first.
+    pub(crate) async fn turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.turn.lock().await
     }
 
     /// The proposal to expire these was answered, one way or the other.
     pub(crate) fn settled(&self, sessions: &[u64]) {
-        let mut deadlines = self.0.lock();
+        let mut deadlines = self.deadlines.lock();
         for session in sessions {
             deadlines.expiring.remove(session);
         }
@@ -166,6 +191,7 @@ mod tests {
             ttl: TTL,
             silent,
             heard: 0,
+            keys: 0,
         };
         (0..=millis).step_by(100).find(|ms| {
             let due = expiry.due(term, from + Duration::from_millis(*ms), [known].into_iter());
@@ -181,6 +207,7 @@ mod tests {
             ttl: TTL,
             silent: Duration::ZERO,
             heard: 0,
+            keys: 0,
         };
         let mut noted = Vec::new();
         for ms in (0..1_000).step_by(50) {
@@ -195,6 +222,41 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_takes_few_keys_along() {
+        let (expiry, start) = (Expiry::default(), Instant::now());
+        // So many keys each of them has, and so many end together.
+        let cases = [
+            (0, vec![BATCH, BATCH, 200]),
+            (11, vec![46, 46, 46]),
+            (2 * BATCH_KEYS, vec![1, 1, 1]),
+        ];
+        for (term, (keys, together)) in (1..).zip(cases) {
+            let known = |session| Known {
+                session,
+                ttl: TTL,
+                silent: Duration::ZERO,
+                heard: 0,
+                keys,
+            };
+            let sessions = || (0..together.iter().sum::<usize>() as u64).map(known);
+            assert_eq!(expiry.due(term, start, sessions()), Due::default());
+            // In steps, so that it is not taken to have stood still.
+            let due = (1..=10).map(|tick| expiry.due(term, start + tick * TICK, sessions()));
+            let expired: Vec<_> = due.flat_map(|due| due.expired).collect();
+            assert_eq!(
+                expired.iter().map(Vec::len).collect::<Vec<_>>(),
+                together,
+                "{keys} keys"
+            );
+            assert_eq!(
+                expired.concat(),
+                sessions().map(|known| known.session).collect::<Vec<_>>()
+            );
+            expiry.rest();
+        }
+    }
+
+    #[test]
     fn a_session_that_is_kept_alive_is_never_noted() {
         let (expiry, start) = (Expiry::default(), Instant::now());
         let known = Known {
@@ -202,6 +264,7 @@ mod tests {
             ttl: TTL,
             silent: Duration::ZERO,
             heard: 0,
+            keys: 0,
         };
         for ms in (0..10_000).step_by(100) {
             let now = start + Duration::from_millis(ms);

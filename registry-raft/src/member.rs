@@ -9,6 +9,8 @@ mod foreign;
 #[cfg(test)]
 mod late;
 #[cfg(test)]
+mod starting;
+#[cfg(test)]
 mod stopping;
 
 use std::cell::RefCell;
@@ -135,7 +137,10 @@ impl Member {
             });
         }
         let mut builder = Builder::new_multi_thread();
-        builder.worker_threads(2).thread_name("registry-raft").enable_all();
+        builder
+            .worker_threads(workers())
+            .thread_name("registry-raft")
+            .enable_all();
         in_span_of(&mut builder, config.member_name());
         let threads = Threads(Some(builder.build().map_err(unavailable)?));
         let (config, name) = (config.clone(), config.member_name().to_owned());
@@ -330,6 +335,13 @@ impl Running {
     }
 }
 
+/// How many threads a member works with: a few of the processors' share, for a program that has its own work. On the smallest
+/// machines that is one: what one thread hands to another waits for that to wake.
+fn workers() -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    (processors / 2).clamp(1, 4)
+}
+
 /// What happens on the member's threads is told with its name: they do nothing else.
 fn in_span_of(builder: &mut Builder, name: &str) {
     thread_local! {
@@ -417,6 +429,7 @@ async fn start(config: &RaftConfig) -> Result<Started> {
     // Nobody else reaches the log yet.
     let membership = raft.metrics().borrow_watched().membership_config.clone();
     log.alone().note(Some(membership.membership()));
+    let elects_from = elects_from(&raft, identity.member, config.timers);
     let (readers, waiting) = leader::readers();
     let core = Core {
         identity,
@@ -430,10 +443,16 @@ async fn start(config: &RaftConfig) -> Result<Started> {
         in_flight: Arc::new(Semaphore::new(IN_FLIGHT)),
         backups: Arc::new(Semaphore::new(1)),
         timers: config.timers,
+        lease_reads: config.lease_reads,
+        elects_from,
         handing_over: watch::channel(false).0,
         heard: Arc::default(),
     };
     tokio::spawn(core.clone().serve_readers(waiting));
+    if core.may_elect().is_err() {
+        core.raft.runtime_config().elect(false);
+        tokio::spawn(core.clone().elect_later(stopping.clone()));
+    }
     door.open(core.clone());
     core.begin(config, &door, address).await?;
     core.compare_list(&config.cluster);
@@ -481,6 +500,20 @@ fn raft_config(config: &RaftConfig) -> Result<openraft::Config> {
     })
 }
 
+/// From when on a member that starts may elect. It has forgotten when it last heard a Raft leader, who counts on its silence:
+/// it is taken to have heard one just now. Who has never heard any, or has no others, need not wait.
+fn elects_from(raft: &Raft<TypeConfig, StateMachine>, member: u64, timers: Timers) -> Instant {
+    let metrics = raft.metrics();
+    let metrics = metrics.borrow_watched();
+    let others = metrics
+        .membership_config
+        .membership()
+        .voter_ids()
+        .any(|voter| voter != member);
+    let heard_one = metrics.current_term > 0 && others;
+    Instant::now() + Duration::from_millis(if heard_one { timers.millis().2 } else { 0 })
+}
+
 async fn serve(
     door: Door,
     transport: Transport,
@@ -519,6 +552,9 @@ pub(crate) struct Core {
     in_flight: Arc<Semaphore>,
     backups: Arc<Semaphore>,
     timers: Timers,
+    lease_reads: bool,
+    /// Until when it elects nobody.
+    elects_from: Instant,
     /// Whether another is about to lead.
     handing_over: watch::Sender<bool>,
     /// Which Raft leader was heard last, and when.
@@ -566,6 +602,10 @@ impl Core {
         self.timers
     }
 
+    pub(crate) fn lease_reads(&self) -> bool {
+        self.lease_reads
+    }
+
     pub(crate) fn heard(&self) -> &Mutex<Option<(u64, Instant)>> {
         &self.heard
     }
@@ -576,6 +616,26 @@ impl Core {
 
     pub(crate) fn readers(&self) -> &Readers {
         &self.readers
+    }
+
+    /// Refuses a vote as long as this member may have promised its silence to a leader before it was started again.
+    pub(crate) fn may_elect(&self) -> std::result::Result<(), tonic::Status> {
+        match Instant::now() < self.elects_from {
+            true => Err(tonic::Status::unavailable("the member has started a moment ago")),
+            false => Ok(()),
+        }
+    }
+
+    /// Lets it elect from then on; members that were started at once, one after the other.
+    async fn elect_later(self, mut stopping: watch::Receiver<bool>) {
+        let (_, least, most) = self.timers.millis();
+        let drawn = uuid::Uuid::new_v4().as_u64_pair().0 % (most - least);
+        let from = self.elects_from + Duration::from_millis(drawn);
+        tokio::select! {
+            () = tokio::time::sleep_until(from.into()) => self.raft.runtime_config().elect(true),
+            // An error says that the member is gone.
+            _ = stopping.wait_for(|stop| *stop) => {}
+        }
     }
 
     /// Makes the group if it is not made yet, or is taken in, and waits until this member holds all that was
@@ -746,7 +806,7 @@ impl Core {
     /// Waits until the local state holds all that was acknowledged or, for a reader who does not care, what it has seen.
     async fn fresh(&self, stale: bool, at_least: u64) -> Result<()> {
         if !stale {
-            return self.barrier().await;
+            return self.up_to_date().await;
         }
         let mut applied = self.raft.data_metrics();
         while self.store.read(|inner| inner.state.revision) < at_least {
@@ -827,7 +887,7 @@ impl Core {
         request: WatchRequest,
         patience: Duration,
     ) -> Result<Watch> {
-        match tokio::time::timeout(patience, self.barrier()).await {
+        match tokio::time::timeout(patience, self.up_to_date()).await {
             Ok(fresh) => fresh?,
             Err(elapsed) => return Err(unavailable(elapsed)),
         }
@@ -911,12 +971,13 @@ impl Core {
                     ttl: Duration::from_millis(session.ttl_ms),
                     silent: Duration::from_millis(session.silent_ms),
                     heard: session.heard,
+                    keys: session.keys.len(),
                 });
                 known.collect::<Vec<_>>()
             });
             let due = self.expiry.due(term, Instant::now(), sessions.into_iter());
-            for sessions in due.expired.chunks(expiry::BATCH) {
-                tokio::spawn(self.clone().expire(sessions.to_vec(), term));
+            for sessions in due.expired {
+                tokio::spawn(self.clone().expire(sessions, term));
             }
             for silent in due.silent.chunks(expiry::BATCH) {
                 tokio::spawn(self.clone().note_silences(silent.to_vec(), term));
@@ -934,7 +995,10 @@ impl Core {
             term,
             silences: silences.collect(),
         });
-        if let Err(error) = self.propose(Command::new(silences)).await {
+        let turn = self.expiry.turn().await;
+        let noted = self.propose(Command::new(silences)).await;
+        drop(turn);
+        if let Err(error) = noted {
             tracing::debug!(%error, "the next Raft leader will not know that sessions are silent");
         }
     }
@@ -944,7 +1008,10 @@ impl Core {
             sessions: sessions.clone(),
             term,
         });
-        match self.propose(Command::new(expire)).await {
+        let turn = self.expiry.turn().await;
+        let expired = self.propose(Command::new(expire)).await;
+        drop(turn);
+        match expired {
             Ok(_) => tracing::info!(count = sessions.len(), "sessions have expired"),
             // Without a majority it is so ten times a second.
             Err(error) => tracing::debug!(%error, "sessions could not be expired, trying again"),

@@ -120,6 +120,10 @@ impl Peers for PeerService {
     async fn vote(&self, request: Request<message::VoteRequest>) -> Result<Response<message::VoteAnswer>, Status> {
         let request = request.into_inner();
         let (core, sender) = self.checked(request.header.as_ref())?;
+        // Who hands over counts on nobody's silence any more.
+        if !request.leadership_transfer {
+            core.may_elect()?;
+        }
         let request = peers::vote_request_from(request, sender)?;
         let answer = core.raft().vote(request).await.map_err(stopped)?;
         Ok(Response::new(peers::vote_answer_to(
@@ -131,6 +135,7 @@ impl Peers for PeerService {
     async fn pre_vote(&self, request: Request<message::VoteRequest>) -> Result<Response<message::VoteAnswer>, Status> {
         let request = request.into_inner();
         let (core, sender) = self.checked(request.header.as_ref())?;
+        core.may_elect()?;
         let request = peers::vote_request_from(request, sender)?;
         let answer = core.raft().pre_vote(request).await.map_err(stopped)?;
         Ok(Response::new(peers::vote_answer_to(

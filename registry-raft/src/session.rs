@@ -50,7 +50,8 @@ impl Sessions {
                 Err(Error::Unavailable { source, .. } | Error::OutcomeUnknown { source, .. }) => source,
                 answered => return answered,
             };
-            if Instant::now() + backoff >= until {
+            // Asked in the last moment, nobody would have the time to say what is wrong.
+            if Instant::now() + 2 * backoff >= until {
                 let backend = BACKEND;
                 return Err(Error::Unavailable { backend, source });
             }

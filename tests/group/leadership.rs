@@ -129,7 +129,8 @@ fn told_to(group: &Group, name: &str) -> Vec<u64> {
     whole.map(|line| line.trim().parse().unwrap()).collect()
 }
 
-/// Six rounds: a leader that is cut off and one that stands still, in turns.
+/// Nine rounds: a leader that is cut off, one that stands still, and one that is cut off while the others start anew, in
+/// turns.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_program_finds_that_it_leads_while_another_may() {
     let mut group = Group::start_program(3, |_| String::new(), program).await;
@@ -139,23 +140,31 @@ async fn no_program_finds_that_it_leads_while_another_may() {
         (0..3).flat_map(of).collect()
     };
     let newest = |group: &Group| all(group).into_iter().max_by_key(|(_, led)| led.term);
-    for round in 0..6 {
+    for round in 0..9 {
         until("one finds that it leads", || async {
             newest(&group).is_some_and(|(_, led)| !led.ended)
         })
         .await;
         let (old, before) = newest(&group).unwrap();
-        match round % 2 {
+        match round % 3 {
             0 => group.net.isolate(old),
-            _ => group.process(old).pause(),
+            1 => group.process(old).pause(),
+            _ => {
+                group.net.isolate(old);
+                let others = (0..3).filter(|at| *at != old);
+                for at in others.clone() {
+                    group.kill(at).await;
+                }
+                others.for_each(|at| group.start_unready(at));
+            }
         }
         until("another finds that it leads", || async {
             newest(&group).is_some_and(|(at, led)| at != old && led.term > before.term)
         })
         .await;
-        match round % 2 {
-            0 => group.net.mend(),
-            _ => group.process(old).resume(),
+        match round % 3 {
+            1 => group.process(old).resume(),
+            _ => group.net.mend(),
         }
         until("the old one finds that it leads no more, and is told", || async {
             let found = found_by(&group, names[old]);
@@ -169,7 +178,7 @@ async fn no_program_finds_that_it_leads_while_another_may() {
     let mut all = all(&group);
     println!("{all:#?}");
     all.sort_by_key(|(_, led)| (led.term, led.first));
-    assert!(all.len() > 6);
+    assert!(all.len() > 9);
     for pair in all.windows(2) {
         let ((one, earlier), (other, later)) = (pair[0], pair[1]);
         assert!(

@@ -38,6 +38,8 @@ pub(super) struct Queue {
     pub(super) registry: Arc<dyn Registry>,
     pub(super) name: Key,
     dir: Key,
+    /// Whether somebody was in it when it was entered last: then it is not likely to be empty now.
+    crowded: Arc<AtomicBool>,
 }
 
 /// One who waits for a lock or a leadership, or has it.
@@ -73,6 +75,7 @@ impl Queue {
             registry,
             name: name.clone(),
             dir,
+            crowded: Arc::default(),
         }
     }
 
@@ -172,9 +175,9 @@ impl Queue {
         enter: Enter,
         doubt: &mut bool,
     ) -> Result<(Revision, bool)> {
-        // The common case of an empty queue takes one request: nobody is there, so this place is the first.
+        // An empty queue takes one request: nobody is there, so this place is the first.
         let txn = || Txn::new().when(key, Expect::Absent).put_ephemeral(key, value.clone());
-        let mut empty = true;
+        let mut empty = enter == Enter::IfEmpty || !self.crowded.load(Ordering::Relaxed);
         let mut backoff = Backoff::default();
         loop {
             let txn = if empty {
@@ -187,11 +190,14 @@ impl Queue {
                 Err(Error::Conflict { key: conflicting, .. }) if &conflicting == key => {}
                 Err(error @ Error::Conflict { .. }) => {
                     // Somebody is in the queue: perhaps this very contender, by a try of unknown outcome.
-                    match self.own(key, session).await? {
-                        Some(token) => return Ok((token, false)),
-                        None if enter == Enter::IfEmpty => return Err(error),
-                        None => empty = false,
+                    if *doubt && let Some(token) = self.own(key, session).await? {
+                        return Ok((token, false));
                     }
+                    if enter == Enter::IfEmpty {
+                        return Err(error);
+                    }
+                    empty = false;
+                    self.crowded.store(true, Ordering::Relaxed);
                     continue;
                 }
                 Err(Error::OutcomeUnknown { operation, source }) => {
@@ -289,11 +295,14 @@ impl Place {
     async fn wait_first(&mut self) -> Result<()> {
         let registry = self.queue.registry.clone();
         let mut backoff = Backoff::default();
+        let mut waited = false;
         loop {
             let next = async {
                 let Some(before) = self.before().await? else {
+                    self.queue.crowded.store(waited, Ordering::Relaxed);
                     return Ok(true);
                 };
+                waited = true;
                 gone(&*registry, &before).await?;
                 Ok(false)
             };

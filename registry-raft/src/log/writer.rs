@@ -24,6 +24,10 @@ const MARGIN: u64 = 4 << 10;
 /// without it learns it from the others.
 const LAZY: Duration = Duration::from_millis(100);
 
+/// How long the writer looks for its next job before it sleeps, where the last one came as soon. To wake a thread that
+/// sleeps takes a good part of what a sync does.
+const SPIN: Duration = Duration::from_micros(150);
+
 /// The most that is written before it is synced.
 const MAX_BATCH: usize = 4 << 20;
 
@@ -52,6 +56,8 @@ pub(super) struct Writer {
     headed: bool,
     /// Whether older segments may go now.
     removing: bool,
+    /// Whether the last wait was shorter than [`SPIN`].
+    busy: bool,
 }
 
 /// The newest of the records that older segments hold alone.
@@ -125,6 +131,7 @@ impl Writer {
             // may be full.
             headed: false,
             removing: false,
+            busy: false,
         };
         writer.segments.largest.entry(sequence).or_default();
         Ok(writer)
@@ -185,7 +192,20 @@ impl Writer {
         }
     }
 
-    fn wait(&self, queue: &Receiver<Job>) -> Result<Job, RecvTimeoutError> {
+    fn wait(&mut self, queue: &Receiver<Job>) -> Result<Job, RecvTimeoutError> {
+        let start = Instant::now();
+        while self.busy && start.elapsed() < SPIN {
+            if let Ok(job) = queue.try_recv() {
+                return Ok(job);
+            }
+            std::thread::yield_now();
+        }
+        let job = self.sleep(queue);
+        self.busy = start.elapsed() < SPIN;
+        job
+    }
+
+    fn sleep(&self, queue: &Receiver<Job>) -> Result<Job, RecvTimeoutError> {
         // What is written is committed soon after.
         match self.heads.committed.map(|id| id.index) < self.heads.covers() {
             true => queue.recv_timeout(LAZY),

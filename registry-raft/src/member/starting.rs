@@ -1,0 +1,123 @@
+//! Members that are started again, and may have promised their silence to a leader before.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use registry_tests::process::free_port;
+
+use super::*;
+use crate::network::Lane;
+use crate::proto::registry::log::v1 as log;
+use crate::proto::registry::peer::v1 as message;
+
+const NAMES: [&str; 3] = ["a", "b", "c"];
+
+/// A group of three that was stopped.
+async fn stopped(dir: &std::path::Path) -> (Vec<RaftConfig>, Vec<Identity>) {
+    let list = NAMES.map(|name| (name.to_owned(), format!("127.0.0.1:{}", free_port())));
+    let list = BTreeMap::from(list);
+    let config = |name: &str| RaftConfig {
+        member: Some(name.into()),
+        data_dir: Some(dir.join(name)),
+        cluster: list.clone(),
+        ..RaftConfig::default()
+    };
+    let configs: Vec<_> = NAMES.map(config).into();
+    let members = join_all(configs.iter().map(Member::start)).await;
+    let members: Vec<_> = members.into_iter().map(Result::unwrap).collect();
+    let identities = members.iter().map(|member| member.core.identity()).collect();
+    for member in members {
+        member.stop().await.unwrap();
+    }
+    (configs, identities)
+}
+
+fn longest() -> Duration {
+    Duration::from_millis(Timers::Default.millis().2)
+}
+
+/// Whether it votes, or would vote, for another whose log is the newest; `None` as long as it does not answer.
+async fn votes(address: &str, us: Identity, other: Identity, transfer: bool) -> Option<bool> {
+    let request = message::VoteRequest {
+        header: Some(message::Header {
+            cluster: Bytes::copy_from_slice(&us.cluster),
+            from: other.member,
+            to: us.member,
+        }),
+        vote: Some(log::Vote {
+            term: 1_000,
+            node: other.member,
+            committed: false,
+        }),
+        last: Some(log::LogId {
+            term: 999,
+            index: 1_000_000,
+        }),
+        leadership_transfer: transfer,
+    };
+    // One that could not connect leaves it alone for a while.
+    let lane = Lane::new(&Transport::new(&RaftConfig::default()).unwrap(), address);
+    let mut peer = lane.peer().await.ok()?;
+    let answer = match transfer {
+        true => peer.vote(request).await,
+        false => peer.pre_vote(request).await,
+    };
+    answer.ok().map(|answer| answer.into_inner().granted)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_votes_for_nobody_until_it_would_have_missed_its_leader() {
+    let dir = tempfile::tempdir().unwrap();
+    let (configs, identities) = stopped(dir.path()).await;
+    let address = &configs[0].cluster["a"];
+    let began = Instant::now();
+    let starting = tokio::spawn({
+        let config = configs[0].clone();
+        async move { Member::start(&config).await }
+    });
+    let granted = async {
+        while votes(address, identities[0], identities[1], false).await != Some(true) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    registry_tests::within(Duration::from_secs(30), granted).await;
+    assert!(began.elapsed() >= longest(), "it voted after {:?}", began.elapsed());
+    starting.abort();
+}
+
+/// Its leader has said that it hands over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_votes_for_whom_its_leader_hands_over_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let (configs, identities) = stopped(dir.path()).await;
+    let address = &configs[0].cluster["a"];
+    let starting = tokio::spawn({
+        let config = configs[0].clone();
+        async move { Member::start(&config).await }
+    });
+    let granted = async {
+        loop {
+            match votes(address, identities[0], identities[1], true).await {
+                Some(granted) => return granted,
+                None => tokio::time::sleep(Duration::from_millis(2)).await,
+            }
+        }
+    };
+    assert!(registry_tests::within(Duration::from_secs(30), granted).await);
+    starting.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn they_elect_nobody_until_they_would_have_missed_their_leader() {
+    let dir = tempfile::tempdir().unwrap();
+    let (configs, _) = stopped(dir.path()).await;
+    for _ in 0..3 {
+        let began = Instant::now();
+        let members = join_all(configs.iter().map(Member::start)).await;
+        assert!(began.elapsed() >= longest(), "one led after {:?}", began.elapsed());
+        for member in members {
+            member.unwrap().stop().await.unwrap();
+        }
+    }
+}
