@@ -53,7 +53,7 @@ async fn throughput(dir: &Path) -> Result<()> {
         let (mut puts, mut gets) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
             if tasks == 1 {
-                synced.push(disk::fdatasync(dir).expect("the disk takes what is written"));
+                synced.push(disk::fdatasync(dir, Duration::ZERO).expect("the disk takes what is written"));
             }
             puts.push(run(&registry, tasks, Work::Put).await?);
             gets.push(run(&registry, tasks, Work::Get).await?);

@@ -79,6 +79,7 @@ pub(crate) enum Fault {
     UnknownIsTakenForDone,
     // Answers.
     FirstAnswerIsLost,
+    ManyAnswersAreLost,
     PutsComeLate,
 }
 
@@ -327,6 +328,14 @@ impl Registry for Broken {
                     last.revision = self.whole.commit(alone).await?.revision;
                 }
                 last
+            }
+            // One that did not happen is as unknown.
+            Fault::ManyAnswersAreLost if self.count.fetch_add(1, Ordering::Relaxed) % 3 < 2 => {
+                drop(self.whole.commit(broken).await);
+                return Err(Error::OutcomeUnknown {
+                    operation: "a write",
+                    source: "the answer is lost".into(),
+                });
             }
             Fault::FirstAnswerIsLost => match self.count.fetch_add(1, Ordering::Relaxed) {
                 0 => {

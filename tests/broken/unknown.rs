@@ -6,6 +6,7 @@ use std::time::Duration;
 use registry::raft::{Member, RaftConfig};
 use registry::{Error, Key, Options, Read, Registry};
 use registry_tests::{key, within};
+use tokio::task::JoinSet;
 
 use crate::store::{Broken, Fault};
 
@@ -35,6 +36,44 @@ async fn an_entry_of_unknown_outcome_is_taken_back() {
         .await
         .unwrap();
     broken.session().live().unwrap();
+}
+
+/// L7. Two of three answers are lost, of what happened and of what did not: each contender is in the queue once, and none is
+/// left of those that are done.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_contender_is_in_the_queue_once_whatever_was_tried_again() {
+    const CONTENDERS: usize = 8;
+    let (broken, whole) = handles(Fault::ManyAnswersAreLost).await;
+    let lock = whole.lock(&key("/l"));
+    for round in 0..5 {
+        let held = lock.acquire().await.unwrap();
+        let mut waiting = JoinSet::new();
+        for _ in 0..CONTENDERS {
+            let broken = broken.clone();
+            waiting.spawn(async move {
+                let held = broken.lock(&key("/l")).acquire().await?;
+                held.release().await
+            });
+        }
+        let mut most = 0;
+        within(PATIENCE, async {
+            while most < 1 + CONTENDERS {
+                most = lock.contenders().await.unwrap().len();
+            }
+        })
+        .await;
+        // What was tried again is answered by then.
+        held.release().await.unwrap();
+        let ended = async {
+            while let Some(ended) = waiting.join_next().await {
+                ended.unwrap().unwrap();
+                most = most.max(lock.contenders().await.unwrap().len());
+            }
+        };
+        within(PATIENCE, ended).await;
+        assert_eq!(most, 1 + CONTENDERS, "round {round}: somebody had two places");
+        assert_eq!(lock.contenders().await.unwrap(), [], "round {round}");
+    }
 }
 
 /// S5. Nothing that a registration sent comes after `unregister` has returned.

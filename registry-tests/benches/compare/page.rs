@@ -12,6 +12,7 @@ use crate::{SECTIONS, expiry, growth, keys, lock, restart, throughput, watch};
 const RATE: &str = "per second";
 const MEDIAN: &str = "p50 µs";
 const EMBEDDED: &str = "embedded";
+const LEASED: &str = "lease reads";
 const REMOTE: &str = "remote";
 const ETCD: &str = "etcd";
 const ZOOKEEPER: &str = "ZooKeeper";
@@ -61,8 +62,10 @@ fn aims() -> Vec<Aim> {
     add("three", put, 64, (REMOTE, ETCD), RATE, AtLeast(3.0));
     add("one", get, 1, (EMBEDDED, ETCD), RATE, AtLeast(20.0));
     add("one", get, 256, (EMBEDDED, ETCD), RATE, AtLeast(20.0));
-    add("three", get, 1, (EMBEDDED, ETCD), RATE, AtLeast(5.0));
-    add("three", get, 256, (EMBEDDED, ETCD), RATE, AtLeast(20.0));
+    for side in [EMBEDDED, LEASED] {
+        add("three", get, 1, (side, ETCD), RATE, AtLeast(5.0));
+        add("three", get, 256, (side, ETCD), RATE, AtLeast(20.0));
+    }
     for section in ["one", "three"] {
         for other in [ETCD, ZOOKEEPER] {
             add(section, get, 64, (REMOTE, other), RATE, AtLeast(2.0));
@@ -100,7 +103,7 @@ fn aims() -> Vec<Aim> {
         expiry::EXPIRE,
         sessions,
         (REMOTE, ETCD),
-        "slowest put ms",
+        expiry::EXPIRING,
         Below(50.0),
     );
     add(
@@ -259,11 +262,14 @@ fn about(section: &str) -> (&'static str, &'static str) {
             "One server",
             "Values of 256 bytes, 10,000 keys of 65 bytes, each put synced to disk before it is answered. `embedded` is a caller in \
              the member's process; `remote`, etcd and ZooKeeper are another process, reached over loopback through one connection \
-             of the store's own client. ZooKeeper's get has a `sync` before it on the same connection, its nearest to linearizable.",
+             of the store's own client. ZooKeeper's get has a `sync` before it on the same connection, its nearest to linearizable. \
+             The disk is timed without a pause, and as a put of one task uses it: left alone for 0.2 ms between two syncs.",
         ),
         "three" => (
             "Three servers",
-            "The same with three processes. `embedded` is a caller in the process of the member that leads.",
+            "The same with three processes. `embedded` is a caller in the process of the member that leads; `lease reads` the same \
+             with `lease_reads = true`, which asks nobody and relies on the leader's clock: see \
+             [the embedded store](backends/raft.md#what-it-gives).",
         ),
         "keys" => (
             "Many keys",
@@ -287,8 +293,9 @@ fn about(section: &str) -> (&'static str, &'static str) {
         "expiry" => (
             "Sessions",
             "9,000 sessions of 15 s, each by a client of its own with 11 keys, kept alive each third of that: the server's share of \
-             a core. Then their process is killed while one writer goes on: its slowest put until the last of the 99,000 keys is \
-             gone, and how long that took.",
+             a core. Then their process is killed while one writer goes on: its slowest put of the first half of the TTL, in which the \
+             system breaks 18,000 connections of ours and 9,000 of etcd's, and then until the last of the 99,000 keys is gone, \
+             and how long that took.",
         ),
         _ => (
             "Growth",

@@ -33,6 +33,8 @@ pub(crate) struct Servers {
 pub(crate) enum Kind {
     /// The member that leads lives in this process.
     Embedded,
+    /// The same, with lease reads.
+    Leased,
     /// All members have processes of their own.
     Remote,
     Etcd,
@@ -40,11 +42,12 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 4] = [Self::Embedded, Self::Remote, Self::Etcd, Self::Zk];
+    pub(crate) const ALL: [Self; 5] = [Self::Embedded, Self::Leased, Self::Remote, Self::Etcd, Self::Zk];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Embedded => "embedded",
+            Self::Leased => "lease reads",
             Self::Remote => "remote",
             Self::Etcd => "etcd",
             Self::Zk => "ZooKeeper",
@@ -77,7 +80,7 @@ impl Servers {
     async fn spawn(&mut self) -> Result<(), BoxError> {
         let size = self.ports.len();
         match self.kind {
-            Kind::Embedded => {
+            Kind::Embedded | Kind::Leased => {
                 let others = (1..size).map(|at| self.start_member(at));
                 let config = self.config(0);
                 let (member, others) = tokio::join!(Member::start(&config), futures_util::future::join_all(others));
@@ -113,7 +116,7 @@ impl Servers {
     pub(crate) async fn connect_with(&self, ttl: Duration) -> Result<Client, BoxError> {
         let (options, addresses) = (options(ttl), self.addresses());
         match self.kind {
-            Kind::Embedded => {
+            Kind::Embedded | Kind::Leased => {
                 let member = self.member.as_ref().ok_or("the member does not run")?;
                 Ok(Client::Ours(member.connect(&options).await?))
             }
@@ -153,8 +156,9 @@ impl Servers {
     }
 
     fn config(&self, at: usize) -> RaftConfig {
-        let addresses = self.addresses();
-        config(at, self.dir.path(), &addresses)
+        let mut config = config(at, self.dir.path(), &self.addresses());
+        config.lease_reads = self.kind == Kind::Leased;
+        config
     }
 
     async fn start_member(&self, at: usize) -> Process {
