@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{ClientWriteError, InitializeError, RaftError};
-use openraft::{Raft, SnapshotPolicy};
+use openraft::{Membership, Raft, SnapshotPolicy};
 use parking_lot::Mutex;
 use registry_api::{BoxError, Error, Namespace, Options, Registry, Result, SessionId, Watch, WatchRequest};
 use tokio::runtime::{Builder, Runtime};
@@ -426,10 +426,10 @@ async fn start(config: &RaftConfig) -> Result<Started> {
     )
     .await
     .map_err(unavailable)?;
+    let (membership, term) = recovered(&raft).await?;
     // Nobody else reaches the log yet.
-    let membership = raft.metrics().borrow_watched().membership_config.clone();
-    log.alone().note(Some(membership.membership()));
-    let elects_from = elects_from(&raft, identity.member, config.timers);
+    log.alone().note(Some(&membership));
+    let elects_from = elects_from(&membership, term, identity.member, config.timers);
     let (readers, waiting) = leader::readers();
     let core = Core {
         identity,
@@ -449,9 +449,9 @@ async fn start(config: &RaftConfig) -> Result<Started> {
         heard: Arc::default(),
     };
     tokio::spawn(core.clone().serve_readers(waiting));
-    if core.may_elect().is_err() {
-        core.raft.runtime_config().elect(false);
-        tokio::spawn(core.clone().elect_later(stopping.clone()));
+    match core.may_elect() {
+        Ok(()) => core.raft.runtime_config().elect(true),
+        Err(_) => drop(tokio::spawn(core.clone().elect_later(stopping.clone()))),
     }
     door.open(core.clone());
     core.begin(config, &door, address).await?;
@@ -489,6 +489,8 @@ fn raft_config(config: &RaftConfig) -> Result<openraft::Config> {
         // A state machine in memory must not be led before it has caught up.
         enable_leader_restore: Some(false),
         enable_pre_vote: Some(true),
+        // It elects from when it may.
+        enable_elect: false,
         // A Raft leader that a majority does not hear must not keep the others from electing another.
         quorum_loss_probe_interval: Some(2 * most),
         broadcast_submitted_on_append: Some(true),
@@ -500,17 +502,20 @@ fn raft_config(config: &RaftConfig) -> Result<openraft::Config> {
     })
 }
 
+/// What is in the log: the membership and the term. Metrics say neither before openraft's own task has run.
+async fn recovered(raft: &Raft<TypeConfig, StateMachine>) -> Result<(Membership<u64, Peer>, u64)> {
+    let recovered = raft.with_raft_state(|state| {
+        let membership = state.membership_state.effective().membership().clone();
+        (membership, state.vote_ref().leader_id().term)
+    });
+    recovered.await.map_err(unavailable)
+}
+
 /// From when on a member that starts may elect. It has forgotten when it last heard a Raft leader, who counts on its silence:
 /// it is taken to have heard one just now. Who has never heard any, or has no others, need not wait.
-fn elects_from(raft: &Raft<TypeConfig, StateMachine>, member: u64, timers: Timers) -> Instant {
-    let metrics = raft.metrics();
-    let metrics = metrics.borrow_watched();
-    let others = metrics
-        .membership_config
-        .membership()
-        .voter_ids()
-        .any(|voter| voter != member);
-    let heard_one = metrics.current_term > 0 && others;
+fn elects_from(membership: &Membership<u64, Peer>, term: u64, member: u64, timers: Timers) -> Instant {
+    let others = membership.voter_ids().any(|voter| voter != member);
+    let heard_one = term > 0 && others;
     Instant::now() + Duration::from_millis(if heard_one { timers.millis().2 } else { 0 })
 }
 

@@ -86,6 +86,35 @@ async fn it_votes_for_nobody_until_it_would_have_missed_its_leader() {
     starting.abort();
 }
 
+/// On one thread openraft's own task has not run by the time the log is asked.
+#[tokio::test]
+async fn what_is_in_its_log_is_known_before_anything_else_has_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let (configs, identities) = stopped(dir.path()).await;
+    let config = &configs[0];
+    let directory = Directory::open(config.directory().unwrap(), "a", Identity::of_no_group).unwrap();
+    let options = crate::log::Options::default();
+    let log = LogStore::open(&directory.log(), identities[0], options, crate::log::abort()).unwrap();
+    let snapshots = Snapshots::open(Some(directory.snapshots()), identities[0]).unwrap();
+    let machine = StateMachine::open(Store::default(), Arc::new(snapshots)).unwrap();
+    let network = Network::new(identities[0], Transport::new(config).unwrap());
+    let raft = Raft::new(
+        identities[0].member,
+        raft_config(config).unwrap().into(),
+        network,
+        log,
+        machine,
+    );
+    let raft = raft.await.unwrap();
+    let (membership, term) = recovered(&raft).await.unwrap();
+    let voters: Vec<_> = membership.voter_ids().collect();
+    let mut members: Vec<_> = identities.iter().map(|identity| identity.member).collect();
+    members.sort_unstable();
+    assert_eq!(voters, members);
+    assert!(term > 0);
+    raft.shutdown().await.unwrap();
+}
+
 /// Its leader has said that it hands over.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn it_votes_for_whom_its_leader_hands_over_to() {
