@@ -9,9 +9,9 @@ use registry_api::{DeleteCause, Entry, Event, Result, Revision};
 use sqlx::mysql::MySqlRow;
 
 use crate::commit::{PUT, SESSION_ENDED};
-use crate::line::number;
+use crate::line::{Answer, NO_BOUND, column, number};
 use crate::list::{AnswerSize, entry};
-use crate::store::Store;
+use crate::store::{Counters, Store};
 use crate::tables::Tables;
 
 /// Where a reader stands.
@@ -26,6 +26,23 @@ pub(crate) struct Cursor {
 impl Cursor {
     pub(crate) fn at(revision: Revision) -> Self {
         Self { revision, mark: None }
+    }
+}
+
+/// What the server says of where a reader stands.
+struct Standing {
+    counters: Counters,
+    /// Who wrote the last revision that was read, if that is kept.
+    mark: Option<(u64, u64)>,
+}
+
+impl Standing {
+    /// Whether the server went back in time since.
+    fn went_back(&self, cursor: &Cursor) -> bool {
+        let told = cursor.revision.0;
+        let lost = self.mark.is_none() && told > self.counters.compacted;
+        let another = self.mark.is_some() && self.mark != cursor.mark;
+        self.counters.revision < told || cursor.mark.is_some() && (lost || another)
     }
 }
 
@@ -84,26 +101,60 @@ impl Store {
         }
     }
 
+    /// Whether nothing follows: one statement, for a reader that expects nothing.
+    pub(crate) async fn is_quiet(&self, cursor: &mut Cursor) -> Result<bool> {
+        let sql = self.select_standing(cursor.revision);
+        let answers = self.lines.ask(self.deadline(), &sql, NO_BOUND).await?;
+        let standing = self.standing(answers.first())?;
+        let quiet = standing.counters.revision == cursor.revision.0 && !standing.went_back(cursor);
+        if quiet {
+            cursor.mark = standing.mark;
+        }
+        Ok(quiet)
+    }
+
+    fn select_standing(&self, told: Revision) -> String {
+        let Tables {
+            namespaces,
+            namespace,
+            changes,
+            ..
+        } = &self.tables;
+        format!(
+            "SELECT n.revision, n.compacted, c.client, c.sequence FROM {namespaces} n \
+             LEFT JOIN {changes} c ON c.namespace = n.id AND c.revision = {told} AND c.position = 0 \
+             WHERE n.id = {namespace}"
+        )
+    }
+
+    /// The answer to [`Store::select_standing`].
+    fn standing(&self, answer: Option<&Answer>) -> Result<Standing> {
+        let counters = self.counters(answer)?;
+        let row = answer.and_then(|answer| answer.rows.first());
+        let mark = row.map(|row| Ok((column::<Option<u64>>(row, 2)?, column::<Option<u64>>(row, 3)?)));
+        let mark = self.decode(mark.transpose())?;
+        Ok(Standing {
+            counters,
+            mark: mark.and_then(|(client, sequence)| client.zip(sequence)),
+        })
+    }
+
     async fn try_changes(&self, cursor: &mut Cursor, limit: usize, room: usize) -> Result<Option<Found>> {
         let Tables { changes, namespace, .. } = &self.tables;
         let told = cursor.revision.0;
-        // Three statements, each of its own moment: what a later one shows is never older.
+        // Two statements, each of its own moment: what the later one shows is never older.
         let sql = format!(
-            "{}; SELECT client, sequence FROM {changes} \
-             WHERE namespace = {namespace} AND revision = {told} AND position = 0; \
-             SELECT name, value, create_revision, mod_revision, session, revision, kind, client, sequence FROM {changes} \
+            "{}; SELECT name, value, create_revision, mod_revision, session, revision, kind, client, sequence FROM {changes} \
              WHERE namespace = {namespace} AND revision > {told} ORDER BY revision, position LIMIT {limit}",
-            self.select_revision()
+            self.select_standing(cursor.revision)
         );
         let answers = self.lines.ask(self.deadline(), &sql, room).await?;
-        let counters = self.counters(answers.first())?;
-        let marks = answers.get(1).map_or(&[][..], |answer| &answer.rows);
-        let mark = marks.first().map(|row| self.decode(mark(row, 0))).transpose()?;
-        let unmarked = mark.is_none() && told > counters.compacted;
-        if counters.revision < told || cursor.mark.is_some() && (unmarked || mark.is_some() && mark != cursor.mark) {
+        let standing = self.standing(answers.first())?;
+        let Standing { counters, mark } = &standing;
+        if standing.went_back(cursor) {
             return Ok(Some(Found::WentBack));
         }
-        let Some(answer) = answers.get(2) else {
+        let Some(answer) = answers.get(1) else {
             return Ok(None);
         };
         let revision = |row: &MySqlRow| number(row, 5);
@@ -123,7 +174,7 @@ impl Store {
             }
         }
         let Some(last) = rows.last() else {
-            cursor.mark = mark;
+            cursor.mark = *mark;
             let changes = Vec::new();
             return Ok(Some(Found::Changes { changes, more }));
         };

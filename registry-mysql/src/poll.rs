@@ -85,14 +85,20 @@ async fn read(store: &Store) {
         before: Before::Quiet,
     };
     let mut backoff = Backoff::default();
+    // Whether there is a reason to believe that something follows.
+    let mut expects = true;
     loop {
         if store.poll.batches.receiver_count() == 0 {
             reader.cursor = None;
             store.poll.wake.notified().await;
+            expects = true;
             continue;
         }
-        match reader.step().await {
-            Ok(true) => continue,
+        match reader.step(expects).await {
+            Ok(true) => {
+                expects = true;
+                continue;
+            }
             Ok(false) => backoff = Backoff::default(),
             Err(error) => {
                 tracing::debug!(%error, "could not look for changes");
@@ -104,10 +110,10 @@ async fn read(store: &Store) {
                 continue;
             }
         }
-        tokio::select! {
-            () = store.poll.wake.notified() => {}
-            () = tokio::time::sleep(store.poll_interval) => {}
-        }
+        expects = tokio::select! {
+            () = store.poll.wake.notified() => true,
+            () = tokio::time::sleep(store.poll_interval) => false,
+        };
     }
 }
 
@@ -119,13 +125,16 @@ struct Reader<'s> {
 
 impl Reader<'_> {
     /// Reads once, and says whether more is there.
-    async fn step(&mut self) -> Result<bool, Error> {
+    async fn step(&mut self, expects: bool) -> Result<bool, Error> {
         let Some(cursor) = &mut self.cursor else {
             let revision = self.store.revision(self.store.deadline()).await?;
             self.cursor = Some(Cursor::at(revision));
             self.hand_on(revision, revision, Vec::new());
             return Ok(true);
         };
+        if !expects && self.before == Before::Quiet && self.store.is_quiet(cursor).await? {
+            return Ok(false);
+        }
         let after = cursor.revision;
         match self.store.changes(cursor).await? {
             Found::Changes { changes, more } => {

@@ -5,7 +5,7 @@
 mod harness;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use harness::{Server, TTL, connect, key, options, try_connect, until, url};
 use registry_api::{
@@ -476,4 +476,40 @@ async fn a_full_disk_is_named_and_nothing_is_lost() {
     // Reads go on, and so does the session.
     assert!(registry.health().await.is_ok());
     assert!(registry.session().live().is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_handle_asks_one_statement_in_each_poll_interval() {
+    const INTERVAL: Duration = Duration::from_millis(50);
+    let server = Server::start().await;
+    let registry = connect(&server.address()).await;
+    let mut watches = Vec::new();
+    for n in 0..20 {
+        let request = WatchRequest::new(Prefix::from(key(&format!("/idle/{n}"))), WatchScope::Key);
+        let mut watch = registry.watch(request).await.unwrap();
+        while !matches!(watch.next().await.unwrap().unwrap(), WatchItem::Synced(_)) {}
+        watches.push(watch);
+    }
+    let mut root = server.root().await;
+    let mut questions = async || -> u64 {
+        let asked = sqlx::raw_sql("SHOW GLOBAL STATUS LIKE 'Questions'");
+        let rows = root.fetch_all(asked).await.unwrap();
+        rows[0].try_get_unchecked::<String, _>(1).unwrap().parse().unwrap()
+    };
+    let (first, began) = (questions().await, Instant::now());
+    let (mut asked, mut ours) = (0, 0);
+    within(PATIENCE, "a hundred statements", async {
+        while asked < 100 {
+            tokio::time::sleep(2 * INTERVAL).await;
+            ours += 1;
+            asked = questions().await - first - ours;
+        }
+    })
+    .await;
+    // Keep-alives and looks at other sessions are some more.
+    let intervals = began.elapsed().as_secs_f64() / INTERVAL.as_secs_f64();
+    assert!(
+        asked as f64 <= 1.5 * intervals + 5.0,
+        "{asked} statements in {intervals:.0} intervals"
+    );
 }
