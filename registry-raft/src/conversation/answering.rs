@@ -77,7 +77,27 @@ pub(super) fn answer_unless(
             waiting.map(|waiting| waiting.told)
         })
     };
-    together(told, next, |told| proto::ToldTogether { told }).map(Ok)
+    together(told, next, |told| proto::ToldTogether { told: shared(told) }).map(Ok)
+}
+
+pub(super) fn told(number: u64, what: Option<Tell>) -> proto::Told {
+    proto::Told {
+        number,
+        also: Vec::new(),
+        what,
+    }
+}
+
+/// What several watches are told after one another, told once.
+pub(super) fn shared(mut told: Vec<proto::Told>) -> Vec<proto::Told> {
+    told.dedup_by(|next, before| {
+        let same = matches!(next.what, Some(Tell::Item(_))) && next.what == before.what;
+        if same {
+            before.also.push(next.number);
+        }
+        same
+    });
+    told
 }
 
 /// What is to be told, with its place among what waits for the connection.
@@ -253,10 +273,7 @@ impl Watches {
 
 /// Answers a request, and says whether anybody hears it.
 async fn one(service: &Service, request: proto::Request, number: u64, telling: &Telling) -> bool {
-    let told = |response| proto::Told {
-        number,
-        what: Some(Tell::Response(response)),
-    };
+    let told = |response| told(number, Some(Tell::Response(response)));
     match &request.call {
         Some(Call::Get(_) | Call::List(_) | Call::Children(_)) => {
             let request = &request;
@@ -273,8 +290,7 @@ async fn items(service: Service, request: proto::WatchRequest, number: u64, tell
     loop {
         let item = items.next().await;
         let ended = item.is_none();
-        let what = item.map(Tell::Item);
-        if !telling.tell(proto::Told { number, what }).await || ended {
+        if !telling.tell(told(number, item.map(Tell::Item))).await || ended {
             return number;
         }
     }
@@ -284,6 +300,5 @@ async fn one_watch_too_many(number: u64, telling: &Telling) -> bool {
     let reason = format!("more than {WATCHES} watches of one handle");
     let refusal = proto::watch_response::Item::Failure(said(&Error::InvalidRequest(reason)));
     let item = Tell::Item(proto::WatchResponse { item: Some(refusal) });
-    let told = |what| telling.tell(proto::Told { number, what });
-    told(Some(item)).await && told(None).await
+    telling.tell(told(number, Some(item))).await && telling.tell(told(number, None)).await
 }

@@ -243,10 +243,8 @@ fn what_is_told_damaged_is_told_or_passed_over() {
     };
     let item = proto::WatchResponse { item: None };
     let told = [(1, Tell::Response(response)), (2, Tell::Item(item))];
-    let told = told.map(|(number, what)| proto::Told {
-        number,
-        what: Some(what),
-    });
+    let mut told = told.map(|(number, what)| answering::told(number, Some(what)));
+    told[1].also = vec![2, 7];
     let message = proto::ToldTogether { told: told.to_vec() };
     damaged(&mut Dice::of_run(), &[message], |message| {
         let (once, mut answer) = oneshot::channel();
@@ -257,6 +255,35 @@ fn what_is_told_damaged_is_told_or_passed_over() {
         message.told.into_iter().for_each(|told| waiting.tell(told));
         answer.try_recv().is_ok() || heard.try_recv().is_ok()
     });
+}
+
+#[test]
+fn what_many_watches_are_told_is_told_once_and_to_each() {
+    let synced = |revision| proto::WatchResponse {
+        item: Some(Item::Synced(revision)),
+    };
+    let mut waiting = Waiting::default();
+    let mut heard: Vec<_> = (0..4)
+        .map(|_| {
+            let (items, heard) = mpsc::unbounded_channel();
+            waiting.add(Waiter::Items(items)).unwrap();
+            heard
+        })
+        .collect();
+    let items = [(1, 5), (2, 5), (3, 5), (1, 6), (4, 5), (2, 6), (2, 6)];
+    let told = items.map(|(number, revision)| answering::told(number, Some(Tell::Item(synced(revision)))));
+    let ends = [3, 4].map(|number| answering::told(number, None));
+    let shared = answering::shared(told.into_iter().chain(ends).collect());
+    assert_eq!(shared.len(), 6);
+    shared.into_iter().for_each(|told| waiting.tell(told));
+    for (number, revisions) in [(1, &[5, 6][..]), (2, &[5, 6, 6]), (3, &[5]), (4, &[5])] {
+        let heard = &mut heard[number - 1];
+        for &revision in revisions {
+            assert_eq!(heard.try_recv().unwrap().unwrap(), synced(revision));
+        }
+        assert!(heard.try_recv().is_err());
+        assert_eq!(waiting.waiters.contains_key(&(number as u64)), number < 3);
+    }
 }
 
 fn watch_of(key: &str) -> Ask {
