@@ -138,17 +138,22 @@ impl Sessions {
     }
 }
 
-/// Makes what a namespace needs, and tries what is needed of the server.
+/// Tries what is needed of the server, and makes what a namespace needs.
 async fn prepare(store: &Store, client: &Client) -> Result<()> {
+    // First, so that nothing is left on a server that can't serve.
+    try_watch(store, client).await?;
     // A server that lags behind the last one must not show the handle an older state.
     client.sync("/").await.map_err(error::read)?;
     match prepare_namespace(store, client).await {
         Err(ClientError::NoNode) => {
             make_chroot(store, client).await.map_err(error::read)?;
-            prepare_namespace(store, client).await.map_err(error::read)?;
+            prepare_namespace(store, client).await.map_err(error::read)
         }
-        prepared => prepared.map_err(error::read)?,
+        prepared => prepared.map_err(error::read),
     }
+}
+
+async fn try_watch(store: &Store, client: &Client) -> Result<()> {
     match client
         .watch(&store.names.sweeper(), AddWatchMode::PersistentRecursive)
         .await

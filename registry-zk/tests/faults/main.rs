@@ -320,6 +320,8 @@ async fn a_server_without_recursive_watches_is_refused() {
         matches!(refused, Err(Error::Unsupported { operation, .. }) if operation.contains("3.6")),
         "{refused:?}"
     );
+    let left = servers.raw().await.list_children("/").await.unwrap();
+    assert_eq!(left, ["zookeeper"], "it left something behind");
 }
 
 #[tokio::test(flavor = "multi_thread")]
