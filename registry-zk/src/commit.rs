@@ -407,8 +407,14 @@ impl Store {
         }
     }
 
-    /// Removes a parent that nobody put and that holds nothing, and those above it that it emptied.
-    pub(crate) async fn tidy(&self, conn: &Arc<Conn>, deadline: Instant, path: &str) -> Result<(), ClientError> {
+    /// Removes a parent that nobody put and that holds nothing, and those above it that it emptied. Returns the one that it
+    /// did not get to judge, because others made or deleted keys meanwhile.
+    pub(crate) async fn tidy<'p>(
+        &self,
+        conn: &Arc<Conn>,
+        deadline: Instant,
+        path: &'p str,
+    ) -> Result<Option<&'p str>, ClientError> {
         let mut path = path;
         // The root of a tree stays.
         while path.get(1..).is_some_and(|path| path.contains('/')) {
@@ -423,7 +429,7 @@ impl Store {
                 continue;
             };
             if !found.is_mark() || found.stat.num_children > 0 {
-                return Ok(());
+                return Ok(None);
             }
             let mut steps = vec![self.tick()];
             if let (Some(path), Some(version)) = (guard, version) {
@@ -435,13 +441,12 @@ impl Store {
             });
             match self.send(conn, deadline, &steps, None).await {
                 Sent::Done(..) => path = parent(path),
-                // Somebody is at it: it is not empty, or will be found so again.
-                Sent::Stale(..) => return Ok(()),
+                Sent::Stale(..) => return Ok(Some(path)),
                 Sent::NotApplied(failure) => return Err(failure),
                 Sent::Failed(_) => return Err(ClientError::ConnectionLoss),
             }
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Deletes what a prefix covers and says how many keys there were.

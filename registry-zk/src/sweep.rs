@@ -103,6 +103,16 @@ impl Heard {
         true
     }
 
+    /// Parents that are to be looked at again.
+    fn put_off(&mut self, parents: BTreeSet<String>) {
+        if self.emptied.len() + parents.len() > MAX_EMPTIED {
+            self.made = true;
+        } else if !parents.is_empty() {
+            self.look_at.get_or_insert_with(|| Instant::now() + SETTLE);
+            self.emptied.extend(parents);
+        }
+    }
+
     fn due(&self) -> Option<Instant> {
         let walk = self.made.then_some(self.next_walk);
         [self.look_at, walk].into_iter().flatten().min()
@@ -135,7 +145,8 @@ async fn sweep(store: &Arc<Store>, conn: &Arc<Conn>) -> Result<(), ClientError> 
             () = wait => {
                 if heard.look_at.is_some_and(|at| at <= Instant::now()) {
                     heard.look_at = None;
-                    tidy(store, conn, std::mem::take(&mut heard.emptied)).await?;
+                    let emptied = std::mem::take(&mut heard.emptied);
+                    heard.put_off(tidy(store, conn, emptied).await?);
                 }
                 if heard.made && heard.next_walk <= Instant::now() {
                     let began = Instant::now();
@@ -144,7 +155,7 @@ async fn sweep(store: &Arc<Store>, conn: &Arc<Conn>) -> Result<(), ClientError> 
                     for tree in [store.names.root(), &side] {
                         empty.extend(empty_parents(store, client, tree).await?);
                     }
-                    tidy(store, conn, empty).await?;
+                    heard.put_off(tidy(store, conn, empty).await?);
                     heard.next_walk = Instant::now() + (began.elapsed() * WALK_SHARE).max(MIN_PAUSE);
                 }
             }
@@ -161,10 +172,13 @@ async fn empty_parents(store: &Store, client: &Client, tree: &str) -> Result<Vec
     Ok(empty.map(|(path, _)| path).collect())
 }
 
-async fn tidy(store: &Arc<Store>, conn: &Arc<Conn>, paths: BTreeSet<String>) -> Result<(), ClientError> {
+/// Returns what is to be looked at again.
+async fn tidy(store: &Store, conn: &Arc<Conn>, paths: BTreeSet<String>) -> Result<BTreeSet<String>, ClientError> {
+    let mut again = BTreeSet::new();
     // The deepest first: the next may be what it empties.
     for path in paths.iter().rev() {
-        store.tidy(conn, store.deadline(), path).await?;
+        let left = store.tidy(conn, store.deadline(), path).await?;
+        again.extend(left.map(str::to_owned));
     }
-    Ok(())
+    Ok(again)
 }

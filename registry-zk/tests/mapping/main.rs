@@ -21,6 +21,8 @@ use registry_zk::ReadMode;
 use zookeeper_client::Client;
 
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long what nobody put may stay, on a machine that does other things as well.
+const SOON: Duration = Duration::from_secs(10);
 
 /// None of these tests is about sessions, so theirs outlive what a large request costs a server.
 fn options() -> Options {
@@ -134,7 +136,7 @@ async fn a_parent_that_nobody_put_never_stays() {
     let servers = Servers::start(1).await;
     let (registry, raw) = (connect(&servers.addresses()).await, servers.raw().await);
     let gone = async |what: &str| {
-        until(what, PATIENCE, async || nodes(&raw).await.is_empty()).await;
+        until(what, SOON, async || nodes(&raw).await.is_empty()).await;
     };
     // A delete takes it along.
     registry.put(&key("/a/b/c/d"), "").await.unwrap();
@@ -167,6 +169,33 @@ async fn a_parent_that_nobody_put_never_stays() {
     raw.create("/registry/half", MARK, &anyone()).await.unwrap();
     gone("a leaf that is none").await;
     next.close().await.unwrap();
+}
+
+/// A sweep that meets changes on its way looks again, also when nothing happens any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parent_that_nobody_put_goes_though_others_are_at_work() {
+    let servers = Servers::start(1).await;
+    let (registry, raw) = (connect(&servers.addresses()).await, servers.raw().await);
+    let other = connect(&servers.addresses()).await;
+    other.put_ephemeral(&key("/e/f/g"), "").await.unwrap();
+    // What the making and deleting of other keys does to the guards, while the sweep looks there and walks the whole too.
+    let busy = async {
+        loop {
+            let mut guards = raw.new_multi_writer();
+            for part in 0..64 {
+                let guard = format!("/registry~/rev/{part:02x}");
+                guards.add_set_data(&guard, b"", None).unwrap();
+            }
+            guards.commit().await.unwrap();
+        }
+    };
+    let closed = async {
+        other.close().await.unwrap();
+        busy.await
+    };
+    tokio::time::timeout(Duration::from_secs(6), closed).await.unwrap_err();
+    until("the parents are gone", SOON, async || nodes(&raw).await.is_empty()).await;
+    registry.close().await.unwrap();
 }
 
 /// Puts and deletes of a key and of what is below it, by several handles at once: none that was acknowledged is lost, and
