@@ -424,9 +424,15 @@ impl Store {
                 Some(guard) => client.check_stat(guard).await?.map(|stat| stat.version),
                 None => None,
             };
-            let Some(found) = look_at(client, path).await? else {
-                path = parent(path);
-                continue;
+            let found = match look_at(client, path).await {
+                Ok(Some(found)) => found,
+                Ok(None) => {
+                    path = parent(path);
+                    continue;
+                }
+                // Another client's, then.
+                Err(ClientError::NoAuth) => return Ok(None),
+                Err(failure) => return Err(failure),
             };
             if !found.is_mark() || found.stat.num_children > 0 {
                 return Ok(None);
@@ -443,6 +449,8 @@ impl Store {
                 Sent::Done(..) => path = parent(path),
                 Sent::Stale(..) => return Ok(Some(path)),
                 Sent::NotApplied(failure) => return Err(failure),
+                // It lies in a node of another client.
+                Sent::Failed(Error::AccessDenied { .. }) => return Ok(None),
                 Sent::Failed(_) => return Err(ClientError::ConnectionLoss),
             }
         }

@@ -42,6 +42,8 @@ impl Found {
 pub(crate) enum Values {
     Wanted,
     Omitted,
+    /// Only whether there are any, of the nodes that may be read; others are passed over.
+    OmittedAndDenied,
 }
 
 /// Reads nodes in batches whose size follows that of the values.
@@ -72,8 +74,8 @@ impl Fetch {
         let mut found = Vec::with_capacity(paths.len());
         while found.len() < paths.len() {
             let left = &paths[found.len()..];
-            if self.values == Values::Omitted && self.average > LARGE {
-                found.extend(look(client, left).await?);
+            if self.values != Values::Wanted && self.average > LARGE {
+                found.extend(self.look(client, left).await?);
                 break;
             }
             let batch = self.snapshot(client, &left[..self.batch.min(left.len())]).await?;
@@ -103,9 +105,7 @@ impl Fetch {
                         stat,
                     })
                 }
-                MultiReadResult::Error {
-                    err: ClientError::NoNode,
-                } => None,
+                MultiReadResult::Error { err } if self.passes_over(&err) => None,
                 MultiReadResult::Error { err } => return Err(err),
                 _ => return Err(ClientError::UnexpectedError("no answer to a read of data".into())),
             });
@@ -117,15 +117,27 @@ impl Fetch {
         self.batch = (BATCH_BYTES / self.average.max(1)).clamp(1, MAX_BATCH);
         Ok(found)
     }
-}
 
-/// Reads nodes without their values.
-async fn look(client: &Client, paths: &[String]) -> Result<Vec<Option<Found>>, ClientError> {
-    let mut found = Vec::with_capacity(paths.len());
-    for paths in paths.chunks(PIPELINE) {
-        found.extend(try_join_all(paths.iter().map(|path| look_at(client, path))).await?);
+    /// Reads nodes without their values.
+    async fn look(&self, client: &Client, paths: &[String]) -> Result<Vec<Option<Found>>, ClientError> {
+        let look = async |path: &String| match look_at(client, path).await {
+            Err(error) if self.passes_over(&error) => Ok(None),
+            looked => looked,
+        };
+        let mut found = Vec::with_capacity(paths.len());
+        for paths in paths.chunks(PIPELINE) {
+            found.extend(try_join_all(paths.iter().map(look)).await?);
+        }
+        Ok(found)
     }
-    Ok(found)
+
+    fn passes_over(&self, error: &ClientError) -> bool {
+        match error {
+            ClientError::NoNode => true,
+            ClientError::NoAuth => self.values == Values::OmittedAndDenied,
+            _ => false,
+        }
+    }
 }
 
 /// Reads a node without its value: only what is as long as the mark is read whole.
@@ -204,9 +216,10 @@ impl<'a> Walk<'a> {
         walk
     }
 
-    /// A walk over all that is below a path, whatever its name.
+    /// A walk over all that is below a path and may be read, whatever its name.
     pub(crate) fn below(names: &'a Names, client: &'a Client, path: &str) -> Self {
-        let mut walk = Self::new(names, client, &Prefix::root(), Depth::Subtree, Values::Omitted).with_foreign();
+        let values = Values::OmittedAndDenied;
+        let mut walk = Self::new(names, client, &Prefix::root(), Depth::Subtree, values).with_foreign();
         walk.queue = BTreeMap::from([(format!("{path}/"), Item::Below)]);
         walk
     }

@@ -1,7 +1,7 @@
 //! What other ZooKeeper clients do in a namespace.
 
 use registry_api::Refusal;
-use zookeeper_client::{Acls, CreateMode};
+use zookeeper_client::{Acl, Acls, AuthId, CreateMode, Permission};
 
 use super::*;
 use crate::harness::wire;
@@ -52,6 +52,34 @@ async fn nodes_of_other_clients_are_keys() {
     // What no key names goes with what it is below.
     assert_eq!(registry.delete_prefix(&Prefix::root()).await.unwrap(), 1);
     assert_eq!(nodes(&raw).await, Vec::<String>::new());
+    registry.close().await.unwrap();
+}
+
+/// Others' nodes that this handle may not read or change are theirs, and in nobody's way.
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_that_are_closed_to_the_handle_do_not_stop_the_sweep() {
+    let servers = Servers::start(1).await;
+    let (registry, raw) = (connect(&servers.addresses()).await, servers.raw().await);
+    let stranger = [Acl::new(Permission::ALL, AuthId::new("digest", "x:y"))];
+    let theirs = CreateMode::Persistent.with_acls(Acls::from(&stranger[..]));
+    raw.create("/registry/theirs", MARK, &theirs).await.unwrap();
+    let nothing_goes = [Acl::new(Permission::READ | Permission::CREATE, AuthId::anyone())];
+    let kept = CreateMode::Persistent.with_acls(Acls::from(&nothing_goes[..]));
+    raw.create("/registry/kept", b"", &kept).await.unwrap();
+    raw.create("/registry/kept/mark", MARK, &anyone()).await.unwrap();
+    let other = connect(&servers.addresses()).await;
+    other.put_ephemeral(&key("/e/f/g"), "").await.unwrap();
+    other.close().await.unwrap();
+    until("the parents are gone", SOON, async || {
+        nodes(&raw).await == ["/registry/kept", "/registry/kept/mark", "/registry/theirs"]
+    })
+    .await;
+    // Nor does it stop what does not cover them.
+    registry.put(&key("/a/b"), "1").await.unwrap();
+    assert_eq!(children(&registry, "/").await, ["a", "kept", "theirs"]);
+    assert_eq!(registry.list_all(List::new(key("/a"))).await.unwrap().len(), 1);
+    let refused = registry.list_all(List::new(Prefix::root())).await;
+    assert!(matches!(refused, Err(Error::AccessDenied { .. })), "{refused:?}");
     registry.close().await.unwrap();
 }
 
