@@ -10,6 +10,7 @@ use std::time::Duration;
 use harness::tls::start_with_tls;
 use harness::{Servers, config, until};
 use registry_api::{Error, Namespace, Options, Read, Registry, Result, WatchRequest, WatchScope};
+use registry_tests::cluster::put_at_last;
 use registry_tests::key;
 use registry_zk::{Digest, Identity, Tls};
 use zookeeper_client::{Acls, Client, Error as ClientError};
@@ -25,7 +26,7 @@ async fn connect_as(servers: &Servers, who: Option<(&str, &str)>, options: &Opti
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_user_works_in_its_namespace_and_nobody_else_does() {
-    let servers = Servers::start(1).await;
+    let mut servers = Servers::start(1).await;
     let options = Options::default();
     let app = Some(("app", "app-secret"));
     let registry = connect_as(&servers, app, &options).await.unwrap();
@@ -77,6 +78,12 @@ async fn a_user_works_in_its_namespace_and_nobody_else_does() {
         .unwrap();
     other.put(&key("/a"), "1").await.unwrap();
     other.close().await.unwrap();
+    // The same user when the connection is made anew.
+    servers.kill(0);
+    servers.spawn(0);
+    put_at_last(&*registry, "/a/b", "2").await;
+    registry.wait_connected(Duration::from_secs(30)).await.unwrap();
+    registry.put_ephemeral(&key("/f"), "2").await.unwrap();
     also.close().await.unwrap();
     registry.close().await.unwrap();
 }
@@ -127,9 +134,9 @@ async fn rights_that_are_taken_away_are_missed_at_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tls_needs_the_authority_and_a_certificate() {
-    let (servers, address) = start_with_tls().await;
-    let connect = async |tls: Option<Tls>| {
-        let mut config = config(&address);
+    let (mut servers, address) = start_with_tls().await;
+    let connect_to = async |address: &str, tls: Option<Tls>| {
+        let mut config = config(address);
         config.tls = tls;
         let options = Options {
             connect_timeout: Duration::from_secs(4),
@@ -137,12 +144,15 @@ async fn tls_needs_the_authority_and_a_certificate() {
         };
         registry_zk::connect(&config, &options).await
     };
+    let connect = async |tls| connect_to(&address, tls).await;
+    let client = Identity {
+        cert: servers.file("client.pem"),
+        key: servers.file("client.key"),
+    };
+    let ca = servers.file("ca.pem");
     let whole = || Tls {
-        ca: servers.file("ca.pem"),
-        client: Some(Identity {
-            cert: servers.file("client.pem"),
-            key: servers.file("client.key"),
-        }),
+        ca: ca.clone(),
+        client: Some(client.clone()),
     };
     until("the server answers over TLS", Duration::from_secs(40), async || {
         connect(Some(whole())).await.is_ok()
@@ -152,8 +162,18 @@ async fn tls_needs_the_authority_and_a_certificate() {
     registry.put(&key("/a"), "1").await.unwrap();
     let held = registry.lock(&key("/l")).acquire().await.unwrap();
     held.release().await.unwrap();
+    // The same way when the connection is made anew.
+    servers.kill(0);
+    servers.spawn(0);
+    put_at_last(&*registry, "/a", "2").await;
     registry.close().await.unwrap();
 
+    let elsewhere = address.replace("127.0.0.1", "localhost");
+    let misnamed = connect_to(&elsewhere, Some(whole())).await;
+    assert!(
+        matches!(misnamed, Err(Error::Unavailable { ref source, .. }) if source.to_string().contains("takes connections")),
+        "{misnamed:?}"
+    );
     let nameless = connect(Some(Tls {
         client: None,
         ..whole()

@@ -55,14 +55,16 @@ async fn a_restarted_server_loses_no_session_and_no_change() {
 async fn a_killed_leader_loses_no_session_and_no_change() {
     let mut servers = Servers::start(3).await;
     let leader = servers.leader().await;
-    // The session lives at the leader, so that its own server goes too.
-    let mut all = vec![servers.address(leader)];
-    all.extend(
-        (0..3)
-            .filter(|number| *number != leader)
-            .map(|number| servers.address(number)),
-    );
-    let registry = connect_with_ttl(&all.join(","), Duration::from_secs(20)).await;
+    let mut wires = Vec::new();
+    for number in 0..3 {
+        wires.push(wire_to(&servers, number).await);
+    }
+    let followers = || (0..3).filter(|number| *number != leader).map(|number| &wires[number]);
+    let addresses: Vec<_> = wires.iter().map(|wire| wire.address().to_string()).collect();
+    // The session begins at the leader, so that its own server goes too.
+    followers().for_each(Wire::refuse);
+    let registry = connect_with_ttl(&addresses.join(","), Duration::from_secs(20)).await;
+    followers().for_each(Wire::mend);
     let session = session_of(&registry);
     let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
     let held = registry.lock(&key("/lock")).acquire().await.unwrap();

@@ -70,7 +70,8 @@ async fn write(
 }
 
 /// Changes by many, cuts of every kind, other servers after each: what a watch and a mirror know in the end is what is
-/// there, whether the disconnects cost them their session or not.
+/// there, whether the disconnects cost them their session or not: the one loses its own at the latest in the last, the
+/// other keeps it throughout.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_storm_with_disconnects_ends_in_the_state_of_the_store() {
     let mut servers = Servers::start(3).await;
@@ -114,6 +115,7 @@ async fn a_storm_with_disconnects_ends_in_the_state_of_the_store() {
     }
     // The last changes come while nobody hears of them, and none comes after that would tell of them.
     wires.iter().for_each(Wire::refuse);
+    let brief = session_of(&followers[0].registry);
     let before = changes.load(Ordering::Relaxed);
     until("keys change meanwhile", PATIENCE, async || {
         changes.load(Ordering::Relaxed) >= before + 5 * KEYS as u32
@@ -131,11 +133,20 @@ async fn a_storm_with_disconnects_ends_in_the_state_of_the_store() {
         other.wait_connected(PATIENCE).await.unwrap();
         other.close().await.unwrap();
     }
+    until("a session is over", PATIENCE, async || {
+        let live = followers[0].registry.session().live();
+        matches!(live, Err(Error::SessionExpired { .. }))
+    })
+    .await;
     wires.iter().for_each(Wire::mend);
 
     for follower in &mut followers {
         follower.knows_all("/p/end", "1").await;
+        follower.registry.wait_connected(PATIENCE).await.unwrap();
+    }
+    assert_ne!(session_of(&followers[0].registry), brief);
+    assert_eq!(session_of(&followers[1].registry), lasting);
+    for follower in followers {
         follower.registry.close().await.unwrap();
     }
-    assert_eq!(session_of(&followers[1].registry), lasting);
 }
