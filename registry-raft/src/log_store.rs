@@ -332,6 +332,26 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_is_read_for_a_message_is_capped_by_its_bytes() {
+        let mut log = LogStore::in_memory(1);
+        let sizes = [900_000; 5].into_iter().chain([3 << 20, 1]);
+        let entries = (0..).zip(sizes).map(|(index, size)| {
+            let payload = openraft::EntryPayload::Normal(Proposal(vec![7; size].into()));
+            LogEntry::new(id(index), payload)
+        });
+        let (done, flushed) = TypeConfig::oneshot();
+        log.append(entries, IOFlushed::signal(done)).await.unwrap();
+        flushed.await.unwrap().unwrap();
+        let (mut from, mut together) = (0, Vec::new());
+        while from < 7 {
+            together.push(log.limited_get_log_entries(from, 7).await.unwrap().len());
+            from += *together.last().unwrap() as u64;
+        }
+        // None is left out, one that is larger than the cap comes alone.
+        assert_eq!(together, [2, 2, 1, 1, 1]);
+    }
+
+    #[tokio::test]
     async fn truncated_and_purged_stay_so() {
         let dir = TempDir::new().unwrap();
         let mut log = open(dir.path(), SMALL).unwrap();
