@@ -703,13 +703,37 @@ impl Core {
     /// Answers a call within `patience`, here or by the Raft leader.
     pub(crate) async fn serve(&self, call: Call, patience: Duration) -> Result<Answer> {
         let write = matches!(call, Call::Command(_) | Call::Members(_));
-        within(patience, write, self.answer(call, Instant::now() + patience)).await
+        self.within(patience, write, self.answer(call, Instant::now() + patience))
+            .await
     }
 
     /// Answers a call that another member has passed on: it goes no further.
     pub(crate) async fn serve_here(&self, call: Call, patience: Duration) -> Result<Answer> {
         let write = matches!(call, Call::Command(_) | Call::Members(_));
-        within(patience, write, self.answer_here(call)).await
+        self.within(patience, write, self.answer_here(call)).await
+    }
+
+    /// The answer, if it comes in time; if not, why it did not, as far as that is known here.
+    async fn within(
+        &self,
+        patience: Duration,
+        write: bool,
+        answer: impl Future<Output = Result<Answer>>,
+    ) -> Result<Answer> {
+        if let Ok(answer) = tokio::time::timeout(patience, answer).await {
+            return answer;
+        }
+        let source = match self.present_leader() {
+            Some(_) => format!("not done within {patience:?}"),
+            None => "the member hears no Raft leader that has a majority".to_owned(),
+        };
+        Err(match write {
+            true => Error::OutcomeUnknown {
+                operation: "a write",
+                source: source.into(),
+            },
+            false => unavailable(source),
+        })
     }
 
     async fn answer(&self, call: Call, until: Instant) -> Result<Answer> {
@@ -1061,18 +1085,6 @@ impl Core {
         {
             tracing::warn!(%error, "the log could not be purged");
         }
-    }
-}
-
-/// The answer, if it comes in time.
-async fn within(patience: Duration, write: bool, answer: impl Future<Output = Result<Answer>>) -> Result<Answer> {
-    match tokio::time::timeout(patience, answer).await {
-        Ok(answer) => answer,
-        Err(elapsed) if write => Err(Error::OutcomeUnknown {
-            operation: "a write",
-            source: elapsed.into(),
-        }),
-        Err(elapsed) => Err(unavailable(elapsed)),
     }
 }
 

@@ -199,7 +199,7 @@ impl Remote {
             let cause = match tokio::time::timeout(left, asked).await {
                 Ok(Err(Error::Unavailable { source, .. } | Error::OutcomeUnknown { source, .. })) => source,
                 Ok(answered) => return answered,
-                Err(elapsed) => elapsed.into(),
+                Err(_) => "no member began it in time".into(),
             };
             if Instant::now() + PAUSE >= until {
                 return Err(Error::Unavailable {
@@ -227,7 +227,8 @@ impl Link for Remote {
         } else {
             patience
         };
-        let patience_ms = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
+        // The member says what is wrong before nobody waits for it any more.
+        let patience_ms = u32::try_from(patience.mul_f64(0.9).as_millis()).unwrap_or(u32::MAX);
         let request = proto::Request {
             patience_ms,
             forwarded: false,
@@ -252,11 +253,11 @@ impl Link for Remote {
                 self.give_up(at);
                 Err(status_error(status))
             }
-            Err(elapsed) => {
+            Err(_) => {
                 self.give_up(at);
                 Err(Error::OutcomeUnknown {
                     operation: "a request",
-                    source: elapsed.into(),
+                    source: format!("{}: no answer within {left:?}", self.addresses[at]).into(),
                 })
             }
         }
@@ -269,9 +270,9 @@ impl Link for Remote {
             request,
             picture: Picture::default(),
         };
-        let no_answer = |e: tokio::time::error::Elapsed| Error::Unavailable {
+        let no_answer = |_| Error::Unavailable {
             backend: BACKEND,
-            source: e.into(),
+            source: format!("no member began the watch within {patience:?}").into(),
         };
         let from = stream.request.from;
         let items = tokio::time::timeout(patience, stream.open(from))

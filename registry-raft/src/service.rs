@@ -164,11 +164,15 @@ pub(crate) fn check(call: &Call) -> Result<(), Error> {
 
 fn check_members(change: &proto::ChangeMembers) -> Result<(), Error> {
     use proto::change_members::Kind;
-    crate::config::check_name("name", &change.name)?;
-    match change.kind() {
+    let checked = crate::config::check_name("name", &change.name).and_then(|()| match change.kind() {
         Kind::Add => crate::config::check_address("address", &change.address),
         Kind::Promote | Kind::Remove | Kind::Transfer => Ok(()),
-    }
+    });
+    // It is no setting of this member's.
+    checked.map_err(|error| match error {
+        Error::Config { reason, .. } => Error::InvalidRequest(reason),
+        error => error,
+    })
 }
 
 fn check_command(command: &Command) -> Result<(), Error> {

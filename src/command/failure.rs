@@ -33,7 +33,9 @@ impl Failure {
     pub(crate) fn connect(error: Error, config: &Config) -> Self {
         let hint = match &config.backend {
             #[cfg(feature = "raft")]
-            registry::Backend::Raft(_) => "is a member running there? `registry serve` starts one",
+            registry::Backend::Raft(_) => {
+                "is a member running there, and a majority of its group? `registry serve` starts a member"
+            }
             #[allow(unreachable_patterns)]
             _ => "is the store running there, and are the settings right?",
         };

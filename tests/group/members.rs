@@ -55,6 +55,8 @@ async fn members_are_listed_and_changed_by_command() {
     let address = way.address().to_string();
     group.write_joiner("d", listen, &format!("advertise = \"{address}\""));
     refused(&group, &["members", "add", "d", &address], "start it there with `join`").await;
+    refused(&group, &["members", "add", "d", "elsewhere"], "no host and port").await;
+    refused(&group, &["members", "add", "d d", &address], "is no name").await;
     refused(&group, &["members", "promote", "d"], "there are a, b, c").await;
     let mut d = Group::serve(group.config_file("d")).await;
     group.run("a", &["members", "add", "d", &address]).await;
