@@ -139,8 +139,8 @@ impl Door {
         }
         let path = head.uri.path();
         let get = || match head.method {
-            Method::GET => Ok(()),
-            _ => Err(Refusal::method("GET")),
+            Method::GET | Method::HEAD => Ok(()),
+            _ => Err(Refusal::method("GET, HEAD")),
         };
         match path {
             "/health" => {

@@ -174,6 +174,13 @@ async fn keys_are_put_read_and_deleted_under_conditions() {
         read.header("registry-create-revision"),
         Some(first.to_string().as_str())
     );
+    let head = served.asks("/v1/kv/app/config", &["--head"]).await;
+    assert_eq!((head.status, head.body.len()), (200, 0));
+    assert_eq!(
+        (head.header("etag"), head.header("content-length")),
+        (Some(tag.as_str()), Some("2"))
+    );
+    assert_eq!(served.asks("/v1/kv/app/none", &["--head"]).await.status, 404);
     for known in [tag.clone(), format!("W/{tag}"), format!("\"0\", {tag}"), "*".into()] {
         let same = served
             .asks("/v1/kv/app/config", &["-H", &format!("If-None-Match: {known}")])
@@ -312,10 +319,9 @@ async fn wrong_requests_are_refused_with_the_reason() {
         .asks("/v1/watch/a?after=x", &[])
         .await
         .refuses(400, "invalid_request");
-    served
-        .asks("/v1/watch/a?before=1", &[])
-        .await
-        .refuses(400, "invalid_request");
+    for path in ["/v1/watch/a?before=1", "/v1/watch/a?reset=perhaps"] {
+        served.asks(path, &[]).await.refuses(400, "invalid_request");
+    }
 
     // As large as a value may be, and one byte more, told beforehand and not.
     for (size, chunked, status) in [(900_000, false, 200), (900_001, false, 413), (900_001, true, 413)] {

@@ -26,16 +26,16 @@ pub(super) async fn answer(
 ) -> Result<Response<Body>, Refusal> {
     if let Some(prefix) = name.strip_suffix('/') {
         return match head.method {
-            Method::GET => list(registry, prefix, head).await,
-            _ => Err(Refusal::method("GET")),
+            Method::GET | Method::HEAD => list(registry, prefix, head).await,
+            _ => Err(Refusal::method("GET, HEAD")),
         };
     }
     let key = key(name)?;
     match head.method {
-        Method::GET => get(registry, &key, head).await,
+        Method::GET | Method::HEAD => get(registry, &key, head).await,
         Method::PUT => put(registry, &key, head, body).await,
         Method::DELETE => delete(registry, &key, head).await,
-        _ => Err(Refusal::method("GET, PUT, DELETE")),
+        _ => Err(Refusal::method("GET, HEAD, PUT, DELETE")),
     }
 }
 

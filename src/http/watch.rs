@@ -25,12 +25,13 @@ pub(super) async fn answer(registry: &Arc<dyn Registry>, name: &str, head: &Part
         Some(name) => (key(name)?.into(), WatchScope::Subtree),
         None => (key(name)?.into(), WatchScope::Key),
     };
+    let reset = flag(&query, "reset")?;
     let mut watched = WatchRequest::new(prefix, scope);
     // A browser that lost its connection says by itself where it was.
     let last = head.headers.get("last-event-id").and_then(|id| id.to_str().ok());
     if let Some(after) = last.or(query.get("after").map(String::as_str)) {
         let after = after.parse().map_err(|_| Refusal::invalid("after is a revision"))?;
-        watched.from = match flag(&query, "reset")? {
+        watched.from = match reset {
             true => WatchFrom::AfterOrReset(Revision(after)),
             false => WatchFrom::After(Revision(after)),
         };
