@@ -33,7 +33,8 @@ const CONNECTIONS: usize = 512;
 const PATIENCE: Duration = Duration::from_secs(15);
 /// How long a request waits for the handle at the start.
 const ARRIVAL: Duration = Duration::from_secs(5);
-/// How long what is under way may take to end when the server stops, and the rest of a body that is not needed.
+/// How long what is under way may take to end when the server stops, its session too, and the rest of a body that is not
+/// needed.
 const GRACE: Duration = Duration::from_secs(1);
 
 /// What every request is answered from.
@@ -88,9 +89,9 @@ pub async fn serve(
     // Until the last connection is gone, or is not waited for any more.
     let _ = tokio::time::timeout(2 * GRACE, stopping.closed()).await;
     if let Some(registry) = door.registry.get()
-        && let Err(error) = registry.close().await
+        && !matches!(tokio::time::timeout(GRACE, registry.close()).await, Ok(Ok(())))
     {
-        tracing::warn!(%error, "the session of the HTTP door ends by expiry");
+        tracing::warn!("the session of the HTTP door ends by expiry");
     }
 }
 

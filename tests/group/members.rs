@@ -121,3 +121,15 @@ async fn members_are_listed_and_changed_by_command() {
     assert_eq!(listed(&group, "a").await.len(), 3);
     refused(&group, &["members", "remove", "d"], "there is no member \"d\"").await;
 }
+
+/// One that serves HTTP has a session there, which a member that was removed can't close: it does not wait for that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removed_member_that_serves_http_stops_as_soon() {
+    let long = "[registry]\nrequest_timeout = \"60s\"\nconnect_timeout = \"60s\"";
+    let mut group = Group::start_with(3, |_| format!("http = \"{}\"\n{long}", free_address())).await;
+    let gone = (group.leader().await + 1) % 3;
+    group.run(NAMES[gone], &["put", "/k", "1"]).await;
+    group.run(NAMES[gone], &["members", "remove", NAMES[gone]]).await;
+    let ended = within(PATIENCE, group.process(gone).ended()).await.unwrap();
+    assert_eq!(ended.code(), Some(1));
+}
