@@ -73,14 +73,18 @@ async fn an_empty_disk_under_a_known_name_is_refused() {
     let registry = group.connect(group.leader().await).await;
     registry.put(&key("/a"), "1").await.unwrap();
     group.stop(follower).await;
-    std::fs::remove_dir_all(group.configs[follower].data_dir.clone().unwrap()).unwrap();
-    let refused = within(PATIENCE, Member::start(&group.configs[follower]))
-        .await
-        .unwrap_err();
-    assert!(
-        matches!(&refused, Error::Storage { reason, .. } if reason.contains("members remove")),
-        "{refused}"
-    );
+    let listed = group.configs[follower].clone();
+    std::fs::remove_dir_all(listed.data_dir.clone().unwrap()).unwrap();
+    let mut joining = listed.clone();
+    joining.listen = Some(std::mem::take(&mut joining.cluster)[listed.member.as_deref().unwrap()].clone());
+    joining.join = group.addresses();
+    for config in [listed, joining] {
+        let refused = within(PATIENCE, Member::start(&config)).await.unwrap_err();
+        assert!(
+            matches!(&refused, Error::Storage { reason, .. } if reason.contains("members remove")),
+            "{refused}"
+        );
+    }
     registry.close().await.unwrap();
 }
 

@@ -122,6 +122,35 @@ async fn members_are_listed_and_changed_by_command() {
     refused(&group, &["members", "remove", "d"], "there is no member \"d\"").await;
 }
 
+/// A machine that lost its disk comes back under its name, with the list it founded the group with and with `join`: it is
+/// refused, and its vote, which would make a majority, is no vote.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_disk_under_a_known_name_has_no_vote() {
+    let mut group = Group::start(3).await;
+    group.run("a", &["put", "/k", "1"]).await;
+    let listen = group.listen[2];
+    for at in [1, 2] {
+        group.kill(at).await;
+    }
+    let empty = || std::fs::remove_dir_all(group.directory().join("c"));
+    empty().unwrap();
+    for joins in [false, true] {
+        if joins {
+            group.write_joiner("c", listen, "");
+        }
+        let output = group.command("c", &["serve"]).await;
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("members remove c"), "{said}");
+        empty().ok();
+    }
+    let put = group.command("a", &["put", "/k", "2"]).await;
+    assert_eq!(put.status.code(), Some(5), "{}", String::from_utf8_lossy(&put.stderr));
+    // With the one that has its disk there is a majority again.
+    group.restart(&[1]).await;
+    assert_eq!(group.run("b", &["get", "/k"]).await, "1");
+}
+
 /// One that serves HTTP has a session there, which a member that was removed can't close: it does not wait for that.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_removed_member_that_serves_http_stops_as_soon() {

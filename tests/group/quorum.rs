@@ -1,8 +1,10 @@
 //! A member that the quorum is lost to: by processes that are killed or stand still, and by a network that is cut.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use registry::raft::{self, MemberChange, RaftConfig};
 use registry::{
     Error, Held, Leadership, List, Options, Prefix, Read, Registry, SessionState, SessionTtl, Txn, WatchRequest,
     WatchScope,
@@ -70,7 +72,7 @@ impl Waiting {
             session_ttl: SessionTtl::new(Duration::from_secs(300)).unwrap(),
             ..options()
         };
-        let registry = registry::raft::connect(&group.remote(member), &patient).await.unwrap();
+        let registry = raft::connect(&group.remote(member), &patient).await.unwrap();
         let (lock, election) = (registry.lock(&key("/l")), registry.election(&key("/e")));
         let waiting = Self {
             lock: tokio::spawn(async move { (lock.acquire().await.unwrap(), Instant::now()) }),
@@ -139,6 +141,27 @@ async fn calls_fail(registry: &Arc<dyn Registry>, request_timeout: Duration) {
     }
 }
 
+/// Nor does what asks without a handle, or opens one.
+async fn questions_fail(remote: &RaftConfig, options: &Options, dir: &Path) {
+    let quick = Options {
+        connect_timeout: options.request_timeout,
+        ..options.clone()
+    };
+    let (limit, file) = (2 * options.request_timeout, dir.join("backup"));
+    let promote = MemberChange::Promote { name: "a".into() };
+    let (opened, changed, compared, saved) = tokio::join!(
+        within(limit, raft::connect(remote, &quick)),
+        within(limit, raft::change_members(remote, &quick, promote)),
+        within(limit, raft::verify(remote, &quick)),
+        within(limit, raft::backup(remote, &quick, &file, |_, _| {})),
+    );
+    for failed in [opened.err(), changed.err(), compared.err(), saved.err()] {
+        let unknown = matches!(failed, Some(Error::Unavailable { .. } | Error::OutcomeUnknown { .. }));
+        assert!(unknown, "{failed:?}");
+    }
+    assert!(!file.exists());
+}
+
 /// What etcd's raftexample, kvrocks and DSS do not do: every call ends by its deadline, what needs no quorum goes on, who
 /// held something is told that it is lost before another has it, and all goes on by itself when the quorum is back.
 async fn a_loss(loss: Loss, stays: Stays) {
@@ -153,7 +176,7 @@ async fn a_loss(loss: Loss, stays: Stays) {
         request_timeout: Duration::from_secs(2),
         ..options()
     };
-    let registry = registry::raft::connect(&group.remote(here), &short).await.unwrap();
+    let registry = raft::connect(&group.remote(here), &short).await.unwrap();
     let session = registry.session().live().unwrap();
     registry.put(&key("/a"), "1").await.unwrap();
     // A stale read of this member finds it from here on.
@@ -178,7 +201,12 @@ async fn a_loss(loss: Loss, stays: Stays) {
         leadership.lost().await;
         Instant::now()
     };
-    let ((), lost) = tokio::join!(calls_fail(&registry, short.request_timeout), within(PATIENCE, lost));
+    let (remote, dir) = (group.remote(here), group.directory());
+    let ((), (), lost) = tokio::join!(
+        calls_fail(&registry, short.request_timeout),
+        questions_fail(&remote, &short, &dir),
+        within(PATIENCE, lost)
+    );
     assert!(!registry.session().is_valid(session));
     assert_eq!(value(&registry, "/a", Read::Stale).await.unwrap(), "1");
     if matches!(loss, Loss::CutOff) {
