@@ -25,6 +25,7 @@ use crate::proto;
 use crate::proto::registry::peer::v1 as message;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
+use crate::service::why;
 use crate::types::{LogId, Peer};
 use crate::wire;
 
@@ -241,7 +242,7 @@ impl Core {
         while waiting.recv_many(&mut readers, READERS).await > 0 {
             let asked = tokio::time::timeout(ROUND, self.follow_up()).await;
             let answer = match asked {
-                Ok(answer) => answer.map_err(|error| error.to_string()),
+                Ok(answer) => answer.map_err(|error| why(&error)),
                 Err(_) => Err("the Raft leader does not answer".to_owned()),
             };
             for reader in readers.drain(..) {
@@ -285,11 +286,11 @@ impl Core {
         }
         let leader = tokio::time::timeout(ROUND, self.leader()).await;
         let leader = leader.map_err(|_| Status::unavailable("there is no Raft leader"))?;
-        match leader.map_err(|error| Status::unavailable(error.to_string()))? {
+        match leader.map_err(|error| Status::unavailable(why(&error)))? {
             // What was changed before is decided on.
             Leader::This => match tokio::time::timeout(ROUND, self.barrier()).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => return Err(Status::unavailable(error.to_string())),
+                Ok(Err(error)) => return Err(Status::unavailable(why(&error))),
                 Err(_) => return Err(Status::unavailable("no majority answers the Raft leader")),
             },
             Leader::Other(..) if admission.forwarded => return Err(Status::unavailable("the Raft leader has changed")),
@@ -323,7 +324,7 @@ impl Core {
         tracing::info!(member = peer.name, address = peer.address, "a member joins");
         let learner = ChangeMembers::AddNodes(BTreeMap::from([(admission.id, peer)]));
         let taken_in = self.propose_members(learner, true, decided_on).await;
-        taken_in.map_err(|error| Status::unavailable(error.to_string()))
+        taken_in.map_err(|error| Status::unavailable(why(&error)))
     }
 
     /// Asks the members at these addresses to be taken in, until one of them has it done.

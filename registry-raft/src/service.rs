@@ -99,7 +99,7 @@ impl Registry for Service {
 
 /// An error as a member says it.
 pub(crate) fn said(error: &Error) -> proto::Failure {
-    let text = with_causes(error);
+    let text = why(error);
     let of = |kind: Kind| proto::Failure {
         kind: kind.into(),
         text,
@@ -127,7 +127,7 @@ pub(crate) fn said(error: &Error) -> proto::Failure {
 }
 
 /// The text of an error and of what is beneath it; what only repeats the kind is left out.
-fn with_causes(error: &Error) -> String {
+pub(crate) fn why(error: &Error) -> String {
     match error {
         Error::Unavailable { source, .. }
         | Error::OutcomeUnknown { source, .. }

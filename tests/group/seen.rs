@@ -153,6 +153,7 @@ async fn a_group_is_seen_from_outside() {
     let told: Value = serde_json::from_str(&told).unwrap();
     let why = told["message"].as_str().unwrap();
     assert!(why.starts_with("raft is unavailable: "), "{why}");
+    assert_eq!(why.matches("unavailable").count(), 1, "{why}");
     let (status, told) = site.asks(slow, "/v1/kv/k?stale", &[]).await;
     assert_eq!((status, told.as_str()), (200, "39"));
     let (status, told) = site.asks(slow, "/v1/members", &[]).await;
