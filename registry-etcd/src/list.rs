@@ -159,9 +159,13 @@ impl Reader<'_> {
         let below = self.names.below(&request.prefix);
         let mut entries = Vec::new();
         let mut found = at;
-        if request.scope != WatchScope::Children
-            && let Some(name) = self.names.prefix(&request.prefix)
-        {
+        let itself = match (request.scope, self.names.prefix(&request.prefix)) {
+            (WatchScope::Children, _) => None,
+            // The root has no name of its own; what is below it begins with one that is no key's.
+            (WatchScope::Key, None) => Some(below.start.clone()),
+            (_, itself) => itself,
+        };
+        if let Some(name) = itself {
             let part = self.ask(Ask {
                 itself: None,
                 range: name.clone()..after(name),
