@@ -202,6 +202,46 @@ fn a_backend_that_is_not_compiled_in_is_refused_naming_those_that_are() {
 
 #[cfg(feature = "etcd")]
 #[test]
+fn the_etcd_table_is_taken_and_its_password_is_shown_nowhere() {
+    let text = "[registry]\ntype = \"etcd\"\n[registry.etcd]\nendpoints = [\"etcd-1:2379\", \"https://etcd-2:2379\"]\n\
+                user = \"app\"\npassword = \"secret\"\n[registry.etcd.tls]\nca = \"ca.pem\"\ncert = \"app.pem\"\nkey = \"app.key\"";
+    let file = file(".toml", text);
+    let etcd = |overrides| match Config::load(Some(file.path()), &overrides).unwrap().backend {
+        Backend::Etcd(etcd) => etcd,
+        #[allow(unreachable_patterns)]
+        other => panic!("{other:?}"),
+    };
+    let given = etcd(Vec::new());
+    let endpoints = |list: &[&str]| registry::etcd::Endpoints::new(list.to_vec()).unwrap();
+    assert_eq!(given.endpoints, endpoints(&["etcd-1:2379", "https://etcd-2:2379"]));
+    let who = given.credentials.as_ref().unwrap();
+    assert_eq!((who.user.as_str(), who.password.as_str()), ("app", "secret"));
+    let (tls, directory) = (given.tls.as_ref().unwrap(), file.path().parent().unwrap());
+    let own = tls.client.as_ref().unwrap();
+    assert_eq!(
+        [&tls.ca, &own.cert, &own.key],
+        [
+            &directory.join("ca.pem"),
+            &directory.join("app.pem"),
+            &directory.join("app.key")
+        ]
+    );
+    assert!(!format!("{given:?}").contains("secret"));
+    let over = etcd(vec![("etcd.endpoints".into(), "a:1,b:2".into())]);
+    assert_eq!(over.endpoints, endpoints(&["a:1", "b:2"]));
+    for (wrong, why) in [
+        ("endpoints = []", "registry.etcd.endpoints"),
+        ("endpoints = [\"a:1\"]\nttl = 3", "unknown field `ttl`"),
+        ("endpoints = [\"a:1\"]\npassword = \"secret\"", "registry.etcd.user"),
+        ("endpoints = [\"http://app:secret@a:1\"]", "registry.etcd.password"),
+    ] {
+        let said = refusal(&format!("[registry]\ntype = \"etcd\"\n[registry.etcd]\n{wrong}"));
+        assert!(said.contains(why) && !said.contains("secret"), "{said}");
+    }
+}
+
+#[cfg(feature = "etcd")]
+#[test]
 fn a_backend_without_its_table_is_refused() {
     assert!(refusal("[registry]\ntype = \"etcd\"").contains("needs the table [registry.etcd]"));
     let config = load("[registry]\ntype = \"etcd\"\n[registry.etcd]\nendpoints = [\"127.0.0.1:2379\"]").unwrap();

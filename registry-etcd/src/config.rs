@@ -220,7 +220,10 @@ mod tests {
             "tls": { "ca": "ca.pem", "cert": "app.pem", "key": "app.key" },
         }))
         .expect("every setting is right");
-        assert_eq!(config.endpoints.iter().count(), 2);
+        let endpoints: Vec<_> = config.endpoints.iter().collect();
+        assert_eq!(endpoints, ["https://etcd-1:2379", "etcd-2:2379"]);
+        let credentials = config.credentials.map(|who| (who.user, who.password));
+        assert_eq!(credentials, Some(("app".into(), "secret".into())));
         assert!(config.tls.is_some_and(|tls| tls.client.is_some()));
     }
 

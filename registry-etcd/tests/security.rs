@@ -5,13 +5,16 @@
 mod harness;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use etcd_client::{Client, ConnectOptions, Permission};
+use etcd_client::{Client, Permission};
 use harness::{Servers, until};
 use registry_api::{Error, Namespace, Options, Read, Registry, Result};
 use registry_etcd::{Credentials, Endpoints, EtcdConfig, Identity, Tls};
+use registry_tests::cluster::put_at_last;
 use registry_tests::key;
+use registry_tests::process::free_port;
+use registry_tests::watch::Picture;
 
 /// Turns authentication on, with a user `app` who may do anything in `/registry`, and nothing else.
 async fn with_users(cluster: &Servers) -> Client {
@@ -24,12 +27,16 @@ async fn with_users(cluster: &Servers) -> Client {
     client.user_add("app", "app-secret", None).await.unwrap();
     client.user_grant_role("app", "app").await.unwrap();
     client.auth_enable().await.unwrap();
-    let as_root = ConnectOptions::new().with_user("root", "root-secret");
+    let as_root = cluster.dial().with_user("root", "root-secret");
     Client::connect(cluster.endpoints(), Some(as_root)).await.unwrap()
 }
 
 async fn connect_as(cluster: &Servers, who: Option<(&str, &str)>, options: &Options) -> Result<Arc<dyn Registry>> {
-    let mut config = EtcdConfig::new(Endpoints::new(cluster.endpoints()).unwrap());
+    connect_to(&cluster.endpoints(), who, options).await
+}
+
+async fn connect_to(endpoints: &[String], who: Option<(&str, &str)>, options: &Options) -> Result<Arc<dyn Registry>> {
+    let mut config = EtcdConfig::new(Endpoints::new(endpoints).unwrap());
     config.credentials = who.map(|(user, password)| Credentials {
         user: user.into(),
         password: password.into(),
@@ -111,6 +118,32 @@ async fn a_change_of_users_stops_no_handle() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_expired_stops_no_handle() {
+    let cluster = Servers::start_with(1, &["--auth-token-ttl=1"]).await;
+    with_users(&cluster).await;
+    let registry = connect_as(&cluster, Some(("app", "app-secret")), &Options::default())
+        .await
+        .unwrap();
+    registry.put(&key("/a"), "1").await.unwrap();
+    let as_app = cluster.dial().with_user("app", "app-secret");
+    let bare = Client::connect(cluster.endpoints(), Some(as_app)).await.unwrap();
+    bare.kv_client().get("/registry/a", None).await.unwrap();
+    // Each use of a token gives it its time anew.
+    let began = Instant::now();
+    until("tokens have expired", async || began.elapsed() > Duration::from_secs(4)).await;
+    bare.kv_client()
+        .get("/registry/a", None)
+        .await
+        .expect_err("its token has expired");
+    registry.put(&key("/a"), "2").await.unwrap();
+    let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
+    picture
+        .until(&mut watch, |picture| picture.has("/a", "2"))
+        .await
+        .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn credentials_where_nobody_is_known_are_refused() {
     let cluster = Servers::start(1).await;
     let refused = connect_as(&cluster, Some(("app", "app-secret")), &Options::default()).await;
@@ -119,7 +152,7 @@ async fn credentials_where_nobody_is_known_are_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tls_needs_the_authority_and_a_certificate() {
-    let cluster = Servers::start_with_tls();
+    let cluster = Servers::start_with_mutual_tls().await;
     let connect = async |tls: Tls| {
         let mut config = EtcdConfig::new(Endpoints::new([format!("https://{}", cluster.endpoint(0))]).unwrap());
         config.tls = Some(tls);
@@ -137,7 +170,6 @@ async fn tls_needs_the_authority_and_a_certificate() {
         ca: cluster.file("ca.pem"),
         client: Some(identity.clone()),
     };
-    until("the server answers over TLS", async || connect(whole()).await.is_ok()).await;
     let registry = connect(whole()).await.unwrap();
     registry.put(&key("/a"), "1").await.unwrap();
     registry.close().await.unwrap();
@@ -163,4 +195,54 @@ async fn tls_needs_the_authority_and_a_certificate() {
         matches!(missing, Err(Error::Config { ref field, .. }) if field == "registry.etcd.tls.ca"),
         "{missing:?}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_needs_the_authority_alone_and_finds_a_member_over_tls() {
+    let cluster = Servers::start_with_tls().await;
+    with_users(&cluster).await;
+    let ca_alone = Tls {
+        ca: cluster.file("ca.pem"),
+        client: None,
+    };
+    // Without a scheme it is https:// where TLS is set. A member that can't be reached comes first.
+    let endpoints = [format!("127.0.0.1:{}", free_port()), cluster.endpoint(0)];
+    let mut config = EtcdConfig::new(Endpoints::new(&endpoints).unwrap());
+    config.credentials = Some(Credentials {
+        user: "app".into(),
+        password: "app-secret".into(),
+    });
+    let plain = registry_etcd::connect(&config, &Options::default()).await;
+    assert!(matches!(plain, Err(Error::Unavailable { .. })), "{plain:?}");
+    config.tls = Some(ca_alone);
+    let registry = registry_etcd::connect(&config, &Options::default()).await.unwrap();
+    registry.put_ephemeral(&key("/a"), "1").await.unwrap();
+    registry.close().await.unwrap();
+    config.credentials = None;
+    let nobody = registry_etcd::connect(&config, &Options::default()).await;
+    assert!(matches!(nobody, Err(Error::AccessDenied { .. })), "{nobody:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_leader_is_left_by_a_user_too() {
+    let mut cluster = Servers::start(3).await;
+    with_users(&cluster).await;
+    let leader = cluster.leader().await;
+    let mut endpoints = cluster.endpoints();
+    endpoints.rotate_left(leader);
+    let registry = connect_to(&endpoints, Some(("app", "app-secret")), &Options::default())
+        .await
+        .unwrap();
+    let held = registry.lock(&key("/lock")).acquire().await.unwrap();
+    let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
+    cluster.kill(leader);
+    put_at_last(&*registry, "/after", "1").await;
+    picture
+        .until(&mut watch, |picture| picture.has("/after", "1"))
+        .await
+        .unwrap();
+    registry.wait_connected(Duration::from_secs(20)).await.unwrap();
+    assert!(!held.is_lost());
+    held.release().await.unwrap();
+    registry.close().await.unwrap();
 }

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use etcd_client::Client;
+use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use registry_api::{Options, Registry, SessionTtl};
 use registry_etcd::{Endpoints, EtcdConfig};
 use registry_tests::certificate::certificate;
@@ -45,16 +45,26 @@ impl Servers {
         Self::start_with(members, &["--heartbeat-interval=50", "--election-timeout=500"]).await
     }
 
-    async fn start_with(members: usize, arguments: &[&str]) -> Self {
+    pub async fn start_with(members: usize, arguments: &[&str]) -> Self {
         let mut cluster = Self::new(members);
         cluster.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-        cluster.spawn_all();
-        cluster.ready().await;
-        cluster
+        cluster.started().await
+    }
+
+    /// One member that speaks TLS alone.
+    pub async fn start_with_tls() -> Self {
+        Self::new_with_tls().started().await
     }
 
     /// One member that speaks TLS, and only with clients whose certificate the authority signed.
-    pub fn start_with_tls() -> Self {
+    pub async fn start_with_mutual_tls() -> Self {
+        let mut cluster = Self::new_with_tls();
+        let ca = format!("--trusted-ca-file={}", cluster.file("ca.pem").display());
+        cluster.arguments.extend([ca, "--client-cert-auth".into()]);
+        cluster.started().await
+    }
+
+    fn new_with_tls() -> Self {
         let mut cluster = Self::new(1);
         cluster.scheme = "https";
         for name in ["ca", "server", "client"] {
@@ -64,11 +74,14 @@ impl Servers {
         cluster.arguments = vec![
             format!("--cert-file={}", file("server.pem")),
             format!("--key-file={}", file("server.key")),
-            format!("--trusted-ca-file={}", file("ca.pem")),
-            "--client-cert-auth".into(),
         ];
-        cluster.spawn_all();
         cluster
+    }
+
+    async fn started(mut self) -> Self {
+        self.spawn_all();
+        self.ready().await;
+        self
     }
 
     fn new(members: usize) -> Self {
@@ -141,7 +154,7 @@ impl Servers {
     /// Waits until every member that runs answers and knows a leader.
     pub async fn ready(&self) {
         for member in self.members.iter().filter(|member| member.process.is_some()) {
-            let client = client(&format!("127.0.0.1:{}", member.client)).await;
+            let client = self.client(&format!("127.0.0.1:{}", member.client)).await;
             let began = Instant::now();
             while !answers(&client).await {
                 assert!(began.elapsed() < Duration::from_secs(30), "etcd is not ready in 30 s");
@@ -167,7 +180,8 @@ impl Servers {
 
     pub async fn leader(&self) -> usize {
         for number in 0..self.members.len() {
-            let status = client(&self.endpoint(number))
+            let status = self
+                .client(&self.endpoint(number))
                 .await
                 .maintenance_client()
                 .status()
@@ -194,7 +208,22 @@ impl Servers {
 
     /// A client that goes straight to a member.
     pub async fn raw(&self) -> Client {
-        client(&self.endpoint(0)).await
+        self.client(&self.endpoint(0)).await
+    }
+
+    async fn client(&self, endpoint: &str) -> Client {
+        Client::connect([endpoint], Some(self.dial())).await.unwrap()
+    }
+
+    /// How members are dialled.
+    pub fn dial(&self) -> ConnectOptions {
+        let dial = ConnectOptions::new();
+        if self.scheme == "http" {
+            return dial;
+        }
+        let read = |name| std::fs::read(self.file(name)).unwrap();
+        let tls = TlsOptions::new().ca_certificate(Certificate::from_pem(read("ca.pem")));
+        dial.with_tls(tls.identity(Identity::from_pem(read("client.pem"), read("client.key"))))
     }
 }
 
@@ -208,10 +237,6 @@ async fn answers(client: &Client) -> bool {
     let mut kv = client.kv_client();
     let get = kv.get("ready", None);
     matches!(tokio::time::timeout(Duration::from_secs(1), get).await, Ok(Ok(_)))
-}
-
-async fn client(endpoint: &str) -> Client {
-    Client::connect([endpoint], None).await.unwrap()
 }
 
 pub const TTL: Duration = Duration::from_secs(3);
