@@ -8,27 +8,183 @@ use std::process::Command;
 use std::time::Duration;
 
 use harness::{Servers, connect, until};
-use registry_api::{Error, Expect, Prefix, Read, Txn};
+use registry_api::{Error, Event, Expect, Kind, List, Prefix, Read, SessionId, Txn, WatchItem};
 use registry_etcd::{Endpoints, EtcdConfig};
-use registry_tests::key;
 use registry_tests::watch::Picture;
+use registry_tests::{key, within};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn etcdctl(cluster: &Servers, arguments: &[&str]) -> Vec<String> {
+    let output = Command::new("etcdctl")
+        .env("ETCDCTL_API", "3")
+        .args(["--endpoints", &cluster.endpoint(0)])
+        .args(arguments)
+        .output()
+        .expect("etcdctl is missing: apt-get install etcd-client");
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.lines().map(str::to_owned).collect()
+}
 
 #[tokio::test(flavor = "multi_thread")]
-async fn etcdctl_sees_plain_names_and_values() {
+async fn etcdctl_sees_plain_names_and_values_and_nothing_else() {
     let cluster = Servers::start(1).await;
     let registry = connect(&cluster.endpoints()).await;
     registry.put(&key("/jobs/compact"), "now").await.unwrap();
-    let held = registry.lock(&key("/jobs")).acquire().await.unwrap();
-    let listed = Command::new("etcdctl")
-        .env("ETCDCTL_API", "3")
-        .args(["--endpoints", &cluster.endpoint(0), "get", "--prefix", "/registry"])
-        .output()
-        .expect("etcdctl is missing: apt-get install etcd-client");
-    let listed = String::from_utf8(listed.stdout).unwrap();
-    let lines: Vec<_> = listed.lines().collect();
-    assert_eq!(lines[..2], ["/registry/jobs/compact", "now"]);
-    assert!(lines[2].starts_with("/registry~/lock/1/jobs/"), "{lines:?}");
+    registry.put_ephemeral(&key("/workers/ä b"), "here").await.unwrap();
+    let held = registry.lock(&key("/jobs")).label("me").acquire().await.unwrap();
+    let leadership = registry.election(&key("/jobs/all")).campaign("I").await.unwrap();
+
+    let all = etcdctl(&cluster, &["get", "--prefix", ""]);
+    let [job, now, worker, here, candidate, published, contender, label] = &all[..] else {
+        panic!("{all:?}");
+    };
+    assert_eq!(
+        [job, now, worker, here],
+        ["/registry/jobs/compact", "now", "/registry/workers/ä b", "here"]
+    );
+    assert!(candidate.starts_with("/registry~/election/2/jobs/all/"), "{candidate}");
+    assert!(contender.starts_with("/registry~/lock/1/jobs/"), "{contender}");
+    assert_eq!([published, label], ["I", "me"]);
+    // A session is a lease by its number, and what is ephemeral is attached to it.
+    let session = registry.session().live().unwrap().to_string();
+    let lease = etcdctl(&cluster, &["lease", "timetolive", &session, "--keys"]).concat();
+    assert!(lease.contains("granted with TTL(3s)"), "{lease}");
+    assert!(
+        [worker, candidate, contender]
+            .iter()
+            .all(|name| lease.contains(name.as_str())),
+        "{lease}"
+    );
+    assert!(!lease.contains(job.as_str()), "{lease}");
+
+    leadership.resign().await.unwrap();
     held.release().await.unwrap();
+    registry.close().await.unwrap();
+    assert_eq!(
+        etcdctl(&cluster, &["get", "--prefix", ""]),
+        ["/registry/jobs/compact", "now"]
+    );
+    assert_eq!(etcdctl(&cluster, &["lease", "list"]), ["found 0 leases"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_of_other_clients_are_keys_where_they_can_be() {
+    let cluster = Servers::start(1).await;
+    let registry = connect(&cluster.endpoints()).await;
+    let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
+    let raw = cluster.raw().await;
+    let lease = raw.lease_client().grant(60, None).await.unwrap().id();
+    let mut kv = raw.kv_client();
+    for name in [
+        "/registry/a//b",
+        "/registry/",
+        "/registry//",
+        "/registry/a/",
+        "/registry/\u{1}",
+    ] {
+        kv.put(name, "no key", None).await.unwrap();
+    }
+    kv.put(&b"/registry/\xff"[..], "no text", None).await.unwrap();
+    for name in ["/registryx", "/registr", "registry/a"] {
+        kv.put(name, "another's", None).await.unwrap();
+    }
+    kv.put("/registry/theirs", "1", None).await.unwrap();
+    let options = etcd_client::PutOptions::new().with_lease(lease);
+    kv.put("/registry/z/leased", "2", Some(options)).await.unwrap();
+
+    picture
+        .until(&mut watch, |picture| picture.has("/z/leased", "2"))
+        .await
+        .unwrap();
+    let there = registry.list_all(List::new(Prefix::root())).await.unwrap();
+    assert_eq!(picture.entries.into_values().collect::<Vec<_>>(), there);
+    let there: Vec<_> = there.iter().map(|entry| (entry.key.as_str(), entry.session)).collect();
+    let theirs = SessionId(lease.cast_unsigned());
+    assert_eq!(there, [("/theirs", None), ("/z/leased", Some(theirs))]);
+    // One at a time, so that a page may hold none that is a key.
+    let mut page = List::new(Prefix::root());
+    page.limit = 1;
+    assert_eq!(registry.list_all(page).await.unwrap().len(), 2);
+    assert_eq!(
+        registry.children(&Prefix::root(), Read::Linearizable).await.unwrap(),
+        ["theirs", "z"]
+    );
+    assert_eq!(registry.count(&Prefix::root(), Read::Linearizable).await.unwrap(), 8);
+    let refused = registry.put_ephemeral(&key("/z/leased"), "3").await;
+    assert!(matches!(refused, Err(Error::Refused { .. })), "{refused:?}");
+    registry.put(&key("/theirs"), "ours").await.unwrap();
+    assert_eq!(registry.delete_prefix(&Prefix::root()).await.unwrap(), 8);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_take_over_is_told_as_a_delete_and_then_a_create() {
+    let cluster = Servers::start(1).await;
+    let (one, other) = (connect(&cluster.endpoints()).await, connect(&cluster.endpoints()).await);
+    one.put_ephemeral(&key("/e"), "1").await.unwrap();
+    let (mut watch, _) = Picture::of(&*other).await.unwrap();
+    other.take_over(&key("/e"), "2", Kind::Ephemeral).await.unwrap();
+    let mut told = Vec::new();
+    while told.len() < 2 {
+        if let WatchItem::Changes(events) = within(PATIENCE, watch.next()).await.unwrap().unwrap() {
+            told.push(events);
+        }
+    }
+    let [deleted, created] = &told[..] else { unreachable!() };
+    let ([Event::Deleted { last, .. }], [Event::Created(entry)]) = (&deleted[..], &created[..]) else {
+        panic!("{told:?}");
+    };
+    assert_eq!((&last.value[..], &entry.value[..]), (&b"1"[..], &b"2"[..]));
+    assert!(deleted[0].revision() < entry.create_revision);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_etcd_refuses_by_its_own_bounds_is_denied_and_changes_nothing() {
+    let cluster = Servers::start_with(1, &["--max-txn-ops=4", "--max-request-bytes=10000"]).await;
+    let registry = connect(&cluster.endpoints()).await;
+    let many = (0..5).fold(Txn::new(), |txn, number| txn.put(&key(&format!("/{number}")), ""));
+    let refused = registry.commit(many).await;
+    assert!(matches!(refused, Err(Error::AccessDenied { .. })), "{refused:?}");
+    let refused = registry.put(&key("/large"), vec![0; 20_000]).await;
+    assert!(matches!(refused, Err(Error::AccessDenied { .. })), "{refused:?}");
+    assert_eq!(registry.count(&Prefix::root(), Read::Linearizable).await.unwrap(), 0);
+    registry.put(&key("/small"), "").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_used_up_quota_changes_nothing_until_there_is_room_again() {
+    let cluster = Servers::start_with(1, &["--quota-backend-bytes=8000000"]).await;
+    let registry = connect(&cluster.endpoints()).await;
+    let session = registry.session().live().unwrap();
+    let value = |number: u8| vec![number; registry_api::MAX_VALUE];
+    let mut last = None;
+    let full = loop {
+        let next = last.map_or(0, |(number, _)| number + 1);
+        match registry.put(&key("/a"), value(next)).await {
+            Ok(revision) => last = Some((next, revision)),
+            Err(error) => break error,
+        }
+        assert!(next < 20, "the quota is not kept");
+    };
+    assert!(matches!(full, Error::Unavailable { .. }), "{full:?}");
+    let refused = registry.put_ephemeral(&key("/e"), "").await;
+    assert!(matches!(refused, Err(Error::Unavailable { .. })), "{refused:?}");
+    let (number, revision) = last.unwrap();
+    let there = registry.list_all(List::new(Prefix::root())).await.unwrap();
+    assert_eq!(there.len(), 1);
+    assert_eq!(
+        (there[0].mod_revision, &there[0].value[..]),
+        (revision, &value(number)[..])
+    );
+
+    // What the page on etcd has an operator do.
+    etcdctl(&cluster, &["compact", &revision.to_string()]);
+    etcdctl(&cluster, &["defrag"]);
+    etcdctl(&cluster, &["alarm", "disarm"]);
+    registry.put(&key("/a"), "2").await.unwrap();
+    assert_eq!(registry.session().live().unwrap(), session);
+    registry.put_ephemeral(&key("/e"), "").await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -62,11 +218,11 @@ async fn large_values_come_in_pages_that_fit() {
             .await
             .unwrap();
     }
-    let list = registry_api::List::new(key("/large"));
+    let list = List::new(key("/large"));
     let entries = registry.list_all(list.clone()).await.unwrap();
     assert_eq!(entries.len(), 90);
     assert!(entries.iter().all(|entry| entry.value == large));
-    let children = registry_api::List {
+    let children = List {
         depth: registry_api::Depth::Children,
         ..list
     };
