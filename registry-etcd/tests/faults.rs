@@ -8,15 +8,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use etcd_client::CompactionOptions;
+use harness::streams::Streams;
 use harness::{Servers, TTL, connect, until};
-use registry_api::{Error, Prefix, Read, Registry, SessionId, SessionState};
+use registry_api::{
+    Error, Event, Prefix, Read, Registry, SessionId, SessionState, WatchFrom, WatchItem, WatchRequest, WatchScope,
+};
 use registry_etcd::{Endpoints, EtcdConfig};
 use registry_tests::cluster::put_at_last;
 use registry_tests::process::free_port;
 use registry_tests::watch::Picture;
-use registry_tests::{Wire, key, within};
+use registry_tests::{Process, Wire, key, within};
 
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Where the process that holds a lock finds etcd, and what it says when it has it.
+const ENDPOINT: &str = "REGISTRY_TEST_ENDPOINT";
+const HOLDS: &str = "it holds the lock";
 
 async fn wire_to(cluster: &Servers) -> Wire {
     Wire::to(cluster.endpoint(0).parse().unwrap()).await
@@ -24,6 +30,22 @@ async fn wire_to(cluster: &Servers) -> Wire {
 
 fn session_of(registry: &Arc<dyn Registry>) -> SessionId {
     registry.session().state().id()
+}
+
+/// Waits for the answer to the session's first keep-alive, and with that for the stream of those that follow.
+async fn kept_alive(registry: &Arc<dyn Registry>) {
+    let session = session_of(registry);
+    let first = registry.session().valid_until(session).unwrap();
+    until("a keep-alive is answered", async || {
+        registry.session().valid_until(session).unwrap() > first + TTL / 6
+    })
+    .await;
+}
+
+/// Ends a session's lease behind its handle's back.
+async fn revoke(cluster: &Servers, session: SessionId) {
+    let lease = session.0.cast_signed();
+    cluster.raw().await.lease_client().revoke(lease).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -160,8 +182,11 @@ async fn a_dead_first_endpoint_delays_nothing_for_long() {
     let silent = wire_to(&cluster).await;
     silent.cut();
     for dead in [format!("127.0.0.1:{}", free_port()), silent.address().to_string()] {
+        let began = Instant::now();
         let registry = connect(&[dead, cluster.endpoint(0)]).await;
         registry.put(&key("/a"), "1").await.unwrap();
+        // A tenth of a second for each connection; to wait for it to time out would take 5 s.
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
         registry.close().await.unwrap();
     }
 }
@@ -246,6 +271,42 @@ async fn a_compaction_hides_no_final_state_from_a_watch() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_watch_from_a_compacted_revision_is_told_the_oldest_or_starts_over() {
+    let cluster = Servers::start(1).await;
+    let registry = connect(&cluster.endpoints()).await;
+    let first = registry.put(&key("/a"), "1").await.unwrap();
+    let kept = registry.put(&key("/a"), "2").await.unwrap();
+    registry.put(&key("/b"), "3").await.unwrap();
+    let raw = cluster.raw().await;
+    raw.kv_client().compact(kept.0.cast_signed(), None).await.unwrap();
+    let from = |from| WatchRequest {
+        from,
+        ..WatchRequest::new(Prefix::root(), WatchScope::Subtree)
+    };
+
+    let refused = registry.watch(from(WatchFrom::After(first))).await;
+    assert!(
+        matches!(refused, Err(Error::Compacted { requested, oldest }) if (requested, oldest) == (first, kept)),
+        "{refused:?}"
+    );
+    let mut oldest = registry.watch(from(WatchFrom::After(kept))).await.unwrap();
+    let told = within(PATIENCE, oldest.next()).await.unwrap().unwrap();
+    assert!(
+        matches!(&told, WatchItem::Changes(events) if matches!(&events[..], [Event::Created(entry)] if entry.key == key("/b"))),
+        "{told:?}"
+    );
+    let mut anew = registry.watch(from(WatchFrom::AfterOrReset(first))).await.unwrap();
+    let told = within(PATIENCE, anew.next()).await.unwrap().unwrap();
+    assert!(matches!(told, WatchItem::Reset), "{told:?}");
+    let mut picture = Picture::default();
+    picture
+        .until(&mut anew, |picture| picture.synced.is_some())
+        .await
+        .unwrap();
+    assert!(picture.has("/a", "2") && picture.has("/b", "3"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_lease_revoked_by_another_hand_ends_the_session() {
     let cluster = Servers::start(1).await;
     let registry = connect(&cluster.endpoints()).await;
@@ -254,13 +315,7 @@ async fn a_lease_revoked_by_another_hand_ends_the_session() {
     let held = registry.lock(&key("/lock")).acquire().await.unwrap();
     let mut states = registry.session().states();
 
-    cluster
-        .raw()
-        .await
-        .lease_client()
-        .revoke(session.0.cast_signed())
-        .await
-        .unwrap();
+    revoke(&cluster, session).await;
     within(PATIENCE, held.lost()).await;
     let renewed = states.wait_for(|state| matches!(state, SessionState::Connected(id) if *id != session));
     within(PATIENCE, renewed).await.unwrap();
@@ -269,7 +324,85 @@ async fn a_lease_revoked_by_another_hand_ends_the_session() {
         there.is_some_and(|entry| entry.session == Some(session_of(&registry)))
     })
     .await;
+    assert!(matches!(held.release().await, Err(Error::HoldLost { .. })));
     registration.unregister().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_keep_alive_learns_that_the_lease_is_gone_before_the_clock_does() {
+    let cluster = Servers::start(1).await;
+    let wire = wire_to(&cluster).await;
+    for has_a_stream in [false, true] {
+        let registry = harness::connect_with_ttl(&[wire.address().to_string()], 3 * TTL).await;
+        let session = session_of(&registry);
+        let held = registry.lock(&key("/lock")).acquire().await.unwrap();
+        let mut states = registry.session().states();
+        if has_a_stream {
+            kept_alive(&registry).await;
+        }
+        // So slow that the end can be seen before the next session is open.
+        wire.slow(Duration::from_millis(300));
+        let sure = registry.session().valid_until(session).unwrap();
+        revoke(&cluster, session).await;
+        let expired = states.wait_for(|state| *state == SessionState::Expired(session));
+        within(PATIENCE, expired).await.unwrap();
+        assert!(Instant::now() < sure, "it took the handle's own clock");
+        assert!(held.is_lost() && !registry.session().is_valid(session));
+        assert!(matches!(registry.session().live(), Err(Error::SessionExpired { session: s }) if s == session));
+        wire.mend();
+        let renewed = states.wait_for(|state| matches!(state, SessionState::Connected(id) if *id != session));
+        within(PATIENCE, renewed).await.unwrap();
+        registry.close().await.unwrap();
+    }
+}
+
+/// Holds a lock until it is lost. Does nothing by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_holds() {
+    let Ok(endpoint) = std::env::var(ENDPOINT) else {
+        return;
+    };
+    let registry = connect(&[endpoint]).await;
+    let session = session_of(&registry);
+    let held = registry.lock(&key("/lock")).acquire().await.unwrap();
+    println!("{HOLDS}");
+    let mut sure = Instant::now();
+    loop {
+        let asked = Instant::now();
+        if held.is_lost() {
+            break;
+        }
+        assert!(
+            asked - sure < TTL,
+            "sure of it after it stood still for longer than the TTL"
+        );
+        sure = asked;
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert!(matches!(held.release().await, Err(Error::HoldLost { .. })));
+    let mut states = registry.session().states();
+    let renewed = states.wait_for(|state| matches!(state, SessionState::Connected(id) if *id != session));
+    within(PATIENCE, renewed).await.unwrap();
+    registry.put_ephemeral(&key("/back"), "").await.unwrap();
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_that_expired_while_its_process_stood_still_is_lost_at_once() {
+    let cluster = Servers::start(1).await;
+    let other = connect(&cluster.endpoints()).await;
+    let mut holder = tokio::process::Command::new(std::env::current_exe().unwrap());
+    holder
+        .args(["--exact", "a_process_that_holds", "--nocapture"])
+        .env(ENDPOINT, cluster.endpoint(0));
+    let (mut holder, ()) = Process::start(holder, |line| line.contains(HOLDS).then_some(())).await;
+    holder.pause();
+    // Etcd has let the lease expire.
+    let next = within(PATIENCE, other.lock(&key("/lock")).acquire()).await.unwrap();
+    holder.resume();
+    assert!(within(PATIENCE, holder.ended()).await.unwrap().success());
+    assert!(!next.is_lost());
+    next.release().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -277,13 +410,7 @@ async fn a_put_learns_that_the_lease_is_gone_before_a_keep_alive_does() {
     let cluster = Servers::start(1).await;
     let registry = harness::connect_with_ttl(&cluster.endpoints(), Duration::from_secs(60)).await;
     let session = session_of(&registry);
-    cluster
-        .raw()
-        .await
-        .lease_client()
-        .revoke(session.0.cast_signed())
-        .await
-        .unwrap();
+    revoke(&cluster, session).await;
     let put = registry.put_ephemeral(&key("/e"), "").await;
     assert!(
         matches!(put, Err(Error::SessionExpired { session: s }) if s == session),
@@ -297,7 +424,7 @@ async fn a_put_learns_that_the_lease_is_gone_before_a_keep_alive_does() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keep_alives_find_a_new_stream_when_theirs_is_dead() {
+async fn keep_alives_find_a_new_connection_when_theirs_is_dead() {
     let cluster = Servers::start(1).await;
     let wire = wire_to(&cluster).await;
     let registry = connect(&[wire.address().to_string()]).await;
@@ -316,7 +443,48 @@ async fn keep_alives_find_a_new_stream_when_theirs_is_dead() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_watch_notices_a_dead_stream() {
+async fn keep_alives_leave_a_stream_that_is_dead_while_its_connection_lives() {
+    let cluster = Servers::start(1).await;
+    let wire = Streams::to(cluster.endpoint(0).parse().unwrap()).await;
+    let registry = connect(&[wire.address().to_string()]).await;
+    let session = session_of(&registry);
+    registry.put_ephemeral(&key("/alive"), "").await.unwrap();
+    kept_alive(&registry).await;
+
+    wire.stall_present();
+    let began = Instant::now();
+    until("two TTLs have passed", async || began.elapsed() > 2 * TTL).await;
+    assert!(wire.lost() > 0, "no stream was in use");
+    assert_eq!(registry.session().state().live(), Some(session));
+    let other = connect(&cluster.endpoints()).await;
+    assert!(other.get(&key("/alive"), Read::Linearizable).await.unwrap().is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_leaves_a_stream_that_is_dead_while_its_connection_lives() {
+    let cluster = Servers::start(1).await;
+    let wire = Streams::to(cluster.endpoint(0).parse().unwrap()).await;
+    let registry = connect(&[wire.address().to_string()]).await;
+    let other = connect(&cluster.endpoints()).await;
+    let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
+    // Told by the stream, which is open then.
+    other.put(&key("/a"), "1").await.unwrap();
+    picture
+        .until(&mut watch, |picture| picture.has("/a", "1"))
+        .await
+        .unwrap();
+
+    wire.stall_present();
+    other.put(&key("/a"), "2").await.unwrap();
+    picture
+        .until(&mut watch, |picture| picture.has("/a", "2"))
+        .await
+        .unwrap();
+    assert!(wire.lost() > 0, "no stream was in use");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_notices_a_dead_connection() {
     let cluster = Servers::start(1).await;
     let wire = wire_to(&cluster).await;
     let registry = connect(&[wire.address().to_string()]).await;
@@ -357,10 +525,7 @@ async fn without_a_quorum_only_stale_reads_answer() {
     ));
     assert!(matches!(registry.health().await, Err(Error::Unavailable { .. })));
     let put = registry.put(&key("/a"), "2").await;
-    assert!(
-        matches!(put, Err(Error::OutcomeUnknown { .. } | Error::Unavailable { .. })),
-        "{put:?}"
-    );
+    assert!(matches!(put, Err(Error::OutcomeUnknown { .. })), "{put:?}");
     let stale = registry.get(&key("/a"), Read::Stale).await.unwrap();
     assert_eq!(stale.unwrap().value, "1");
 

@@ -2,6 +2,7 @@
 
 #![allow(missing_docs, unreachable_pub, dead_code, clippy::unwrap_used)]
 
+pub mod streams;
 pub mod suite;
 
 use std::path::PathBuf;
