@@ -43,14 +43,6 @@ proptest! {
     }
 
     #[test]
-    fn any_text_is_a_key_or_refused_in_one_line(text in ".{0,80}") {
-        match Key::parse(&text) {
-            Ok(key) => prop_assert_eq!(key.as_str(), &*text),
-            Err(error) => prop_assert!(!error.to_string().contains('\n'), "{}", error),
-        }
-    }
-
-    #[test]
     fn namespaces_keep_keys_apart(one in "/[a-z]{1,3}", other in "/[a-z]{1,3}", path in path()) {
         let (one, other) = (Namespace::parse(&one).unwrap(), Namespace::parse(&other).unwrap());
         for name in [path.clone(), format!("~/lock{path}")] {
@@ -59,6 +51,50 @@ proptest! {
             prop_assert!(one == other || other.strip(&qualified).is_none());
         }
     }
+}
+
+/// Any text is a key, a prefix, a namespace, or refused in one line.
+fn is_taken(input: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(input) else {
+        return false;
+    };
+    let printed = [
+        Key::parse(text)
+            .map(|key| key.to_string())
+            .map_err(|error| error.to_string()),
+        Key::from_store(text)
+            .map(|key| key.to_string())
+            .map_err(|error| error.to_string()),
+        Prefix::parse(text)
+            .map(|prefix| prefix.to_string())
+            .map_err(|error| error.to_string()),
+        Prefix::from_store(text)
+            .map(|prefix| prefix.as_str().to_owned())
+            .map_err(|error| error.to_string()),
+        Namespace::parse(text)
+            .map(|namespace| namespace.to_string())
+            .map_err(|error| error.to_string()),
+    ];
+    for printed in &printed {
+        match printed {
+            Ok(printed) => assert_eq!(printed, text),
+            Err(refusal) => assert!(!refusal.contains('\n') && refusal.len() < 1_000, "{refusal}"),
+        }
+    }
+    if let Ok(key) = Key::parse(text) {
+        assert_eq!(key.parent().child(key.name()).unwrap(), key);
+        assert!(key.ancestors().all(|above| Key::parse(above.as_str()).is_ok()));
+    }
+    printed.iter().any(Result::is_ok)
+}
+
+#[test]
+fn whatever_a_text_is_it_prints_back_the_same_or_is_refused_in_one_line() {
+    bolero::check!(name = "keys")
+        .with_iterations(10_000)
+        .for_each(|input: &[u8]| {
+            is_taken(input);
+        });
 }
 
 #[test]

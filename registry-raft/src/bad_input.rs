@@ -1,50 +1,49 @@
 //! Whatever comes over the network makes nothing panic: what can't be understood is refused, and what was taken can be
-//! applied by every member, stored and read back.
+//! said again, applied by every member, stored and read back.
 
+use std::fmt;
 use std::sync::Arc;
 
+use openraft::EntryPayload;
 use prost::Message;
-use registry_api::Namespace;
 use registry_tests::Dice;
 
-use crate::command::{self, Change, Command, Outcome};
+use crate::command::{Change, Command, Outcome};
 use crate::log::Identity;
+use crate::proto::asked::What as Ask;
 use crate::proto::registry::log::v1 as log;
 use crate::proto::registry::peer::v1 as peer;
 use crate::proto::request::Call;
-use crate::proto::response::Answer;
 use crate::snapshot::{self, Frozen};
 use crate::state::State;
 use crate::types::SnapshotMeta;
 use crate::{peers, proto, service, wire};
 
-/// How many damaged messages there are of each kind.
-const EACH: u64 = 20_000;
+/// How many damaged inputs there are of each kind.
+pub(crate) const EACH: u64 = 20_000;
 const UNIT: proto::Unit = proto::Unit {};
 const IDENTITY: Identity = Identity {
     cluster: [7; 16],
     member: 1,
 };
 
-/// Hands on what can be decoded of damaged messages; `take` says whether it was taken.
-pub(crate) fn damaged<M: Message + Default>(dice: &mut Dice, good: &[M], mut take: impl FnMut(M) -> bool) {
-    let good: Vec<_> = good.iter().map(M::encode_to_vec).collect();
-    let (mut decoded, mut taken) = (0, 0);
-    let each = Dice::tries(EACH);
-    for _ in 0..each {
-        let one = dice.roll(good.len() as u64) as usize;
-        let bytes = dice.damage(&good[one]);
-        if let Ok(message) = M::decode(&*bytes) {
-            decoded += 1;
-            taken += u64::from(take(message));
-        }
-    }
-    let name = std::any::type_name::<M>();
-    println!("{each} of {name}: {decoded} could be decoded, {taken} were taken");
+/// What is held at once for an input is in proportion to it, whatever it says of itself.
+pub(crate) fn in_proportion<T>(input: &[u8], take: impl FnOnce() -> T) -> T {
+    let mut taken = None;
+    let held = allocation_counter::measure(|| taken = Some(take())).bytes_max;
+    let most = (64 << 10) + 512 * input.len() as u64;
+    assert!(held <= most, "{held} bytes were held for {}", input.len());
+    taken.expect("it was measured")
+}
+
+/// The message, if it is one. Said again it is the same.
+pub(crate) fn decoded<M: Message + Default + PartialEq + fmt::Debug>(input: &[u8]) -> Option<M> {
+    let message = in_proportion(input, || M::decode(input)).ok()?;
     assert!(
-        0 < taken && decoded < each,
-        "{name}: the damage damages nothing, or everything"
+        M::decode(&*message.encode_to_vec()).as_ref() == Ok(&message),
+        "{message:?}"
     );
+    Some(message)
 }
 
 fn operation(key: &str, ephemeral: bool, take_over: bool) -> proto::Operation {
@@ -57,6 +56,11 @@ fn operation(key: &str, ephemeral: bool, take_over: bool) -> proto::Operation {
             take_over,
         })),
     }
+}
+
+fn txn(operations: Vec<proto::Operation>) -> Change {
+    let conditions = Vec::new();
+    Change::Txn(proto::Txn { conditions, operations })
 }
 
 fn commands() -> Vec<Command> {
@@ -73,26 +77,25 @@ fn commands() -> Vec<Command> {
         key: "/ns/a".into(),
         expect: Some(expect),
     });
-    let txn = |conditions: &[proto::Condition], operations: Vec<proto::Operation>| {
-        Change::Txn(proto::Txn {
-            conditions: conditions.to_vec(),
-            operations,
-        })
-    };
     let changes = [
         Change::Open(proto::OpenSession { ttl_ms: 10_000 }),
         Change::Close(proto::CloseSession { session: 3 }),
         Change::DeletePrefix("/ns/a".into()),
         Change::Mark(UNIT),
-        txn(&[], vec![operation("/ns/a/b", false, true)]),
-        txn(
-            &[],
-            vec![operation("/ns/a", true, false), operation("/ns/c/d", true, true)],
-        ),
-        txn(&conditions, vec![delete, operation("/ns~/lock/1/a/x", true, false)]),
+        txn(vec![operation("/ns/a/b", false, true)]),
+        txn(vec![operation("/ns/a", true, false), operation("/ns/c/d", true, true)]),
+        Change::Txn(proto::Txn {
+            conditions: conditions.to_vec(),
+            operations: vec![delete, operation("/ns~/lock/1/a/x", true, false)],
+        }),
     ];
     let command = |(number, change)| Command {
-        session: number % 3,
+        // A mark is of no session.
+        session: if matches!(change, Change::Mark(_)) {
+            0
+        } else {
+            number % 3
+        },
         sequence: number,
         answered_below: number.saturating_sub(2),
         change: Some(change),
@@ -100,9 +103,7 @@ fn commands() -> Vec<Command> {
     (1..).zip(changes).map(command).collect()
 }
 
-#[test]
-fn a_request_that_is_taken_can_be_applied_stored_and_read_back() {
-    let mut dice = Dice::of_run();
+fn questions() -> Vec<Ask> {
     let key = || "/ns/a/b".to_owned();
     let calls = [
         Call::Get(proto::Get {
@@ -116,7 +117,18 @@ fn a_request_that_is_taken_can_be_applied_stored_and_read_back() {
             after: "/ns/a/b/c".into(),
             ..proto::List::default()
         }),
+        Call::Children(proto::Children {
+            prefix: "/ns".into(),
+            from: "c".into(),
+            ..proto::Children::default()
+        }),
+        Call::Count(proto::Count {
+            prefix: "/ns~/lock".into(),
+            ..proto::Count::default()
+        }),
         Call::KeepAlive(proto::KeepAlive { session: 3 }),
+        Call::Status(proto::StatusRequest {}),
+        Call::Digest(proto::DigestRequest { index: u64::MAX / 3 }),
         Call::Members(proto::ChangeMembers {
             name: "a".into(),
             address: "h:1".into(),
@@ -124,125 +136,107 @@ fn a_request_that_is_taken_can_be_applied_stored_and_read_back() {
         }),
     ];
     let calls = calls.into_iter().chain(commands().into_iter().map(Call::Command));
-    let requests: Vec<_> = calls
-        .map(|call| proto::Request {
+    let request = |call| {
+        Ask::Request(proto::Request {
             patience_ms: 1000,
             forwarded: false,
             call: Some(call),
         })
-        .collect();
-    let mut state = State::default();
-    damaged(&mut dice, &requests, |request| {
-        let Some(call) = request.call.filter(|call| service::check(call).is_ok()) else {
-            return false;
-        };
-        if let Call::Command(command) = call {
-            let again = command.clone();
-            let (session, sequence) = (command.session, command.sequence);
-            let reply = state.apply(1, command).reply;
-            let closes = matches!(&again.change, Some(Change::Close(close)) if close.session == session);
-            // Whatever it was, a second time it does nothing.
-            if session > 0 && !closes && state.sessions.contains_key(&session) && reply.result.is_some() {
-                let held = state.revision;
-                let crowded = matches!(reply.result, Some(Outcome::Crowded(_)));
-                let repeated = state.apply(1, again);
-                assert!(
-                    crowded || repeated.changes.is_empty(),
-                    "{session} {sequence} happened twice"
-                );
-                assert_eq!(state.revision, held);
-            }
-        }
-        true
+    };
+    let watch = |from| {
+        Ask::Watch(proto::WatchRequest {
+            prefix: "/ns/a".into(),
+            scope: 1,
+            from: Some(from),
+        })
+    };
+    let watches = [
+        watch(proto::watch_request::From::Now(UNIT)),
+        watch(proto::watch_request::From::AfterOrReset(u64::MAX)),
+    ];
+    calls.map(request).chain(watches).collect()
+}
+
+/// What handles ask: each question for itself, and all together.
+fn asked() -> Vec<Vec<u8>> {
+    let asked = (0..).zip(questions()).map(|(number, what)| {
+        let what = Some(what);
+        proto::Asked { number, what }
     });
-    // Some runs end every session, or delete every key.
+    let asked: Vec<_> = asked.collect();
+    let alone = asked.iter().map(|one| vec![one.clone()]);
+    let together = |asked| proto::AskedTogether { asked }.encode_to_vec();
+    alone.chain([asked.clone()]).map(together).collect()
+}
+
+/// Takes the input for what handles ask. What is not refused can be applied, and a second time does nothing; the state that
+/// it leaves can be stored and read back.
+fn is_answered(input: &[u8]) -> bool {
+    let Some(message) = decoded::<proto::AskedTogether>(input) else {
+        return false;
+    };
+    let mut state = State::default();
     state.apply(1, Command::new(Change::Open(proto::OpenSession { ttl_ms: 10_000 })));
-    let operations = vec![operation("/ns/kept", false, false)];
-    let conditions = Vec::new();
-    state.apply(1, Command::new(Change::Txn(proto::Txn { conditions, operations })));
+    state.apply(1, Command::new(txn(vec![operation("/ns/a", false, false)])));
+    let mut answered = false;
+    for asked in message.asked {
+        answered |= match asked.what {
+            Some(Ask::Request(request)) => request.call.is_some_and(|call| {
+                let good = service::check(&call).is_ok();
+                if let (true, Call::Command(command)) = (good, call) {
+                    apply_twice(&mut state, command);
+                }
+                good
+            }),
+            Some(Ask::Watch(request)) => service::watch_request(request.clone()).is_ok_and(|(namespace, taken)| {
+                assert_eq!(namespace.qualify(taken.prefix.as_str()), request.prefix);
+                true
+            }),
+            Some(Ask::Cancel(_)) | None => false,
+        }
+    }
     let mut file = Vec::new();
     snapshot::write(&mut file, &IDENTITY, &Frozen::of(&state, SnapshotMeta::default())).unwrap();
     let mut records = Vec::new();
     let read = snapshot::read(&*file, |record| records.push(Arc::new(record))).unwrap();
     assert!(state.tree.from("").eq(records.iter()));
     assert_eq!(read.sessions.len(), state.sessions.len());
-    println!(
-        "{} keys and {} sessions at revision {}",
-        records.len(),
-        read.sessions.len(),
-        state.revision
-    );
-    assert!(!records.is_empty() && !read.sessions.is_empty());
+    answered
+}
+
+fn apply_twice(state: &mut State, command: Command) {
+    let again = command.clone();
+    let (session, sequence) = (command.session, command.sequence);
+    let reply = state.apply(1, command).reply;
+    let closes = matches!(&again.change, Some(Change::Close(close)) if close.session == session);
+    if session > 0 && !closes && state.sessions.contains_key(&session) && reply.result.is_some() {
+        let held = state.revision;
+        let crowded = matches!(reply.result, Some(Outcome::Crowded(_)));
+        let repeated = state.apply(1, again);
+        assert!(
+            crowded || repeated.changes.is_empty(),
+            "{session} {sequence} happened twice"
+        );
+        assert_eq!(state.revision, held);
+    }
 }
 
 #[test]
-fn a_damaged_watch_request_is_understood_or_refused() {
-    let watch = |from| proto::WatchRequest {
-        prefix: "/ns/a".into(),
-        scope: 1,
-        from: Some(from),
-    };
-    let good = [
-        watch(proto::watch_request::From::Now(UNIT)),
-        watch(proto::watch_request::From::AfterOrReset(u64::MAX)),
-    ];
-    damaged(&mut Dice::of_run(), &good, |request| {
-        service::watch_request(request).is_ok()
-    });
+fn a_request_that_is_taken_can_be_applied_stored_and_read_back() {
+    Dice::damage_each(&asked(), EACH, is_answered);
+    bolero::check!(name = "asked")
+        .with_iterations(1_000)
+        .for_each(|input: &[u8]| {
+            is_answered(input);
+        });
 }
 
-#[test]
-fn a_damaged_answer_makes_sense_to_a_handle_or_is_an_error() {
-    let mut dice = Dice::of_run();
-    let namespace = Namespace::parse("/ns").unwrap();
-    let entry = proto::Entry {
-        key: "/ns/a".into(),
-        value: "a value".into(),
-        create_revision: 1,
-        mod_revision: 2,
-        version: 2,
-        session: 3,
-    };
-    let committed = Outcome::Committed(proto::Committed {
-        revision: 3,
-        changed: vec![true, false],
-    });
-    let refused = Outcome::Refused(proto::Refused {
-        index: 0,
-        why: Some(proto::refused::Why::BelowEphemeral("/ns/a".into())),
-    });
-    let conflict = Outcome::Conflict(proto::Conflict { index: 0, found: 3 });
-    let answers = [
-        Answer::Get(proto::GetAnswer {
-            entry: Some(entry),
-            ..proto::GetAnswer::default()
-        }),
-        Answer::Reply(committed.into()),
-        Answer::Reply(refused.into()),
-        Answer::Reply(conflict.into()),
-    ];
-    let good = answers.map(|answer| proto::Response {
-        leader: "h:1".into(),
-        answer: Some(answer),
-    });
-    let key = registry_api::Key::parse("/a").unwrap();
-    let txn = registry_api::Txn::new()
-        .when(&key, registry_api::Expect::Absent)
-        .put(&key, "1");
-    damaged(&mut dice, &good, |response| match response.answer {
-        Some(Answer::Get(proto::GetAnswer { entry: Some(entry), .. })) => command::entry(&namespace, entry).is_ok(),
-        Some(Answer::Reply(reply)) => reply
-            .result
-            .is_some_and(|outcome| command::txn_result(&namespace, &txn, outcome).is_ok()),
-        _ => false,
-    });
-}
-
-#[test]
-fn a_damaged_message_between_members_is_understood_or_refused() {
-    let mut dice = Dice::of_run();
+/// What members say to each other.
+fn said() -> Vec<Vec<u8>> {
     let header = IDENTITY.header(1);
-    let id = Some(log::LogId { term: 2, index: 9 });
+    // Numbers of many bytes, for a fuzzer to change.
+    let far = u64::MAX / 3;
+    let id = Some(log::LogId { term: 2, index: far });
     let vote = Some(log::Vote {
         term: 2,
         node: 1,
@@ -266,8 +260,8 @@ fn a_damaged_message_between_members_is_understood_or_refused() {
     let append = peer::AppendRequest {
         header: header.clone(),
         vote,
-        previous: Some(log::LogId { term: 2, index: 8 }),
-        entries: (9..)
+        previous: id,
+        entries: (far + 1..)
             .zip(payloads)
             .map(|(index, payload)| log::Entry {
                 id: Some(log::LogId { term: 2, index }),
@@ -276,42 +270,23 @@ fn a_damaged_message_between_members_is_understood_or_refused() {
             .collect(),
         committed: id,
     };
-    damaged(&mut dice, &[append], |request| {
-        let from = IDENTITY.check(request.header.as_ref());
-        let taken = from.and_then(|from| peers::append_from(request, from));
-        taken.is_ok_and(|taken| {
-            for entry in &taken.entries {
-                if let openraft::EntryPayload::Normal(proposal) = &entry.payload {
-                    // One that can't be decoded is an error of the state machine, not a panic.
-                    let _ = proposal.decode().map(|command| State::default().apply(2, command));
-                }
-            }
-            true
-        })
-    });
-    let asked = peer::VoteRequest {
-        header: header.clone(),
-        vote,
-        last: id,
-        leadership_transfer: true,
-    };
-    damaged(&mut dice, &[asked], |request| {
-        let from = IDENTITY.check(request.header.as_ref());
-        from.is_ok_and(|from| peers::vote_request_from(request, from).is_ok())
-    });
-    let answered = peer::VoteAnswer {
-        header: header.clone(),
-        vote,
-        granted: true,
-        last: id,
-    };
-    damaged(&mut dice, &[answered], |answer| peers::vote_answer_from(answer).is_ok());
     let appended = peer::AppendAnswer {
         header: header.clone(),
         matched: id,
         ..peer::AppendAnswer::default()
     };
-    damaged(&mut dice, &[appended], |answer| peers::appended_from(answer).is_ok());
+    let asks_for_a_vote = peer::VoteRequest {
+        header: header.clone(),
+        vote,
+        last: id,
+        leadership_transfer: true,
+    };
+    let votes = peer::VoteAnswer {
+        header: header.clone(),
+        vote,
+        granted: true,
+        last: id,
+    };
     let head = peer::SnapshotHead {
         header,
         vote,
@@ -319,7 +294,6 @@ fn a_damaged_message_between_members_is_understood_or_refused() {
         membership: Some(membership.clone()),
         membership_log_id: id,
     };
-    damaged(&mut dice, &[head], |head| peers::snapshot_head_from(head, 1).is_ok());
     let greeting = peer::Greeting {
         cluster: vec![7; 16].into(),
         id: 1,
@@ -328,9 +302,70 @@ fn a_damaged_message_between_members_is_understood_or_refused() {
         membership: Some(membership),
         membership_log_id: id,
     };
-    damaged(&mut dice, &[greeting], |greeting| {
+    [
+        append.encode_to_vec(),
+        appended.encode_to_vec(),
+        asks_for_a_vote.encode_to_vec(),
+        votes.encode_to_vec(),
+        head.encode_to_vec(),
+        greeting.encode_to_vec(),
+    ]
+    .to_vec()
+}
+
+/// Takes the input for each message of members: nothing in it says which it is. What is not refused is the same when it is
+/// said again.
+fn is_heard(input: &[u8]) -> bool {
+    let from = |header: &Option<peer::Header>| IDENTITY.check(header.as_ref()).ok();
+    let append = decoded::<peer::AppendRequest>(input).is_some_and(|request| {
+        let (header, from) = (request.header.clone(), from(&request.header));
+        let taken = |request| from.and_then(|from| peers::append_from(request, from).ok());
+        taken(request).is_some_and(|request| {
+            let again = peers::append_to(header.clone(), &request);
+            assert_eq!(peers::append_to(header, &taken(again.clone()).unwrap()), again);
+            for entry in &request.entries {
+                if let EntryPayload::Normal(proposal) = &entry.payload {
+                    // One that can't be decoded is an error of the state machine, not a panic.
+                    let _ = proposal.decode().map(|command| State::default().apply(2, command));
+                }
+            }
+            true
+        })
+    });
+    let vote_request = decoded::<peer::VoteRequest>(input).is_some_and(|request| {
+        let taken = from(&request.header).and_then(|from| peers::vote_request_from(request.clone(), from).ok());
+        taken.is_some_and(|taken| peers::vote_request_to(request.header.clone(), &taken) == request)
+    });
+    let vote_answer = decoded::<peer::VoteAnswer>(input)
+        .is_some_and(|answer| from(&answer.header).is_some() && peers::vote_answer_from(answer).is_ok());
+    let appended = decoded::<peer::AppendAnswer>(input)
+        .is_some_and(|answer| from(&answer.header).is_some() && peers::appended_from(answer).is_ok());
+    let head = decoded::<peer::SnapshotHead>(input).is_some_and(|head| {
+        let from = from(&head.header);
+        from.is_some_and(|from| peers::snapshot_head_from(head, from).is_ok())
+    });
+    let greeting = decoded::<peer::Greeting>(input).is_some_and(|greeting| {
         greeting
             .membership
             .is_some_and(|membership| wire::membership_from(membership).is_ok())
     });
+    // Nothing is read of these but their fields.
+    decoded::<peer::Admission>(input);
+    decoded::<peer::SnapshotPart>(input);
+    decoded::<peer::SnapshotAnswer>(input);
+    decoded::<peer::TransferRequest>(input);
+    decoded::<peer::TransferAnswer>(input);
+    decoded::<peer::ReadIndexRequest>(input);
+    decoded::<peer::ReadIndexAnswer>(input);
+    append || vote_request || vote_answer || appended || head || greeting
+}
+
+#[test]
+fn a_message_between_members_is_understood_or_refused() {
+    Dice::damage_each(&said(), EACH, is_heard);
+    bolero::check!(name = "members")
+        .with_iterations(1_000)
+        .for_each(|input: &[u8]| {
+            is_heard(input);
+        });
 }

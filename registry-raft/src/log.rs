@@ -6,6 +6,8 @@
 //! the log does: after a failed sync, what the page cache says about the data is worth nothing.
 
 #[cfg(test)]
+mod damage;
+#[cfg(test)]
 mod failing;
 pub mod measure;
 #[cfg(test)]

@@ -266,9 +266,8 @@ impl Link for Remote {
     async fn watch(&self, namespace: &Namespace, request: WatchRequest, patience: Duration) -> Result<Watch> {
         let mut stream = WatchStream {
             link: self.clone(),
-            namespace: namespace.clone(),
             request,
-            picture: Picture::default(),
+            reader: Reader::new(namespace.clone()),
         };
         let no_answer = |_| Error::Unavailable {
             backend: BACKEND,
@@ -299,16 +298,15 @@ impl Link for Remote {
 /// A watch that goes on from member to member.
 struct WatchStream {
     link: Remote,
-    namespace: Namespace,
     request: WatchRequest,
-    picture: Picture,
+    reader: Reader,
 }
 
 impl WatchStream {
     async fn open(&mut self, from: WatchFrom) -> Result<Items> {
         let Reached { at, conversation, .. } = self.link.connect(TO_REOPEN).await?;
         let request = proto::WatchRequest {
-            prefix: self.namespace.qualify(self.request.prefix.as_str()),
+            prefix: self.reader.namespace.qualify(self.request.prefix.as_str()),
             scope: match self.request.scope {
                 WatchScope::Key => proto::watch_request::Scope::Key,
                 WatchScope::Children => proto::watch_request::Scope::Children,
@@ -371,7 +369,7 @@ impl WatchStream {
         let mut listing = self.request.from == WatchFrom::Now;
         loop {
             let ended = tokio::select! {
-                ended = self.pass_on(&mut items, &feed, &mut told, &mut listing) => ended,
+                ended = self.reader.pass_on(&mut items, &feed, &mut told, &mut listing) => ended,
                 () = feed.closed() => return,
             };
             if let Err(error) = ended {
@@ -400,9 +398,22 @@ impl WatchStream {
             };
         }
     }
+}
+
+/// What a watch was told, by whichever member.
+pub(crate) struct Reader {
+    namespace: Namespace,
+    picture: Picture,
+}
+
+impl Reader {
+    pub(crate) fn new(namespace: Namespace) -> Self {
+        let picture = Picture::default();
+        Self { namespace, picture }
+    }
 
     /// Passes one stream's items on. `Ok` when it broke.
-    async fn pass_on(
+    pub(crate) async fn pass_on(
         &mut self,
         items: &mut Items,
         feed: &Feed,

@@ -559,6 +559,8 @@ fn invalid(reason: &str) -> io::Error {
 }
 
 #[cfg(test)]
+mod damage;
+#[cfg(test)]
 mod power;
 
 #[cfg(test)]

@@ -30,6 +30,31 @@ impl Dice {
         usual * times.map_or(1, |times| times.parse().expect("REGISTRY_TIMES is a number"))
     }
 
+    /// Hands on what is good, which must be taken, and damaged ones of it, so many as [`Dice::tries`] has it, of which some
+    /// must be refused; `take` says which it was.
+    ///
+    /// With `REGISTRY_CORPUS` in the environment it writes what is good to that directory, for a fuzzer to begin with.
+    ///
+    /// # Panics
+    /// If that is not so.
+    pub fn damage_each(good: &[Vec<u8>], tries: u64, take: impl Fn(&[u8]) -> bool) {
+        for (at, good) in good.iter().enumerate() {
+            assert!(take(good), "what is good was refused: {at}");
+            if let Ok(corpus) = std::env::var("REGISTRY_CORPUS") {
+                std::fs::write(format!("{corpus}/good-{at}"), good).expect("REGISTRY_CORPUS is a directory");
+            }
+        }
+        let mut dice = Self::of_run();
+        let tries = Self::tries(tries);
+        let mut damaged = || {
+            let one = dice.pick(good.len());
+            dice.damage(&good[one])
+        };
+        let taken = (0..tries).filter(|_| take(&damaged())).count() as u64;
+        println!("{tries} were damaged, {taken} of them were taken");
+        assert!(taken < tries, "the damage damages nothing");
+    }
+
     /// A number below `sides`.
     pub fn roll(&mut self, sides: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);

@@ -1,22 +1,25 @@
 use std::time::Duration;
 
-use registry_api::{Key, Options, Registry};
+use registry_api::{Error, Expect, Key, Namespace, Options, Registry, Txn};
 use registry_tests::Dice;
 use registry_tests::cluster::{eventually, within};
 use tempfile::TempDir;
 
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use tokio::sync::watch;
 
 use super::answering::{WATCHES, answer_unless};
 use super::*;
-use crate::bad_input::damaged;
+use crate::bad_input::{EACH, decoded};
+use crate::command::{self, Outcome};
 use crate::config::RaftConfig;
 use crate::founding::Door;
+use crate::link::failure;
 use crate::member::Member;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
 use crate::proto::watch_response::Item;
+use crate::remote::Reader;
 use crate::service::Service;
 use crate::transport::Transport;
 
@@ -223,7 +226,10 @@ async fn whatever_was_asked_the_next_is_answered() {
             .map(|(number, what)| asked(number, what))
             .collect(),
     };
-    damaged(&mut Dice::of_run(), &[message], |message| {
+    Dice::damage_each(&[message.encode_to_vec()], EACH, |message| {
+        let Ok(message) = proto::AskedTogether::decode(message) else {
+            return false;
+        };
         let understood = message.asked.iter().all(|asked| asked.what.is_some());
         for asked in message.asked {
             spoken.conversation.asking.send(asked).unwrap();
@@ -235,26 +241,151 @@ async fn whatever_was_asked_the_next_is_answered() {
     assert!(matches!(spoken.get("/a").await, Ok(Some(Answer::Get(_)))));
 }
 
-#[test]
-fn what_is_told_damaged_is_told_or_passed_over() {
-    let response = proto::Response {
-        leader: "h:1".into(),
-        answer: Some(Answer::Done(proto::Unit {})),
+/// What a handle is told: answers of every kind, and the items of a watch.
+fn good() -> Vec<Vec<u8>> {
+    let unit = proto::Unit {};
+    let entry = |key: &str| proto::Entry {
+        key: key.into(),
+        value: "a value".into(),
+        create_revision: 1,
+        mod_revision: 2,
+        version: 2,
+        session: 3,
     };
-    let item = proto::WatchResponse { item: None };
-    let told = [(1, Tell::Response(response)), (2, Tell::Item(item))];
-    let mut told = told.map(|(number, what)| answering::told(number, Some(what)));
-    told[1].also = vec![2, 7];
-    let message = proto::ToldTogether { told: told.to_vec() };
-    damaged(&mut Dice::of_run(), &[message], |message| {
-        let (once, mut answer) = oneshot::channel();
-        let (items, mut heard) = mpsc::unbounded_channel();
-        let mut waiting = Waiting::default();
-        waiting.add(Waiter::Once(once)).unwrap();
-        waiting.add(Waiter::Items(items)).unwrap();
-        message.told.into_iter().for_each(|told| waiting.tell(told));
-        answer.try_recv().is_ok() || heard.try_recv().is_ok()
+    let committed = Outcome::Committed(proto::Committed {
+        revision: 3,
+        changed: vec![true, false],
     });
+    let refused = Outcome::Refused(proto::Refused {
+        index: 0,
+        why: Some(proto::refused::Why::BelowEphemeral("/ns/a".into())),
+    });
+    let conflict = Outcome::Conflict(proto::Conflict { index: 0, found: 3 });
+    let failure = proto::Failure {
+        kind: proto::failure::Kind::Compacted.into(),
+        text: "why".into(),
+        requested: 1,
+        oldest: 2,
+    };
+    let member = proto::MemberStatus {
+        name: "a".into(),
+        matched: Some(7),
+        ..proto::MemberStatus::default()
+    };
+    let answers = [
+        Answer::Get(proto::GetAnswer {
+            entry: Some(entry("/ns/a")),
+            revision: 3,
+        }),
+        Answer::Page(proto::Page {
+            entries: vec![entry("/ns/a"), entry("/ns/a/b")],
+            more: true,
+            revision: 3,
+        }),
+        Answer::Status(proto::StatusAnswer {
+            members: vec![member],
+            ..proto::StatusAnswer::default()
+        }),
+        Answer::Reply(committed.into()),
+        Answer::Reply(refused.into()),
+        Answer::Reply(conflict.into()),
+        Answer::Failure(failure),
+        Answer::Done(unit),
+    ];
+    let mut messages = answers.map(|answer| {
+        let leader = "h:1".into();
+        let answer = Some(answer);
+        vec![(1, Some(Tell::Response(proto::Response { leader, answer })))]
+    });
+    let kinds = [0, 1, 2, 3].map(|kind| proto::Event {
+        kind,
+        entry: Some(entry("/ns/a")),
+        revision: 2 + u64::from(kind.unsigned_abs()),
+    });
+    let changes = |more| proto::Changes {
+        events: kinds.to_vec(),
+        more,
+    };
+    let items = [
+        Item::Reset(unit),
+        Item::Changes(changes(true)),
+        Item::Changes(changes(false)),
+        Item::Synced(3),
+        Item::Changes(changes(false)),
+        Item::Reset(unit),
+        Item::Synced(9),
+    ];
+    let items = items.map(|item| (2, Some(Tell::Item(proto::WatchResponse { item: Some(item) }))));
+    messages[0].extend(items.into_iter().chain([(2, None)]));
+    let told = |parts: Vec<(u64, Option<Tell>)>| {
+        let told = parts.into_iter().map(|(number, what)| answering::told(number, what));
+        let mut message = proto::ToldTogether { told: told.collect() };
+        if let Some(item) = message.told.get_mut(1) {
+            item.also = vec![7, 2];
+        }
+        message.encode_to_vec()
+    };
+    messages.map(told).to_vec()
+}
+
+/// Takes the input for what a handle is told that has asked, and watches: it makes sense, is an error, or is passed over.
+fn is_understood(input: &[u8]) -> bool {
+    let Some(message) = decoded::<proto::ToldTogether>(input) else {
+        return false;
+    };
+    let (asking, _asked) = mpsc::unbounded_channel();
+    let conversation = Conversation {
+        asking,
+        waiting: Arc::default(),
+    };
+    let (once, mut answer) = oneshot::channel();
+    conversation.waiting.lock().add(Waiter::Once(once)).unwrap();
+    let mut items = conversation.watch(proto::WatchRequest::default()).unwrap();
+    let mut waiting = conversation.waiting.lock();
+    message.told.into_iter().for_each(|told| waiting.tell(told));
+    waiting.end(gone());
+    drop(waiting);
+
+    let namespace = Namespace::parse("/ns").unwrap();
+    let (feed, watch) = registry_api::watch::feed();
+    let passed_on = async {
+        let mut reader = Reader::new(namespace.clone());
+        let passed_on = reader.pass_on(&mut items, &feed, &mut None, &mut false).await;
+        drop(feed);
+        (passed_on, watch.count().await)
+    };
+    let (passed_on, heard) = passed_on.now_or_never().expect("nothing is waited for");
+    let Ok(Ok(response)) = answer.try_recv() else {
+        return passed_on.is_ok() && heard > 0;
+    };
+    match response.answer {
+        Some(Answer::Get(proto::GetAnswer { entry: Some(entry), .. })) => command::entry(&namespace, entry).is_ok(),
+        Some(Answer::Page(page)) => {
+            let entries = page.entries.into_iter();
+            entries
+                .map(|entry| command::entry(&namespace, entry))
+                .all(|entry| entry.is_ok())
+        }
+        Some(Answer::Reply(reply)) => reply.result.is_some_and(|outcome| {
+            let key = Key::parse("/a").unwrap();
+            let txn = Txn::new().when(&key, Expect::Absent).put(&key, "1");
+            let result = command::txn_result(&namespace, &txn, outcome);
+            !matches!(result, Err(Error::OutcomeUnknown { .. }))
+        }),
+        Some(Answer::Failure(said)) => !failure(said).to_string().is_empty(),
+        Some(Answer::Status(status)) => crate::status::Status::from(status).leader().is_none(),
+        answer => answer.is_some(),
+    }
+}
+
+#[test]
+fn what_is_told_makes_sense_or_is_an_error_or_passed_over() {
+    Dice::damage_each(&good(), EACH, is_understood);
+    bolero::check!(name = "told")
+        .with_iterations(1_000)
+        .for_each(|input: &[u8]| {
+            is_understood(input);
+        });
 }
 
 #[test]

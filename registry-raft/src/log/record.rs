@@ -67,6 +67,15 @@ pub(super) fn read(bytes: &[u8], sequence: u64) -> Option<Read> {
     Some(Read { record, synced, length })
 }
 
+/// Puts the checksum right of what would be a record at the start of `bytes`, and answers its length.
+#[cfg(test)]
+pub(super) fn mend(bytes: &mut [u8], sequence: u64) -> Option<usize> {
+    let size = field(bytes, 0)? as usize;
+    let crc = crc(sequence, bytes.get(8..HEAD + size).filter(|_| size > 0)?);
+    bytes[4..8].copy_from_slice(&crc.to_le_bytes());
+    Some(HEAD + size)
+}
+
 /// How much a record at the start of `bytes` would say was synced, before it is known to be one.
 pub(super) fn synced(bytes: &[u8]) -> Option<usize> {
     Some(field(bytes, 8)? as usize)

@@ -28,7 +28,7 @@ pub(super) fn write_head(file: &dyn DiskFile, sequence: u64, identity: Identity)
     file.sync()
 }
 
-fn header(sequence: u64, identity: Identity) -> Vec<u8> {
+pub(super) fn header(sequence: u64, identity: Identity) -> Vec<u8> {
     let header = SegmentHeader {
         cluster: bytes::Bytes::copy_from_slice(&identity.cluster),
         member: identity.member,
