@@ -4,7 +4,7 @@
 //! written beside, synced, renamed, and the directory synced, before the log that it covers may be dropped.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, BufReader, BufWriter, Cursor, Write};
+use std::io::{self, BufReader, BufWriter, Cursor, Read as _, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -535,8 +535,11 @@ fn next(from: &mut impl io::Read) -> io::Result<Frame> {
     if length > MAX_FRAME {
         return Err(invalid("it is damaged: a frame has an impossible length"));
     }
-    let mut frame = vec![0; length];
-    from.read_exact(&mut frame).map_err(cut_short)?;
+    // A length may be damaged too: there is room for what comes, not for what it says.
+    let mut frame = Vec::new();
+    if from.take(length as u64).read_to_end(&mut frame)? < length {
+        return Err(invalid("it is cut short"));
+    }
     if crc32fast::hash(&frame) != u32::from_le_bytes(crc) {
         return Err(invalid("it is damaged: a checksum is wrong"));
     }
