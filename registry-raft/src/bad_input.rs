@@ -320,10 +320,13 @@ fn is_heard(input: &[u8]) -> bool {
     let append = decoded::<peer::AppendRequest>(input).is_some_and(|request| {
         let (header, from) = (request.header.clone(), from(&request.header));
         let taken = |request| from.and_then(|from| peers::append_from(request, from).ok());
-        taken(request).is_some_and(|request| {
-            let again = peers::append_to(header.clone(), &request);
+        taken(request.clone()).is_some_and(|understood| {
+            let again = peers::append_to(header.clone(), &understood);
+            // Members may be named in another order, or twice.
+            let is_plain = |entry: &log::Entry| !matches!(entry.payload, Some(log::entry::Payload::Membership(_)));
+            assert!(again == request || !request.entries.iter().all(is_plain), "{request:?}");
             assert_eq!(peers::append_to(header, &taken(again.clone()).unwrap()), again);
-            for entry in &request.entries {
+            for entry in &understood.entries {
                 if let EntryPayload::Normal(proposal) = &entry.payload {
                     // One that can't be decoded is an error of the state machine, not a panic.
                     let _ = proposal.decode().map(|command| State::default().apply(2, command));
@@ -334,12 +337,32 @@ fn is_heard(input: &[u8]) -> bool {
     });
     let vote_request = decoded::<peer::VoteRequest>(input).is_some_and(|request| {
         let taken = from(&request.header).and_then(|from| peers::vote_request_from(request.clone(), from).ok());
-        taken.is_some_and(|taken| peers::vote_request_to(request.header.clone(), &taken) == request)
+        taken.is_some_and(|taken| {
+            assert_eq!(peers::vote_request_to(request.header.clone(), &taken), request);
+            true
+        })
     });
-    let vote_answer = decoded::<peer::VoteAnswer>(input)
-        .is_some_and(|answer| from(&answer.header).is_some() && peers::vote_answer_from(answer).is_ok());
-    let appended = decoded::<peer::AppendAnswer>(input)
-        .is_some_and(|answer| from(&answer.header).is_some() && peers::appended_from(answer).is_ok());
+    let vote_answer = decoded::<peer::VoteAnswer>(input).is_some_and(|answer| {
+        let taken = from(&answer.header).and_then(|_| peers::vote_answer_from(answer.clone()).ok());
+        taken.is_some_and(|taken| {
+            assert_eq!(peers::vote_answer_to(answer.header.clone(), &taken), answer);
+            true
+        })
+    });
+    let appended = decoded::<peer::AppendAnswer>(input).is_some_and(|answer| {
+        let again = peers::appended_to(answer.header.clone(), &peers::appended_from(answer.clone()));
+        let said = [
+            answer.matched.is_some(),
+            answer.conflict.is_some(),
+            answer.higher_vote.is_some(),
+        ];
+        // One that contradicts itself is the worst that it says.
+        assert!(
+            again == answer || said.map(u8::from).iter().sum::<u8>() > 1,
+            "{answer:?}"
+        );
+        from(&answer.header).is_some()
+    });
     let head = decoded::<peer::SnapshotHead>(input).is_some_and(|head| {
         let from = from(&head.header);
         from.is_some_and(|from| peers::snapshot_head_from(head, from).is_ok())
@@ -368,4 +391,31 @@ fn a_message_between_members_is_understood_or_refused() {
         .for_each(|input: &[u8]| {
             is_heard(input);
         });
+}
+
+/// No log is so long: there is no next index to count to.
+#[test]
+fn what_follows_the_last_index_is_refused() {
+    let at = |index| log::LogId { term: 2, index };
+    let append = |previous, entries: &[u64]| {
+        let entries = entries.iter().map(|&index| log::Entry {
+            id: Some(at(index)),
+            payload: None,
+        });
+        let request = peer::AppendRequest {
+            header: IDENTITY.header(1),
+            vote: Some(log::Vote {
+                term: 2,
+                node: 1,
+                committed: true,
+            }),
+            previous: Some(at(previous)),
+            entries: entries.collect(),
+            committed: None,
+        };
+        peers::append_from(request, 1).is_ok()
+    };
+    assert!(append(u64::MAX - 2, &[u64::MAX - 1]));
+    assert!(!append(u64::MAX - 2, &[u64::MAX - 1, u64::MAX]));
+    assert!(!append(u64::MAX, &[]) && !append(u64::MAX, &[0]));
 }

@@ -149,7 +149,8 @@ impl State {
 
     pub(crate) fn push(&mut self, entry: LogEntry, place: Option<Place>) -> io::Result<()> {
         // Where the first follows what is purged is the caller's to know: recovery learns it last.
-        if let Some(last) = self.slots.back().filter(|last| last.id.index + 1 != entry.log_id.index) {
+        let follows = |last: &&Slot| last.id.index.checked_add(1) == Some(entry.log_id.index);
+        if let Some(last) = self.slots.back().filter(|last| !follows(last)) {
             return Err(invalid(format!(
                 "entry {} follows {}",
                 entry.log_id.index, last.id.index

@@ -86,8 +86,10 @@ pub(crate) fn append_from(
         .map_err(|error| refused(error.to_string()))?;
     let previous = request.previous.map(wire::log_id_from);
     // A hole would be taken for a broken promise of the log.
-    let first = previous.map_or(0, |previous| previous.index + 1);
-    for (expected, entry) in (first..).zip(&entries) {
+    let first = previous.map_or(Some(0), |previous| previous.index.checked_add(1));
+    let first = first.filter(|first| first.checked_add(entries.len() as u64).is_some());
+    let first = first.ok_or_else(|| refused("it goes beyond the last index that there is".into()))?;
+    for (entry, expected) in entries.iter().zip(first..) {
         if entry.log_id.index != expected {
             return Err(refused(format!(
                 "entry {} is where {expected} should be",

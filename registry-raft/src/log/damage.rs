@@ -148,7 +148,6 @@ fn good() -> Vec<Vec<u8>> {
         ],
         vec![blank(0), truncate(None), normal(0)],
         vec![purged(far), blank(far + 1), normal(far + 2), committed(far), vote(far)],
-        vec![purged(u64::MAX - 1), blank(u64::MAX)],
     ]
     .map(|records| file(&records)[HEADER..].to_vec())
     .to_vec()
@@ -162,4 +161,21 @@ fn whatever_its_records_say_a_log_is_kept_or_refused_and_no_damage_is_served() {
         .for_each(|input: &[u8]| {
             is_taken(input);
         });
+}
+
+/// No log is so long: what would follow the last index, or the last segment, is refused as any damage.
+#[test]
+fn what_follows_the_last_index_is_refused() {
+    let at = |index| {
+        let id = LogId::new_term_index(3, index);
+        Record::Entry(wire::entry_to(&LogEntry::new(id, EntryPayload::Blank)))
+    };
+    let purged = Record::Purged(wire::log_id_to(&LogId::new_term_index(3, u64::MAX - 1)));
+    assert_eq!(found(&file(&[purged, at(u64::MAX), at(u64::MAX)])), None);
+
+    let disk = Faulty::default();
+    disk.create(&segment::name(u64::MAX)).unwrap();
+    recovery::recover(&disk, IDENTITY, Options::default())
+        .map(drop)
+        .unwrap_err();
 }

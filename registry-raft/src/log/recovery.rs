@@ -62,7 +62,7 @@ pub(super) fn recover(disk: &dyn Disk, identity: Identity, options: Options) -> 
                 format!("the segment is missing, though later ones are there; {MEND}"),
             ));
         }
-        expected = Some(sequence + 1);
+        expected = sequence.checked_add(1);
         let path = disk.path(name);
         let unreadable = |error: io::Error| storage(&path, format!("can't be read: {error}"));
         let file = disk.open(name).map_err(unreadable)?;
