@@ -1,5 +1,8 @@
 //! Keys, prefixes and namespaces: what parses prints back the same, and every bad form is refused with its reason.
 
+// A test may fail.
+#![allow(clippy::unwrap_used)]
+
 use proptest::prelude::*;
 use registry_api::{Key, MAX_KEY, Namespace, Prefix};
 
