@@ -6,6 +6,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ["log.proto", "peer.proto", "registry.proto", "snapshot.proto"],
         ["proto"],
     )?;
-    tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .bytes(".")
+        // A message may say that it has millions of them, in two bytes each.
+        .boxed(".registry.v1.Asked.what.request")
+        .boxed(".registry.v1.Asked.what.watch")
+        .compile_fds(descriptors)?;
     Ok(())
 }

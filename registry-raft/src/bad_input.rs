@@ -137,18 +137,24 @@ fn questions() -> Vec<Ask> {
     ];
     let calls = calls.into_iter().chain(commands().into_iter().map(Call::Command));
     let request = |call| {
-        Ask::Request(proto::Request {
-            patience_ms: 1000,
-            forwarded: false,
-            call: Some(call),
-        })
+        Ask::Request(
+            proto::Request {
+                patience_ms: 1000,
+                forwarded: false,
+                call: Some(call),
+            }
+            .into(),
+        )
     };
     let watch = |from| {
-        Ask::Watch(proto::WatchRequest {
-            prefix: "/ns/a".into(),
-            scope: 1,
-            from: Some(from),
-        })
+        Ask::Watch(
+            proto::WatchRequest {
+                prefix: "/ns/a".into(),
+                scope: 1,
+                from: Some(from),
+            }
+            .into(),
+        )
     };
     let watches = [
         watch(proto::watch_request::From::Now(UNIT)),
@@ -188,7 +194,7 @@ fn is_answered(input: &[u8]) -> bool {
                 }
                 good
             }),
-            Some(Ask::Watch(request)) => service::watch_request(request.clone()).is_ok_and(|(namespace, taken)| {
+            Some(Ask::Watch(request)) => service::watch_request(*request.clone()).is_ok_and(|(namespace, taken)| {
                 assert_eq!(namespace.qualify(taken.prefix.as_str()), request.prefix);
                 true
             }),

@@ -67,14 +67,14 @@ impl Conversation {
     /// Asks, and waits however long. Dropping the future leaves open what becomes of the request.
     pub(crate) async fn ask(&self, request: proto::Request) -> Result<proto::Response, Status> {
         let (tell, told) = oneshot::channel();
-        let _asked = self.send(Waiter::Once(tell), Ask::Request(request))?;
+        let _asked = self.send(Waiter::Once(tell), Ask::Request(request.into()))?;
         told.await.unwrap_or_else(|_| Err(gone()))
     }
 
     /// Begins a watch, which ends when it is dropped.
     pub(crate) fn watch(&self, request: proto::WatchRequest) -> Result<Items, Status> {
         let (tell, told) = mpsc::unbounded_channel();
-        let asked = self.send(Waiter::Items(tell), Ask::Watch(request))?;
+        let asked = self.send(Waiter::Items(tell), Ask::Watch(request.into()))?;
         Ok(Items { told, _asked: asked })
     }
 

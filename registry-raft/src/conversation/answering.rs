@@ -193,7 +193,7 @@ async fn read(
         for proto::Asked { number, what } in together.asked {
             let request = match what {
                 Some(Ask::Watch(request)) if watches.have_room_for(number) => {
-                    watches.begin(number, items(service.clone(), request, number, telling.clone()));
+                    watches.begin(number, items(service.clone(), *request, number, telling.clone()));
                     continue;
                 }
                 Some(Ask::Cancel(_)) => {
@@ -201,7 +201,7 @@ async fn read(
                     continue;
                 }
                 Some(Ask::Watch(_)) => None,
-                Some(Ask::Request(request)) => Some(request),
+                Some(Ask::Request(request)) => Some(*request),
                 None => Some(proto::Request::default()),
             };
             let counts_for = match request.as_ref().and_then(|request| request.call.as_ref()) {

@@ -218,7 +218,11 @@ async fn whatever_was_asked_the_next_is_answered() {
         scope: 1,
         from: None,
     };
-    let parts = [Ask::Request(request), Ask::Watch(watch), Ask::Cancel(proto::Unit {})];
+    let parts = [
+        Ask::Request(request.into()),
+        Ask::Watch(watch.into()),
+        Ask::Cancel(proto::Unit {}),
+    ];
     let message = proto::AskedTogether {
         asked: (0..)
             .map(|n| n / 2)
@@ -388,6 +392,12 @@ fn what_is_told_makes_sense_or_is_an_error_or_passed_over() {
         });
 }
 
+/// Two bytes of a message are one of them.
+#[test]
+fn an_empty_question_takes_little_memory() {
+    assert!(size_of::<proto::Asked>() <= 32);
+}
+
 #[test]
 fn what_many_watches_are_told_is_told_once_and_to_each() {
     let synced = |revision| proto::WatchResponse {
@@ -418,10 +428,13 @@ fn what_many_watches_are_told_is_told_once_and_to_each() {
 }
 
 fn watch_of(key: &str) -> Ask {
-    Ask::Watch(proto::WatchRequest {
-        prefix: format!("/registry{key}"),
-        ..proto::WatchRequest::default()
-    })
+    Ask::Watch(
+        proto::WatchRequest {
+            prefix: format!("/registry{key}"),
+            ..proto::WatchRequest::default()
+        }
+        .into(),
+    )
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -523,14 +536,17 @@ async fn a_large_answer_that_nobody_takes_is_read_again_when_somebody_does() {
     spoken.registry.put(&key, vec![1; LARGE]).await.unwrap();
     let (asking, mut told) = spoken.directly(PATIENCE);
     let get = || {
-        Ask::Request(proto::Request {
-            patience_ms: 10_000,
-            forwarded: false,
-            call: Some(Call::Get(proto::Get {
-                key: "/registry/a".into(),
-                ..proto::Get::default()
-            })),
-        })
+        Ask::Request(
+            proto::Request {
+                patience_ms: 10_000,
+                forwarded: false,
+                call: Some(Call::Get(proto::Get {
+                    key: "/registry/a".into(),
+                    ..proto::Get::default()
+                })),
+            }
+            .into(),
+        )
     };
     asking.ask((0..ASKED).map(|number| asked(number, get())));
     // Long enough for all to be read once; a test that is too quick for that shows less, and fails no more.
