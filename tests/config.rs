@@ -44,7 +44,7 @@ fn every_shared_key_is_taken() {
     let config = load(
         "[registry]\ntype = \"raft\"\nnamespace = \"/app\"\nsession_ttl = \"3s\"\nsession_ttl_bounds = \"accept\"\n\
          request_timeout = \"700ms\"\nconnect_timeout = \"2m\"\n[registry.raft]\nmember = \"m\"\ndata_dir = \"d\"\n\
-         listen = \"127.0.0.1:1\"\nsnapshot_log_bytes = 2000000",
+         listen = \"127.0.0.1:1\"\nsnapshot_log_bytes = 2000000\ntimers = \"fast\"",
     )
     .unwrap();
     let options = &config.options;
@@ -68,6 +68,7 @@ fn every_shared_key_is_taken() {
         (raft.data_dir.as_deref(), raft.snapshot_log_bytes),
         (Some(std::env::temp_dir().join("d").as_path()), Some(2_000_000))
     );
+    assert_eq!(raft.timers, registry::raft::Timers::Fast);
 }
 
 #[test]
@@ -160,6 +161,7 @@ fn wrong_settings_are_refused_naming_key_file_and_what_is_allowed() {
             "[registry.raft]\ntls = { cert = \"c\", key = \"k\" }",
             "missing configuration field \"registry.raft.tls.ca\"",
         ),
+        ("[registry.raft]\ntimers = \"quick\"", "neither `default` nor `fast`"),
         ("[regisrty]\n", "unknown field `regisrty`"),
         ("[registry]\ntype = \"zookeeper\"", "is unknown; this program has: raft"),
         ("[registry]\nnamespace = \"/a/b\"", "one segment only"),

@@ -74,7 +74,7 @@ pub struct Tls {
 
 /// How soon the silence of the Raft leader is noticed. The same on all members.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(try_from = "String")]
 #[non_exhaustive]
 pub enum Timers {
     /// Another leads within about a second: for any local network, and disks that are shared.
@@ -82,6 +82,18 @@ pub enum Timers {
     Default,
     /// In about half of that: for a quiet network and disks that sync within milliseconds.
     Fast,
+}
+
+impl TryFrom<String> for Timers {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.as_str() {
+            "default" => Ok(Self::Default),
+            "fast" => Ok(Self::Fast),
+            _ => Err(format!("{text:?} is neither `default` nor `fast`")),
+        }
+    }
 }
 
 impl Timers {
