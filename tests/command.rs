@@ -226,6 +226,15 @@ async fn wrong_inputs_say_what_is_wrong() {
     assert!(said.contains("the settings: registry.raft.listen: \"here\""), "{said}");
     let said = shell.says(2, &["--set", "namespace=a", "get", "/a"]).await;
     assert!(said.contains("bad namespace"), "{said}");
+    let said = shell.says(2, &["members", "add", "d", "nowhere"]).await;
+    assert!(said.contains("\"nowhere\" is no host and port"), "{said}");
+    member.pause();
+    let said = shell.says(5, &["--set", "connect_timeout=1s", "get", "/a"]).await;
+    assert!(
+        said.contains(&format!("127.0.0.1:{}: no answer within", shell.port)),
+        "{said}"
+    );
+    member.resume();
     assert_eq!(member.stop().await.unwrap().code(), Some(0));
     let said = shell.says(5, &["--set", "connect_timeout=1s", "get", "/a"]).await;
     assert!(
@@ -408,6 +417,11 @@ async fn what_is_imported_is_exported_also_after_a_crash_in_the_middle() {
     assert!(
         !import.status.success() && said.contains("import the file again"),
         "{import:?}"
+    );
+    // For people: who was asked, and what came between.
+    assert!(
+        said.contains(&format!("127.0.0.1:{}: ", shell.port)) && !said.contains("code: '"),
+        "{said}"
     );
 
     let mut member = shell.serve().await;

@@ -11,7 +11,9 @@ use async_trait::async_trait;
 use futures_util::StreamExt;
 use parking_lot::Mutex;
 use registry_api::watch::{Feed, Picture, feed};
-use registry_api::{Error, Event, Namespace, Result, Revision, Watch, WatchFrom, WatchItem, WatchRequest, WatchScope};
+use registry_api::{
+    BoxError, Error, Event, Namespace, Result, Revision, Watch, WatchFrom, WatchItem, WatchRequest, WatchScope,
+};
 
 use crate::backup::Parts;
 use crate::command::{self, not_understood};
@@ -113,6 +115,26 @@ impl Remote {
             true => Error::AccessDenied { backend, source },
             false => Error::Unavailable { backend, source },
         })
+    }
+
+    /// The error, saying of which member it is.
+    fn naming(&self, at: usize, error: Error) -> Error {
+        let named = |source: BoxError| format!("{}: {source}", self.addresses[at]).into();
+        match error {
+            Error::Unavailable { backend, source } => Error::Unavailable {
+                backend,
+                source: named(source),
+            },
+            Error::OutcomeUnknown { operation, source } => Error::OutcomeUnknown {
+                operation,
+                source: named(source),
+            },
+            Error::AccessDenied { backend, source } => Error::AccessDenied {
+                backend,
+                source: named(source),
+            },
+            error => error,
+        }
     }
 
     /// The member does not answer: the next is asked from now on.
@@ -251,14 +273,15 @@ impl Link for Remote {
             },
             Ok(Err(status)) => {
                 self.give_up(at);
-                Err(status_error(status))
+                Err(self.naming(at, status_error(status)))
             }
             Err(_) => {
                 self.give_up(at);
-                Err(Error::OutcomeUnknown {
+                let error = Error::OutcomeUnknown {
                     operation: "a request",
-                    source: format!("{}: no answer within {left:?}", self.addresses[at]).into(),
-                })
+                    source: format!("no answer within {left:.1?}").into(),
+                };
+                Err(self.naming(at, error))
             }
         }
     }

@@ -118,10 +118,13 @@ pub(crate) fn status_error(status: tonic::Status) -> Error {
             Error::InvalidRequest(status.message().into())
         }
         // Everything else may have come after the request was read.
-        _ => Error::OutcomeUnknown {
-            operation: "a request",
-            source: status.into(),
-        },
+        _ => {
+            let beneath = causes(&status).skip(1).last().map(ToString::to_string);
+            Error::OutcomeUnknown {
+                operation: "a request",
+                source: beneath.unwrap_or_else(|| status.message().to_owned()).into(),
+            }
+        }
     }
 }
 
