@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Output;
 use std::time::Duration;
 
+use registry_tests::cluster::eventually;
 use registry_tests::{Process, process, within};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -328,28 +329,44 @@ async fn a_command_runs_under_a_lock_and_a_leadership() {
     assert_eq!(interrupt(&mut observer).await, Some(0));
 }
 
+/// A command that tries to read from the terminal that another process group has would be stopped, and hold its lock for
+/// ever. The package bsdutils has `script`, which gives it a terminal.
+#[tokio::test]
+async fn a_command_under_a_lock_reads_a_pipe_and_is_not_stopped_by_a_terminal() {
+    let shell = Shell::new();
+    let _member = shell.serve().await;
+    let held = format!("'{}' lock /l -- cat", env!("CARGO_BIN_EXE_registry"));
+    let mut terminal = shell.of("script", &["--quiet", "--return", "--command", &held, "/dev/null"]);
+    let (keyboard, nobody_types) = std::io::pipe().unwrap();
+    let ended = within(PATIENCE, terminal.stdin(keyboard).output()).await.unwrap();
+    assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+    drop(nobody_types);
+    let piped = within(
+        PATIENCE,
+        shell.of("sh", &["-c", &format!("echo piped | {held}")]).output(),
+    );
+    assert_eq!(piped.await.unwrap().stdout, b"piped\n");
+}
+
+/// With all that it has started, though that does not listen to SIGTERM.
 #[tokio::test]
 async fn a_lost_lock_ends_its_command() {
     let shell = Shell::new();
     let mut member = shell.serve().await;
-    let mut holder = shell.command(&[
-        "lock",
-        "/l",
-        "--",
-        "sh",
-        "-c",
-        "echo running; trap 'exit 0' TERM; while :; do sleep 0.1; done",
-    ]);
-    let mut holder = holder
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(holder.stdout.take().unwrap()).lines();
-    assert_eq!(line(&mut lines).await, "running");
+    let deaf = "trap '' TERM; echo $$; while :; do sleep 0.1; done";
+    let (mut holder, _, deaf) = shell
+        .starts(&["lock", "/l", "--", "sh", "-c", "sh -c \"$0\" & wait", deaf])
+        .await;
     member.kill().await;
     let ended = within(PATIENCE, holder.wait()).await.unwrap();
     assert_eq!(ended.code(), Some(7));
+    // A process that has ended has no command line, or nothing at all.
+    let ended = || async {
+        std::fs::read(format!("/proc/{deaf}/cmdline"))
+            .unwrap_or_default()
+            .is_empty()
+    };
+    eventually(PATIENCE, ended).await;
 }
 
 #[tokio::test]

@@ -1,11 +1,12 @@
 //! A command that runs under a lock or a leadership.
 
+use std::io::IsTerminal;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{ExitCode, ExitStatus};
+use std::process::{ExitCode, ExitStatus, Stdio};
 use std::time::Duration;
 
 use registry::Revision;
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 use tokio::process::{Child, Command};
 
 use super::stop::Stop;
@@ -13,9 +14,14 @@ use super::{Failure, Outcome};
 
 /// How long a command may take to end by itself after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);
+/// How often it is looked whether any of its processes is left.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Runs a command in a process group of its own until it ends; if `lost` comes first it is killed, and that is the
 /// failure.
+///
+/// It reads what this process was given to read, unless that is a terminal: this process is the one in its foreground, and
+/// a command that tried to read there would be stopped for ever (SIGTTIN).
 pub(super) async fn run_while(
     command: &[String],
     name: &str,
@@ -26,8 +32,13 @@ pub(super) async fn run_while(
     let [program, arguments @ ..] = command else {
         return Err(Failure::usage("no command to run"));
     };
+    let input = match std::io::stdin().is_terminal() {
+        true => Stdio::null(),
+        false => Stdio::inherit(),
+    };
     let mut child = Command::new(program)
         .args(arguments)
+        .stdin(input)
         .env("REGISTRY_NAME", name)
         .env("REGISTRY_TOKEN", token.to_string())
         .process_group(0)
@@ -58,7 +69,15 @@ async fn end(child: &mut Child) -> std::io::Result<ExitStatus> {
         }
     };
     signal(Signal::TERM);
-    if let Ok(ended) = tokio::time::timeout(GRACE, child.wait()).await {
+    let all_end = async {
+        let ended = child.wait().await;
+        // What it has started may take longer.
+        while group.is_some_and(|group| test_kill_process_group(group).is_ok()) {
+            tokio::time::sleep(LOOK).await;
+        }
+        ended
+    };
+    if let Ok(ended) = tokio::time::timeout(GRACE, all_end).await {
         return ended;
     }
     signal(Signal::KILL);
