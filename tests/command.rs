@@ -487,20 +487,34 @@ async fn what_is_imported_is_exported_also_after_a_crash_in_the_middle() {
 }
 
 #[tokio::test]
-async fn a_bad_line_is_named() {
+async fn a_bad_line_is_named_and_those_before_it_are_there() {
     let shell = Shell::new();
     let _member = shell.serve().await;
-    for (text, said) in [
+    let good: String = (0..100)
+        .map(|n| format!("{{\"key\": \"/ok/{n}\", \"value\": \"1\"}}\n"))
+        .collect();
+    let bad: [(&[u8], &str); 6] = [
+        (b"\n{\"key\": \"bad\", \"value\": \"1\"}\n", "line 102: bad key"),
+        (b"{\"key\": \"/a\"}\n", "line 101: a line has either"),
         (
-            "{\"key\": \"/ok\", \"value\": \"1\"}\n\n{\"key\": \"bad\", \"value\": \"1\"}\n",
-            "line 3: bad key",
+            b"{\"key\": \"/a\", \"value\"\n",
+            "line 101: EOF while parsing an object at column ",
         ),
-        ("{\"key\": \"/ok\"}\n", "line 1: a line has either"),
-        ("{\"key\": \"/ok\", \"value\"\n", "line 1: "),
-    ] {
-        std::fs::write(shell.dir.path().join("bad.jsonl"), text).unwrap();
+        (b"{\"key\": \"/a\", \"value\": \"\xff\"}\n", "line 101: invalid unicode"),
+        (
+            b"{\"key\": \"/a\", \"value_base64\": \"?\"}\n",
+            "line 101: value_base64: ",
+        ),
+        (b"{\"key\": \"/a\", \"val\": \"1\"}\n", "line 101: unknown field `val`"),
+    ];
+    for (bad, said) in bad {
+        std::fs::write(shell.dir.path().join("bad.jsonl"), [good.as_bytes(), bad].concat()).unwrap();
         let all = shell.says(2, &["import", "bad.jsonl"]).await;
-        assert!(all.contains(said) && all.contains("import the file again"), "{all}");
+        assert!(
+            all.contains(said) && all.contains("imported 100 keys; import the file again"),
+            "{all}"
+        );
+        assert_eq!(shell.says(0, &["delete", "/", "--prefix"]).await, "deleted 100\n");
     }
 }
 

@@ -1,5 +1,6 @@
 //! import, export
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, IsTerminal, Read};
 use std::path::PathBuf;
@@ -9,7 +10,7 @@ use std::sync::Arc;
 use base64::Engine;
 use bytes::Bytes;
 use clap::Args;
-use futures_util::{StreamExt, TryStreamExt, stream};
+use futures_util::{StreamExt, stream};
 use indicatif::{ProgressBar, ProgressStyle};
 use registry::{Key, List, Prefix, Registry};
 use serde::Deserialize;
@@ -38,8 +39,10 @@ struct Line {
 }
 
 impl Line {
-    fn parse(text: &str) -> Result<(Key, Bytes), String> {
-        let line: Line = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    fn parse(text: &[u8]) -> Result<(Key, Bytes), String> {
+        // Each is a text of one line to its parser; which line of the file it is, is said before.
+        let wrong = |error: serde_json::Error| error.to_string().replace(" at line 1 column ", " at column ");
+        let line: Line = serde_json::from_slice(text).map_err(wrong)?;
         let key = Key::parse(&line.key).map_err(|error| error.to_string())?;
         let value: Bytes = match (line.value, line.value_base64) {
             (Some(text), None) => text.into(),
@@ -70,13 +73,13 @@ impl Import {
         };
         let registry = settings.connect().await?;
         let bar = progress(size);
-        let mut lines = BufReader::with_capacity(1 << 20, bar.wrap_read(input)).lines();
-        let mut number = 0;
+        let mut lines = BufReader::with_capacity(1 << 20, bar.wrap_read(input)).split(b'\n');
+        let (mut number, failed) = (0, Cell::new(false));
         let lines = std::iter::from_fn(|| {
             loop {
                 number += 1;
-                match lines.next()? {
-                    Ok(text) if text.trim().is_empty() => {}
+                match lines.next().filter(|_| !failed.get())? {
+                    Ok(text) if text.trim_ascii().is_empty() => {}
                     line => return Some((number, line)),
                 }
             }
@@ -94,23 +97,26 @@ impl Import {
                 Ok::<_, Failure>(())
             }
         });
-        // Lines are put again without harm, so after a failure the same file is imported again.
-        let mut count = 0_u64;
-        let imported = puts.buffer_unordered(IN_FLIGHT).try_for_each(|()| {
-            count += 1;
-            std::future::ready(Ok(()))
-        });
-        let imported = imported.await;
+        // Lines are put again without harm, so after a failure the same file is imported again. What is on its way then is
+        // waited for, so that all lines before a wrong one are there.
+        let (mut count, mut imported) = (0_u64, Ok(()));
+        let mut puts = std::pin::pin!(puts.buffer_unordered(IN_FLIGHT));
+        while let Some(put) = puts.next().await {
+            match put {
+                Ok(()) => count += 1,
+                Err(failure) => {
+                    failed.set(true);
+                    imported = imported.and(Err(failure));
+                }
+            }
+        }
         bar.finish_and_clear();
         close(&registry).await;
         let summary = || format!("imported {count} keys");
         match imported {
             Ok(()) => out.line(summary, || json!({ "imported": count }))?,
             Err(failure) => {
-                return Err(failure.after(&format!(
-                    "{}, the rest not; import the file again once it is mended",
-                    summary()
-                )));
+                return Err(failure.after(&format!("{}; import the file again once it is mended", summary())));
             }
         }
         Ok(ExitCode::SUCCESS)
