@@ -28,6 +28,7 @@ use std::sync::Arc;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use registry::{Config, Key, Prefix, Registry};
+use serde_json::json;
 
 pub(crate) use failure::Failure;
 use output::Output;
@@ -159,11 +160,17 @@ pub(crate) async fn run(cli: Cli) -> Outcome {
         #[cfg(feature = "raft")]
         Command::Serve => serve::run(&settings, out).await,
         #[cfg(feature = "raft")]
-        Command::Demo => demo::run().await,
+        Command::Demo => demo::run(out).await,
         #[cfg(feature = "raft")]
         Command::DemoWorker(worker) => worker.run().await,
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "registry", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "registry", &mut script);
+            let script = String::from_utf8_lossy(&script);
+            out.line(
+                || script.trim_end().to_owned(),
+                || json!({ "shell": shell.to_string(), "script": script }),
+            )?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Bench(bench) => bench.run(&settings, out).await,

@@ -392,6 +392,23 @@ async fn a_reader_that_has_gone_ends_the_command() {
     let text: String = lines.map(|line| format!("{line}\n")).collect();
     std::fs::write(shell.dir.path().join("some.jsonl"), text).unwrap();
     shell.says(0, &["import", "some.jsonl"]).await;
+    // Nobody reads from the beginning.
+    for arguments in [&["ls"][..], &["completions", "bash"], &["--json", "status"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = shell.command(arguments);
+        let unread = command
+            .stdout(writer)
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = within(PATIENCE, unread.wait_with_output()).await.unwrap();
+        assert_eq!(
+            (output.status.code(), output.stderr),
+            (Some(141), Vec::new()),
+            "{arguments:?}"
+        );
+    }
     // More than a pipe holds is still to be printed when its reader goes.
     let (mut export, told, _) = shell.starts(&["export", "/"]).await;
     drop(told);
@@ -540,6 +557,46 @@ async fn the_demo_shows_what_it_says() {
         0,
         "it leaves nothing behind"
     );
+}
+
+/// Neither a process nor a directory is left of a demo that is interrupted, or that nobody reads any more.
+#[tokio::test]
+async fn a_demo_that_is_cut_short_leaves_nothing_behind() {
+    for code in [130, 141] {
+        let shell = Shell::new();
+        let mut demo = shell.command(&["--json", "demo"]);
+        // The settings of the caller are for a store of theirs.
+        demo.env("TMPDIR", shell.dir.path()).env("REGISTRY__TYPE", "none");
+        let mut demo = demo.stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let mut told = BufReader::new(demo.stdout.take().unwrap()).lines();
+        let mut shown = async || {
+            let line: Value = serde_json::from_str(&line(&mut told).await).unwrap();
+            line["shown"].as_str().unwrap().to_owned()
+        };
+        shown().await;
+        let ready = shown().await;
+        let addresses = ready.strip_prefix("ready on ").unwrap().split(' ').next().unwrap();
+        while !shown().await.contains("/w2") {}
+        if code == 130 {
+            assert_eq!(interrupt(&mut demo).await, Some(code));
+        } else {
+            drop(told);
+            assert_eq!(within(PATIENCE, demo.wait()).await.unwrap().code(), Some(code));
+        }
+        for address in addresses.split(',') {
+            let refused = tokio::net::TcpStream::connect(address).await.expect_err(address);
+            assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+        }
+        assert_eq!(std::fs::read_dir(shell.dir.path()).unwrap().count(), 0);
+    }
+}
+
+/// The commands that a help lists.
+fn listed(help: &str) -> Vec<&str> {
+    let lines = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+    let lines = lines.take_while(|line| !line.is_empty());
+    let names = lines.filter_map(|line| line.strip_prefix("  ")?.split(' ').next());
+    names.filter(|name| !name.is_empty() && *name != "help").collect()
 }
 
 #[tokio::test]

@@ -8,8 +8,11 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use registry::raft::RaftConfig;
-use registry::{Event, Expect, Key, Prefix, Read, Registry, Watch, WatchItem, WatchRequest, WatchScope};
+use registry::{Event, Expect, Key, Prefix, Read, Registry, SessionTtl, Watch, WatchItem, WatchRequest, WatchScope};
+use serde_json::json;
 
+use super::output::Output;
+use super::stop::Stop;
 use super::{Failure, Outcome};
 use group::{Group, kill, spawn, within};
 
@@ -24,15 +27,15 @@ pub(crate) struct Worker {
 }
 
 /// Of the workers, who are killed: what the demo waits for.
-const WORKER_TTL: &str = "2s";
+const WORKER_TTL: Duration = Duration::from_secs(2);
 /// Of the demo itself, which nothing is to disturb.
-const TTL: &str = "6s";
+const TTL: Duration = Duration::from_secs(6);
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The settings of a handle of the demo, whatever those of the caller are.
-fn config(raft: RaftConfig, ttl: &str) -> Result<registry::Config, Failure> {
-    let mut config = registry::Config::load(None, &vec![("session_ttl".into(), ttl.into())])?;
-    config.options.namespace = registry::Namespace::default();
+fn config(raft: RaftConfig, ttl: Duration) -> Result<registry::Config, Failure> {
+    let mut config = registry::Config::in_memory();
+    config.options.session_ttl = SessionTtl::new(ttl)?;
     config.backend = registry::Backend::Raft(raft);
     Ok(config)
 }
@@ -52,36 +55,58 @@ impl Worker {
     }
 }
 
-pub(crate) async fn run() -> Outcome {
-    let start = Instant::now();
+pub(crate) async fn run(out: Output) -> Outcome {
+    let (start, stop) = (Instant::now(), Stop::listen()?);
     let dir = tempfile::tempdir().map_err(|error| Failure::io("no temporary directory", &error))?;
-    println!(
-        "1. A registry of three members: one in this process, two in processes of their own, data in a temporary directory."
-    );
-    let mut group = Group::found(dir.path()).await?;
+    say(
+        out,
+        "1. A registry of three members: one in this process, two in processes of their own, data in a temporary directory.",
+    )?;
+    let stopped = || Ok(ExitCode::from(130));
+    let mut group = tokio::select! {
+        group = Group::found(dir.path()) => group?,
+        () = stop.asked() => return stopped(),
+    };
+    let shown = tokio::select! {
+        shown = show(out, start, &mut group) => shown.map(|()| ExitCode::SUCCESS),
+        () = stop.asked() => stopped(),
+    };
+    // However it has ended: nothing is left behind.
+    group.stop().await?;
+    shown
+}
+
+async fn show(out: Output, start: Instant, group: &mut Group) -> Result<(), Failure> {
     let registry = group
         .here()
         .connect(&config(RaftConfig::default(), TTL)?.options)
         .await?;
     let addresses = group.addresses().join(",");
-    println!(
-        "   ready on {addresses} after {:.0?}; {} leads",
-        start.elapsed(),
-        group.leader().await?
-    );
-
-    keys(&registry).await?;
-    workers(&registry, &addresses).await?;
-    locks(&registry, group.here()).await?;
-    elections(&registry, &addresses).await?;
-    failover(&registry, &mut group).await?;
+    say(
+        out,
+        format!(
+            "   ready on {addresses} after {:.0?}; {} leads",
+            start.elapsed(),
+            group.leader().await?
+        ),
+    )?;
+    keys(out, &registry).await?;
+    workers(out, &registry, &addresses).await?;
+    locks(out, &registry, group.here()).await?;
+    elections(out, &registry, &addresses).await?;
+    failover(out, &registry, group).await?;
     registry.close().await?;
-    group.stop().await?;
-    println!(
-        "\nAll of it was checked as it was shown, in {:.1} s.",
-        start.elapsed().as_secs_f64()
-    );
-    Ok(ExitCode::SUCCESS)
+    let elapsed = start.elapsed().as_secs_f64();
+    say(
+        out,
+        format!("\nAll of it was checked as it was shown, in {elapsed:.1} s."),
+    )
+}
+
+/// A line of the transcript.
+fn say(out: Output, line: impl Into<String>) -> Result<(), Failure> {
+    let line = line.into();
+    out.line(|| line.clone(), || json!({ "shown": line.trim() }))
 }
 
 /// Refuses to show what is not so.
@@ -97,20 +122,20 @@ fn key(path: &str) -> Result<Key, Failure> {
     Ok(Key::parse(path).map_err(registry::Error::from)?)
 }
 
-async fn keys(registry: &Arc<dyn Registry>) -> Result<(), Failure> {
-    println!("\n2. Keys and values, with revisions.");
+async fn keys(out: Output, registry: &Arc<dyn Registry>) -> Result<(), Failure> {
+    say(out, "\n2. Keys and values, with revisions.")?;
     let first = registry.put(&key("/app/config")?, "v1").await?;
-    println!("   put /app/config v1            revision {first}");
+    say(out, format!("   put /app/config v1            revision {first}"))?;
     let second = registry
         .put_if(&key("/app/config")?, Expect::ModRevision(first), "v2")
         .await?;
-    println!("   put v2 if at revision {first}       revision {second}");
+    say(out, format!("   put v2 if at revision {first}       revision {second}"))?;
     match registry
         .put_if(&key("/app/config")?, Expect::ModRevision(first), "v3")
         .await
     {
         Err(error @ registry::Error::Conflict { .. }) => {
-            println!("   put v3 if at revision {first}       refused: {error}")
+            say(out, format!("   put v3 if at revision {first}       refused: {error}"))?
         }
         _ => check(false, "a put on an old revision is refused")?,
     }
@@ -122,7 +147,7 @@ async fn keys(registry: &Arc<dyn Registry>) -> Result<(), Failure> {
             Read::Linearizable,
         )
         .await?;
-    println!("   ls /app                       {}", children.join("  "));
+    say(out, format!("   ls /app                       {}", children.join("  ")))?;
     check(children == ["config", "limits"], "/app has two children")
 }
 
@@ -141,34 +166,43 @@ async fn event(watch: &mut Watch) -> Result<Event, Failure> {
     within("the event did not come", next).await?
 }
 
-async fn workers(registry: &Arc<dyn Registry>, addresses: &str) -> Result<(), Failure> {
-    println!("\n3. Who is alive: two processes register, and one is killed (kill -9).");
+async fn workers(out: Output, registry: &Arc<dyn Registry>, addresses: &str) -> Result<(), Failure> {
+    say(
+        out,
+        "\n3. Who is alive: two processes register, and one is killed (kill -9).",
+    )?;
     let mut watch = registry
         .watch(WatchRequest::new(&key("/app/workers")?, WatchScope::Children))
         .await?;
     let mut first = spawn(["demo-worker", addresses, "/app/workers/w1"])?;
-    println!("   watch: created {}", event(&mut watch).await?.key());
+    say(out, format!("   watch: created {}", event(&mut watch).await?.key()))?;
     let mut second = spawn(["demo-worker", addresses, "/app/workers/w2"])?;
-    println!("   watch: created {}", event(&mut watch).await?.key());
+    say(out, format!("   watch: created {}", event(&mut watch).await?.key()))?;
     let killed = kill(&mut first).await?;
     let gone = event(&mut watch).await?;
     check(
         matches!(&gone, Event::Deleted { .. }) && gone.key().name() == "w1",
         "the killed worker's key goes",
     )?;
-    println!(
-        "   watch: expired {} {:.1} s after the kill, its session's TTL being {WORKER_TTL}",
-        gone.key(),
-        killed.elapsed().as_secs_f64()
-    );
+    say(
+        out,
+        format!(
+            "   watch: expired {} {:.1} s after the kill, its session's TTL being {WORKER_TTL:?}",
+            gone.key(),
+            killed.elapsed().as_secs_f64()
+        ),
+    )?;
     kill(&mut second).await.map(|_| ())
 }
 
-async fn locks(registry: &Arc<dyn Registry>, member: &registry::raft::Member) -> Result<(), Failure> {
-    println!("\n4. A lock, taken in turn by three handles, with fencing tokens that only grow.");
+async fn locks(out: Output, registry: &Arc<dyn Registry>, member: &registry::raft::Member) -> Result<(), Failure> {
+    say(
+        out,
+        "\n4. A lock, taken in turn by three handles, with fencing tokens that only grow.",
+    )?;
     let name = key("/app/nightly")?;
     let held = registry.lock(&name).label("first").acquire().await?;
-    println!("   first  holds it with token {}", held.token());
+    say(out, format!("   first  holds it with token {}", held.token()))?;
     let mut waiters = Vec::new();
     for who in ["second", "third"] {
         let other = member.connect(&config(RaftConfig::default(), TTL)?.options).await?;
@@ -177,10 +211,10 @@ async fn locks(registry: &Arc<dyn Registry>, member: &registry::raft::Member) ->
         waiters.push(tokio::spawn(async move {
             let held = lock.acquire().await?;
             let token = held.token();
-            println!("   {who:6} holds it with token {token}");
+            say(out, format!("   {who:6} holds it with token {token}"))?;
             held.release().await?;
             other.close().await?;
-            Ok::<_, registry::Error>(token)
+            Ok::<_, Failure>(token)
         }));
         let queued = async {
             while registry.lock(&name).contenders().await?.len() == place {
@@ -200,17 +234,20 @@ async fn locks(registry: &Arc<dyn Registry>, member: &registry::raft::Member) ->
     Ok(())
 }
 
-async fn elections(registry: &Arc<dyn Registry>, addresses: &str) -> Result<(), Failure> {
-    println!("\n5. An election of two processes; the one that leads is killed.");
+async fn elections(out: Output, registry: &Arc<dyn Registry>, addresses: &str) -> Result<(), Failure> {
+    say(out, "\n5. An election of two processes; the one that leads is killed.")?;
     let election = registry.election(&key("/app/scheduler")?);
     let mut course = election.observe().await?;
     let mut first = spawn(["demo-worker", addresses, "/app/schedulers/s1", "/app/scheduler"])?;
     let leader = next_leader(&mut course).await?;
-    println!(
-        "   {} leads with token {}",
-        String::from_utf8_lossy(&leader.value),
-        leader.token
-    );
+    say(
+        out,
+        format!(
+            "   {} leads with token {}",
+            String::from_utf8_lossy(&leader.value),
+            leader.token
+        ),
+    )?;
     let mut second = spawn(["demo-worker", addresses, "/app/schedulers/s2", "/app/scheduler"])?;
     let standing = async {
         while election.candidates().await?.len() < 2 {
@@ -222,12 +259,15 @@ async fn elections(registry: &Arc<dyn Registry>, addresses: &str) -> Result<(), 
     let killed = kill(&mut first).await?;
     let next = next_leader(&mut course).await?;
     check(next.token > leader.token, "the next leader's token is larger")?;
-    println!(
-        "   killed; {} leads with token {} after {:.1} s",
-        String::from_utf8_lossy(&next.value),
-        next.token,
-        killed.elapsed().as_secs_f64()
-    );
+    say(
+        out,
+        format!(
+            "   killed; {} leads with token {} after {:.1} s",
+            String::from_utf8_lossy(&next.value),
+            next.token,
+            killed.elapsed().as_secs_f64()
+        ),
+    )?;
     kill(&mut second).await.map(|_| ())
 }
 
@@ -245,8 +285,11 @@ async fn next_leader(course: &mut registry::Campaign) -> Result<registry::Leader
     within("no leader came", next).await?
 }
 
-async fn failover(registry: &Arc<dyn Registry>, group: &mut Group) -> Result<(), Failure> {
-    println!("\n6. The member that leads the group is killed (kill -9), while a lock is held.");
+async fn failover(out: Output, registry: &Arc<dyn Registry>, group: &mut Group) -> Result<(), Failure> {
+    say(
+        out,
+        "\n6. The member that leads the group is killed (kill -9), while a lock is held.",
+    )?;
     let held = registry.lock(&key("/app/migration")?).acquire().await?;
     registry.put(&key("/app/config")?, "v4").await?;
     let (killed, when) = group.kill_leader().await?;
@@ -255,20 +298,26 @@ async fn failover(registry: &Arc<dyn Registry>, group: &mut Group) -> Result<(),
         match registry.put(&path, value).await {
             Ok(revision) => break revision,
             // It may have been written by a leader that could not say so any more; to put it again does no harm.
-            Err(error) if when.elapsed() < PATIENCE => println!("   put v5: {error}; again"),
+            Err(error) if when.elapsed() < PATIENCE => say(out, format!("   put v5: {error}; again"))?,
             Err(error) => return Err(error.into()),
         }
     };
     let acknowledged = when.elapsed();
-    println!(
-        "   {killed} killed; {} leads, and the next put is acknowledged {acknowledged:.0?} after the kill, at revision {revision}",
-        group.leader().await?
-    );
+    say(
+        out,
+        format!(
+            "   {killed} killed; {} leads, and the next put is acknowledged {acknowledged:.0?} after the kill, at revision {revision}",
+            group.leader().await?
+        ),
+    )?;
     check(!held.is_lost(), "the lock is held on")?;
-    println!(
-        "   the lock with token {} is held on, by the same session",
-        held.token()
-    );
+    say(
+        out,
+        format!(
+            "   the lock with token {} is held on, by the same session",
+            held.token()
+        ),
+    )?;
     held.release().await?;
 
     let (start, address) = (Instant::now(), group.restart(killed)?);
@@ -281,10 +330,13 @@ async fn failover(registry: &Arc<dyn Registry>, group: &mut Group) -> Result<(),
         }
     };
     let found = within("the member did not come back", back).await??;
-    println!(
-        "   {killed} starts again on its directory; get /app/config at it alone, after {:.0?}: {found}",
-        start.elapsed()
-    );
+    say(
+        out,
+        format!(
+            "   {killed} starts again on its directory; get /app/config at it alone, after {:.0?}: {found}",
+            start.elapsed()
+        ),
+    )?;
     Ok(())
 }
 

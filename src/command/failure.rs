@@ -13,6 +13,7 @@ pub(crate) struct Failure {
 impl Failure {
     pub(crate) const NOT_FOUND: u8 = 3;
     pub(crate) const LOST: u8 = 7;
+    const UNREAD: u8 = 141;
 
     pub(crate) fn new(code: u8, text: impl Into<String>) -> Self {
         Self {
@@ -23,6 +24,11 @@ impl Failure {
 
     pub(crate) fn usage(text: impl Into<String>) -> Self {
         Self::new(2, text)
+    }
+
+    /// Nobody reads what is printed. Told by the code alone, as a shell tells it (SIGPIPE).
+    pub(crate) fn unread() -> Self {
+        Self::new(Self::UNREAD, "")
     }
 
     pub(crate) fn io(what: &str, error: &std::io::Error) -> Self {
@@ -64,9 +70,10 @@ impl Failure {
     }
 
     pub(crate) fn report(self, json: bool) -> ExitCode {
-        match json {
-            true => eprintln!("{}", serde_json::json!({ "error": self.text, "code": self.code })),
-            false => eprintln!("registry: {}", self.text),
+        match (self.code, json) {
+            (Self::UNREAD, _) => {}
+            (_, true) => eprintln!("{}", serde_json::json!({ "error": self.text, "code": self.code })),
+            (_, false) => eprintln!("registry: {}", self.text),
         }
         ExitCode::from(self.code)
     }

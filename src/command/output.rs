@@ -24,8 +24,8 @@ impl Output {
         let mut out = io::stdout().lock();
         match out.write_all(bytes).and_then(|()| out.flush()) {
             Ok(()) => Ok(()),
-            // Whoever read has read enough, or has died: `registry ls | head`. Told as a shell tells it (SIGPIPE).
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(141),
+            // Whoever read has read enough, or has died: `registry ls | head`.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Failure::unread()),
             Err(error) => Err(Failure::io("can't print", &error)),
         }
     }
