@@ -255,6 +255,11 @@ async fn what_is_ephemeral_goes_with_its_command() {
     let (mut register, _, said) = shell.starts(&["register", "/w/registered", "2"]).await;
     assert_eq!(said, "/w/registered: registered");
     assert!(line(&mut told).await.contains("/w/registered"));
+    let taken = shell.says(4, &["register", "/w/registered", "3"]).await;
+    assert!(
+        taken.contains("belongs to session") && taken.contains("--take-over"),
+        "{taken}"
+    );
     assert_eq!(interrupt(&mut put).await, Some(0));
     assert!(line(&mut told).await.starts_with("expired"));
     assert_eq!(interrupt(&mut register).await, Some(0));
@@ -603,30 +608,23 @@ fn listed(help: &str) -> Vec<&str> {
 async fn every_command_has_an_example_and_completions_are_made() {
     let shell = Shell::new();
     let help = shell.says(0, &["--help"]).await;
-    for command in [
-        "serve",
-        "demo",
-        "get",
-        "put",
-        "delete",
-        "ls",
-        "watch",
-        "txn",
-        "lock",
-        "elect",
-        "register",
-        "import",
-        "export",
-        "status",
-        "completions",
-    ] {
-        assert!(help.contains(command));
-        assert!(
-            shell.says(0, &[command, "--help"]).await.contains("Example"),
-            "{command}"
-        );
+    let commands = listed(&help);
+    assert!(commands.len() >= 19, "{commands:?}");
+    let page = include_str!("../docs/command.md");
+    for command in commands {
+        assert!(page.contains(&format!("`{command}")), "{command} is not in the book");
+        let help = shell.says(0, &[command, "--help"]).await;
+        assert!(help.contains("Example"), "{command}");
+        for below in listed(&help) {
+            let help = shell.says(0, &[command, below, "--help"]).await;
+            assert!(help.contains("Example"), "{command} {below}");
+        }
     }
-    assert!(shell.says(0, &["completions", "bash"]).await.contains("_registry"));
+    for shell_name in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let script = shell.says(0, &["completions", shell_name]).await;
+        assert!(script.contains("registry") && script.contains("if-absent"), "{script}");
+        assert_eq!(shell.json(&["completions", shell_name]).await[0]["shell"], shell_name);
+    }
 }
 
 #[tokio::test]

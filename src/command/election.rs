@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Args;
-use registry::{Key, Leader, Registered, Registration, Registry};
+use registry::{Error, Key, Leader, Refusal, Registered, Registration, Registry};
 use serde_json::json;
 
 use super::kv::close;
@@ -110,7 +110,19 @@ impl Register {
     pub(crate) async fn run(self, registry: &Arc<dyn Registry>, out: Output) -> Outcome {
         let registration = match self.take_over {
             true => Registration::taking_over(registry, &self.key, self.value).await?,
-            false => registry.register(&self.key, self.value).await?,
+            false => match registry.register(&self.key, self.value).await {
+                Err(
+                    error @ Error::Refused {
+                        refusal: Refusal::OwnedBy(_),
+                        ..
+                    },
+                ) => {
+                    return Err(
+                        Failure::from(error).after("wait until that session ends, or take the key with --take-over")
+                    );
+                }
+                registered => registered?,
+            },
         };
         let stop = Stop::listen()?;
         let mut states = registration.state();

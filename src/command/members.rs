@@ -19,6 +19,7 @@ pub(crate) struct Members {
 #[derive(Debug, Subcommand)]
 enum Change {
     /// Takes in a member that was started with `join`, as a learner without a vote.
+    #[command(after_help = "Example: registry members add d 10.0.0.4:7480")]
     Add {
         /// Its name.
         name: String,
@@ -26,16 +27,19 @@ enum Change {
         address: String,
     },
     /// Gives a learner a vote, once it has caught up.
+    #[command(after_help = "Example: registry members promote d")]
     Promote {
         /// Its name.
         name: String,
     },
     /// Takes a member out for good: it stops, and can't come back with its data.
+    #[command(after_help = "Example: registry members remove c")]
     Remove {
         /// Its name.
         name: String,
     },
     /// Makes another member the Raft leader.
+    #[command(after_help = "Example: registry members transfer a")]
     Transfer {
         /// Its name.
         name: String,
@@ -55,7 +59,8 @@ impl Members {
                 Change::Remove { name } => MemberChange::Remove { name },
                 Change::Transfer { name } => MemberChange::Transfer { name },
             };
-            registry::raft::change_members(raft, &config.options, change).await?;
+            let changed = registry::raft::change_members(raft, &config.options, change).await;
+            changed.map_err(|error| Failure::connect(error, &config))?;
         }
         let status = registry::raft::status(raft, &config.options).await;
         show(&status.map_err(|error| Failure::connect(error, &config))?, out)?;
