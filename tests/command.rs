@@ -245,6 +245,40 @@ async fn wrong_inputs_say_what_is_wrong() {
 }
 
 #[tokio::test]
+async fn settings_come_from_the_file_then_the_environment_then_flags() {
+    let shell = Shell::new();
+    let _member = shell.serve().await;
+    let text =
+        "[registry]\nnamespace = \"/other\"\nconnect_timeout = \"1s\"\n[registry.raft]\nlisten = \"127.0.0.1:1\"\n";
+    std::fs::write(shell.dir.path().join("other.toml"), text).unwrap();
+    let put = ["--config", "other.toml", "put", "/a", "1"];
+    shell.says(0, &put).await;
+    shell.says(3, &["get", "/a"]).await;
+    assert_eq!(shell.says(0, &["--set", "namespace=/other", "get", "/a"]).await, "1");
+    let said = shell
+        .says(5, &[&["--set", "raft.listen=127.0.0.1:2"], &put[..]].concat())
+        .await;
+    assert!(said.contains("127.0.0.1:2"), "{said}");
+    // The file alone, and the second of a list.
+    let mut alone = shell.command(&put);
+    let said = within(PATIENCE, alone.env_remove("REGISTRY__RAFT__LISTEN").output())
+        .await
+        .unwrap();
+    assert!(
+        String::from_utf8_lossy(&said.stderr).contains("127.0.0.1:1: "),
+        "{said:?}"
+    );
+    let mut list = shell.command(&["get", "/a"]);
+    list.env_remove("REGISTRY__RAFT__LISTEN")
+        .env("REGISTRY__NAMESPACE", "/other");
+    list.env(
+        "REGISTRY__RAFT__ENDPOINTS",
+        format!("127.0.0.1:1,127.0.0.1:{}", shell.port),
+    );
+    assert_eq!(within(PATIENCE, list.output()).await.unwrap().stdout, b"1");
+}
+
+#[tokio::test]
 async fn what_is_ephemeral_goes_with_its_command() {
     let shell = Shell::new();
     let _member = shell.serve().await;

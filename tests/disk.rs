@@ -10,9 +10,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use registry::raft::{self, RaftConfig};
-use registry::{Error, Key, Options, Read, Registry};
+use registry::{Error, Key, List, Options, Read, Registry};
 use registry_tests::cluster::eventually;
-use registry_tests::{Process, System, key, process, within};
+use registry_tests::{Process, System, key, prefix, process, within};
 use rustix::io::Errno;
 use tempfile::TempDir;
 use tokio::process::Command;
@@ -148,5 +148,80 @@ async fn a_member_does_not_start_on_a_disk_that_does_not_sync() {
         "{said}"
     );
     site.system.fail_syncs(None);
+    site.serve(&log).await.stop().await.unwrap();
+}
+
+/// The newest segment of its log.
+fn segment(site: &Site) -> PathBuf {
+    let files = fs::read_dir(site.file("data/log"))
+        .unwrap()
+        .map(|file| file.unwrap().path());
+    let segments = files.filter(|path| path.extension().is_some_and(|ending| ending == "log"));
+    segments.max().expect("a member that has run has one")
+}
+
+/// Runs a member once, with some keys put.
+async fn has_run(site: &Site) {
+    let mut member = site.serve(&site.file("log")).await;
+    let registry = site.connect().await;
+    for number in 0..20 {
+        registry.put(&key(&format!("/kept/{number}")), "1").await.unwrap();
+    }
+    member.kill().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_torn_is_cut_with_a_line_and_what_is_damaged_is_named_and_left_alone() {
+    let (site, other) = (Site::new(), Site::new());
+    has_run(&site).await;
+    has_run(&other).await;
+    let (log, wal, identity) = (site.file("log"), segment(&site), site.file("data/identity"));
+    let name = wal.file_name().unwrap().to_str().unwrap();
+
+    let mut torn = fs::read(&wal).unwrap();
+    let end = torn.iter().rposition(|&byte| byte != 0).unwrap() + 1;
+    torn[end..end + 100].fill(0x55);
+    fs::write(&wal, torn).unwrap();
+    let mut member = site.serve(&log).await;
+    let kept = site.connect().await.list_all(List::new(prefix("/kept"))).await.unwrap();
+    assert_eq!(kept.len(), 20);
+    member.kill().await;
+    let said = fs::read_to_string(&log).unwrap();
+    assert!(
+        said.contains("the end of the log is torn") && said.contains(name),
+        "{said}"
+    );
+
+    let good = (fs::read(&wal).unwrap(), fs::read_to_string(&identity).unwrap());
+    let mut flipped = good.0.clone();
+    flipped[end / 2] ^= 4;
+    let foreign = fs::read(segment(&other)).unwrap();
+    let newer = good.1.replace("registry-raft 1", "registry-raft 9");
+    for (bytes, text, says) in [
+        (
+            &flipped,
+            &good.1,
+            [name, "damaged at byte", "restore a backup into a new directory"],
+        ),
+        (&foreign, &good.1, [name, "another cluster's", "put the file back"]),
+        (
+            &good.0,
+            &newer,
+            ["identity", "its format is 9", "use the version that wrote it"],
+        ),
+    ] {
+        fs::write(&wal, bytes).unwrap();
+        fs::write(&identity, text).unwrap();
+        let output = within(PATIENCE, site.serving(&log).kill_on_drop(true).output())
+            .await
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !output.status.success() && says.iter().all(|words| said.contains(words)),
+            "{says:?}: {said}"
+        );
+        assert!(fs::read(&wal).unwrap() == *bytes && fs::read_to_string(&identity).unwrap() == *text);
+    }
+    fs::write(&identity, &good.1).unwrap();
     site.serve(&log).await.stop().await.unwrap();
 }
