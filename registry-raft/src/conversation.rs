@@ -136,14 +136,8 @@ impl Waiting {
 
     /// Passes on what is told; who gave up waiting is not there any more.
     fn tell(&mut self, told: proto::Told) {
-        for number in &told.also {
-            self.tell_one(number, told.what.clone());
-        }
-        self.tell_one(&told.number, told.what);
-    }
-
-    fn tell_one(&mut self, number: &u64, what: Option<Tell>) {
-        match (what, self.waiters.get(number)) {
+        let number = &told.number;
+        match (told.what, self.waiters.get(number)) {
             (Some(Tell::Item(item)), Some(Waiter::Items(waiter))) => drop(waiter.send(Ok(item))),
             (Some(Tell::Response(response)), Some(Waiter::Once(_))) => {
                 if let Some(Waiter::Once(waiter)) = self.waiters.remove(number) {
@@ -203,8 +197,8 @@ where
 {
     use std::task::Poll;
     let mut receiver = receiver;
-    let (mut parts, mut bytes, mut yielded) = (Vec::new(), 0, false);
     stream::poll_fn(move |context| {
+        let (mut parts, mut bytes) = (Vec::new(), 0);
         while parts.len() < TOGETHER && bytes < TOGETHER_BYTES {
             match poll(&mut receiver, context) {
                 Poll::Ready(Some(part)) => {
@@ -213,16 +207,9 @@ where
                 }
                 Poll::Ready(None) if parts.is_empty() => return Poll::Ready(None),
                 Poll::Pending if parts.is_empty() => return Poll::Pending,
-                // Who speaks first wakes this task, which would run before all the others that are about to speak.
-                Poll::Pending if !yielded => {
-                    yielded = true;
-                    context.waker().wake_by_ref();
-                    return Poll::Pending;
-                }
                 Poll::Ready(None) | Poll::Pending => break,
             }
         }
-        (bytes, yielded) = (0, false);
-        Poll::Ready(Some(message(std::mem::take(&mut parts))))
+        Poll::Ready(Some(message(parts)))
     })
 }

@@ -77,27 +77,11 @@ pub(super) fn answer_unless(
             waiting.map(|waiting| waiting.told)
         })
     };
-    together(told, next, |told| proto::ToldTogether { told: shared(told) }).map(Ok)
+    together(told, next, |told| proto::ToldTogether { told }).map(Ok)
 }
 
 pub(super) fn told(number: u64, what: Option<Tell>) -> proto::Told {
-    proto::Told {
-        number,
-        also: Vec::new(),
-        what,
-    }
-}
-
-/// What several watches are told after one another, told once.
-pub(super) fn shared(mut told: Vec<proto::Told>) -> Vec<proto::Told> {
-    told.dedup_by(|next, before| {
-        let same = matches!(next.what, Some(Tell::Item(_))) && next.what == before.what;
-        if same {
-            before.also.push(next.number);
-        }
-        same
-    });
-    told
+    proto::Told { number, what }
 }
 
 /// What is to be told, with its place among what waits for the connection.

@@ -323,11 +323,7 @@ fn good() -> Vec<Vec<u8>> {
     messages[0].extend(items.into_iter().chain([(2, None)]));
     let told = |parts: Vec<(u64, Option<Tell>)>| {
         let told = parts.into_iter().map(|(number, what)| answering::told(number, what));
-        let mut message = proto::ToldTogether { told: told.collect() };
-        if let Some(item) = message.told.get_mut(1) {
-            item.also = vec![7, 2];
-        }
-        message.encode_to_vec()
+        proto::ToldTogether { told: told.collect() }.encode_to_vec()
     };
     messages.map(told).to_vec()
 }
@@ -396,35 +392,6 @@ fn what_is_told_makes_sense_or_is_an_error_or_passed_over() {
 #[test]
 fn an_empty_question_takes_little_memory() {
     assert!(size_of::<proto::Asked>() <= 32);
-}
-
-#[test]
-fn what_many_watches_are_told_is_told_once_and_to_each() {
-    let synced = |revision| proto::WatchResponse {
-        item: Some(Item::Synced(revision)),
-    };
-    let mut waiting = Waiting::default();
-    let mut heard: Vec<_> = (0..4)
-        .map(|_| {
-            let (items, heard) = mpsc::unbounded_channel();
-            waiting.add(Waiter::Items(items)).unwrap();
-            heard
-        })
-        .collect();
-    let items = [(1, 5), (2, 5), (3, 5), (1, 6), (4, 5), (2, 6), (2, 6)];
-    let told = items.map(|(number, revision)| answering::told(number, Some(Tell::Item(synced(revision)))));
-    let ends = [3, 4].map(|number| answering::told(number, None));
-    let shared = answering::shared(told.into_iter().chain(ends).collect());
-    assert_eq!(shared.len(), 6);
-    shared.into_iter().for_each(|told| waiting.tell(told));
-    for (number, revisions) in [(1, &[5, 6][..]), (2, &[5, 6, 6]), (3, &[5]), (4, &[5])] {
-        let heard = &mut heard[number - 1];
-        for &revision in revisions {
-            assert_eq!(heard.try_recv().unwrap().unwrap(), synced(revision));
-        }
-        assert!(heard.try_recv().is_err());
-        assert_eq!(waiting.waiters.contains_key(&(number as u64)), number < 3);
-    }
 }
 
 fn watch_of(key: &str) -> Ask {
