@@ -264,8 +264,12 @@ impl Link for Remote {
             Ok(Ok(response)) => match self.led(response).ok_or_else(not_understood)? {
                 Answer::Failure(said) => {
                     let error = failure(said);
-                    if matches!(error, Error::Unavailable { .. }) && self.addresses.len() > 1 {
-                        self.pass_by(at);
+                    match error {
+                        _ if self.addresses.len() == 1 => {}
+                        Error::Unavailable { .. } => self.pass_by(at),
+                        // It may be cut off from the others, and go on to take itself for the Raft leader.
+                        Error::OutcomeUnknown { .. } => self.give_up(at),
+                        _ => {}
                     }
                     Err(error)
                 }

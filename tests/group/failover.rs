@@ -52,6 +52,23 @@ async fn leaders_that_live_for_a_moment_each_keep_a_session() {
     registry.close().await.unwrap();
 }
 
+/// The Raft leader is cut off from the others, not from its handles, and goes on to take itself for the leader: who writes
+/// leaves it, and who opens a handle does not stay there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_is_cut_off_is_left_by_its_handles() {
+    let group = Group::start(3).await;
+    let leader = group.leader().await;
+    let members = RaftConfig::remote((0..3).map(|step| group.address((leader + step) % 3)));
+    let registry = raft::connect(&members, &options()).await.unwrap();
+    group.net.isolate(leader);
+    registry.put(&key("/a"), "after").await.unwrap();
+    let opened = raft::connect(&members, &options()).await.unwrap();
+    opened.put(&key("/b"), "after").await.unwrap();
+    group.net.mend();
+    opened.close().await.unwrap();
+    registry.close().await.unwrap();
+}
+
 /// The member that a handle asks stands still: no connection breaks. Another is asked in time for a short TTL too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_that_stands_still_costs_no_session() {

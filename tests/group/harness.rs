@@ -129,6 +129,11 @@ impl Group {
         self.processes.iter().flatten().filter_map(Process::id).collect()
     }
 
+    /// Where a member answers.
+    pub(crate) fn address(&self, at: usize) -> String {
+        self.listen[at].to_string()
+    }
+
     /// A handle on one member alone.
     pub(crate) async fn connect(&self, at: usize) -> Arc<dyn Registry> {
         raft::connect(&self.remote(at), &options()).await.unwrap()
@@ -141,7 +146,7 @@ impl Group {
     }
 
     pub(crate) fn remote(&self, at: usize) -> RaftConfig {
-        RaftConfig::remote([self.listen[at].to_string()])
+        RaftConfig::remote([self.address(at)])
     }
 
     /// How one member sees the group; nothing if it does not answer.
