@@ -125,12 +125,28 @@ async fn answer_all(door: Door, stream: Stream, mut stopped: signal::Receiver<bo
     }
 }
 
+/// What `HEAD` is answered: with HTTP/1 hyper leaves the body out, with HTTP/2 it would send it.
+fn without_body(mut answer: Response<Body>) -> Response<Body> {
+    let body = std::mem::replace(answer.body_mut(), Body::empty());
+    if let Some(length) = hyper::body::Body::size_hint(&body).exact().filter(|length| *length > 0) {
+        answer
+            .headers_mut()
+            .entry(header::CONTENT_LENGTH)
+            .or_insert(length.into());
+    }
+    answer
+}
+
 impl Door {
     async fn answer(&self, request: Request<Body>) -> Response<Body> {
         let (head, mut body) = request.into_parts();
         let answer = self.try_answer(&head, &mut body).await;
         kv::let_go(&mut body).await;
-        answer.unwrap_or_else(Refusal::response)
+        let answer = answer.unwrap_or_else(Refusal::response);
+        match head.method {
+            Method::HEAD => without_body(answer),
+            _ => answer,
+        }
     }
 
     async fn try_answer(&self, head: &Parts, body: &mut Body) -> Result<Response<Body>, Refusal> {
