@@ -63,17 +63,15 @@ pub(crate) async fn run(out: Output) -> Outcome {
         "1. A registry of three members: one in this process, two in processes of their own, data in a temporary directory.",
     )?;
     let stopped = || Ok(ExitCode::from(130));
-    let mut group = tokio::select! {
-        group = Group::found(dir.path()) => group?,
-        () = stop.asked() => return stopped(),
-    };
+    // To its end, which does not take long: what is half begun can't be stopped in order.
+    let mut group = Group::found(dir.path()).await?;
     let shown = tokio::select! {
         shown = show(out, start, &mut group) => shown.map(|()| ExitCode::SUCCESS),
         () = stop.asked() => stopped(),
     };
     // However it has ended: nothing is left behind.
-    group.stop().await?;
-    shown
+    let stopped = group.stop().await;
+    shown.and_then(|code| stopped.map(|()| code))
 }
 
 async fn show(out: Output, start: Instant, group: &mut Group) -> Result<(), Failure> {

@@ -6,7 +6,8 @@ use std::process::{ExitCode, ExitStatus, Stdio};
 use std::time::Duration;
 
 use registry::Revision;
-use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, test_kill_process_group, waitpgid};
 use tokio::process::{Child, Command};
 
 use super::stop::Stop;
@@ -52,7 +53,7 @@ pub(super) async fn run_while(
             passed_on(ended)
         }
         () = lost => {
-            // However it ended, it ran without the hold for a moment at most: until it heard.
+            // However it ended: it had `GRACE`, of which its session had a part left.
             let _ = end(&mut child).await;
             Err(Failure::new(Failure::LOST, format!("{name} was lost, the command was ended")))
         }
@@ -69,19 +70,30 @@ async fn end(child: &mut Child) -> std::io::Result<ExitStatus> {
         }
     };
     signal(Signal::TERM);
-    let all_end = async {
-        let ended = child.wait().await;
-        // What it has started may take longer.
-        while group.is_some_and(|group| test_kill_process_group(group).is_ok()) {
-            tokio::time::sleep(LOOK).await;
-        }
-        ended
-    };
-    if let Ok(ended) = tokio::time::timeout(GRACE, all_end).await {
+    // One that stands still hears it only when it goes on.
+    signal(Signal::CONT);
+    if let Ok(ended) = tokio::time::timeout(GRACE, all_end(child, group)).await {
         return ended;
     }
     signal(Signal::KILL);
-    child.wait().await
+    match tokio::time::timeout(GRACE, all_end(child, group)).await {
+        Ok(ended) => ended,
+        Err(_) => child.wait().await,
+    }
+}
+
+/// Waits for the command, and for what it has started.
+async fn all_end(child: &mut Child, group: Option<Pid>) -> std::io::Result<ExitStatus> {
+    let ended = child.wait().await;
+    while let Some(group) = group {
+        // The first process of a container inherits what the command leaves behind; any other has none to wait for.
+        let _ = waitpgid(group, WaitOptions::NOHANG);
+        if test_kill_process_group(group) == Err(Errno::SRCH) {
+            break;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    ended
 }
 
 /// The code of a command, as a shell passes it on.

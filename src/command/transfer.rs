@@ -76,13 +76,14 @@ impl Import {
         let mut lines = BufReader::with_capacity(1 << 20, bar.wrap_read(input)).split(b'\n');
         let (mut number, failed) = (0, Cell::new(false));
         let lines = std::iter::from_fn(|| {
-            loop {
+            while !failed.get() {
                 number += 1;
-                match lines.next().filter(|_| !failed.get())? {
+                match lines.next()? {
                     Ok(text) if text.trim_ascii().is_empty() => {}
                     line => return Some((number, line)),
                 }
             }
+            None
         });
         let puts = stream::iter(lines).map(|(number, line)| {
             let at = move |code, why: String| Failure::new(code, format!("line {number}: {why}"));
