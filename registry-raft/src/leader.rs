@@ -145,9 +145,10 @@ impl Core {
         deposed: impl Future<Output = ()>,
     ) -> Result<Answer> {
         let lane = self.network().lane(id, &peer.address);
+        let silent = |_| unavailable(format!("{}: no answer within {patience:.1?}", peer.address));
         let conversation = tokio::time::timeout(patience, lane.conversation())
             .await
-            .map_err(unavailable)?;
+            .map_err(silent)?;
         let conversation = conversation.map_err(|status| unavailable(status.message().to_owned()))?;
         let request = proto::Request {
             patience_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),

@@ -918,7 +918,7 @@ impl Core {
     ) -> Result<Watch> {
         match tokio::time::timeout(patience, self.up_to_date()).await {
             Ok(fresh) => fresh?,
-            Err(elapsed) => return Err(unavailable(elapsed)),
+            Err(_) => return Err(unavailable("the member does not begin the watch in time")),
         }
         self.store.watch(Target {
             namespace: namespace.clone(),

@@ -179,12 +179,12 @@ impl Recovered {
         let Some(first) = self.state.slots.front().map(|slot| slot.id.index) else {
             return Ok(());
         };
-        let expected = self.state.purged.map_or(0, |purged| purged.index + 1);
-        match first == expected {
-            true => Ok(()),
-            false => Err(storage(
+        let purged = self.state.purged.map(|purged| purged.index);
+        match purged.map_or(Some(0), |purged| purged.checked_add(1)) {
+            Some(expected) if expected == first => Ok(()),
+            _ => Err(storage(
                 directory,
-                format!("entries {expected} to {} are missing; {MEND}", first.saturating_sub(1)),
+                format!("entries before {first} are missing; {MEND}"),
             )),
         }
     }
