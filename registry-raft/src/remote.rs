@@ -30,7 +30,7 @@ use crate::transport::{Connection, MAX_MESSAGE, Transport, status_error};
 
 /// The pause before a backup is asked for again.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How long a watch that lost its member looks for another before it pauses.
+/// How long a watch that lost its member looks for another, and waits until that has begun it, before it tries the next.
 const TO_REOPEN: Duration = Duration::from_secs(10);
 
 /// A link to the members at these addresses, one at a time.
@@ -405,10 +405,19 @@ impl WatchStream {
             let mut backoff = Duration::from_millis(5);
             items = loop {
                 let from = told.map_or(WatchFrom::Now, WatchFrom::After);
+                let at = self.link.current.lock().at;
                 let opened = tokio::select! {
-                    opened = self.open(from) => opened,
+                    opened = tokio::time::timeout(TO_REOPEN, self.open(from)) => opened,
                     () = feed.closed() => return,
                 };
+                let opened = opened.unwrap_or_else(|elapsed| {
+                    // It may never be up to date: cut off from the others, it does not know.
+                    self.link.give_up(at);
+                    Err(Error::Unavailable {
+                        backend: BACKEND,
+                        source: elapsed.into(),
+                    })
+                });
                 match opened {
                     Ok(items) => {
                         listing = from == WatchFrom::Now;
