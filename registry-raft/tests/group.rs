@@ -79,7 +79,16 @@ async fn an_empty_disk_under_a_known_name_is_refused() {
     joining.listen = Some(std::mem::take(&mut joining.cluster)[listed.member.as_deref().unwrap()].clone());
     joining.join = group.addresses();
     for config in [listed, joining] {
-        let refused = within(PATIENCE, Member::start(&config)).await.unwrap_err();
+        let refused = within(PATIENCE, async {
+            loop {
+                match Member::start(&config).await.unwrap_err() {
+                    // One that was refused before lets go of its port when its threads have ended.
+                    Error::Unavailable { .. } => tokio::time::sleep(Duration::from_millis(20)).await,
+                    refused => return refused,
+                }
+            }
+        });
+        let refused = refused.await;
         assert!(
             matches!(&refused, Error::Storage { reason, .. } if reason.contains("members remove")),
             "{refused}"
