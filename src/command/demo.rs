@@ -62,12 +62,11 @@ pub(crate) async fn run(out: Output) -> Outcome {
         out,
         "1. A registry of three members: one in this process, two in processes of their own, data in a temporary directory.",
     )?;
-    let stopped = || Ok(ExitCode::from(130));
     // To its end, which does not take long: what is half begun can't be stopped in order.
     let mut group = Group::found(dir.path()).await?;
     let shown = tokio::select! {
         shown = show(out, start, &mut group) => shown.map(|()| ExitCode::SUCCESS),
-        () = stop.asked() => stopped(),
+        () = stop.asked() => Ok(ExitCode::from(130)),
     };
     // However it has ended: nothing is left behind.
     let stopped = group.stop().await;

@@ -45,12 +45,10 @@ impl Failure {
             #[allow(unreachable_patterns)]
             _ => "is the store running there, and are the settings right?",
         };
-        let unavailable = matches!(error, Error::Unavailable { .. });
-        let mut failure = Self::from(error);
-        if unavailable {
-            failure.text = format!("{}\n{hint}", failure.text);
+        match error {
+            Error::Unavailable { .. } => Self::from(error).after(hint),
+            error => Self::from(error),
         }
-        failure
     }
 
     /// The same, of one line of a file.
@@ -61,10 +59,10 @@ impl Failure {
         }
     }
 
-    /// The same, with what was done before.
-    pub(crate) fn after(self, done: &str) -> Self {
+    /// The same, with what was done before, or what to do about it, on a line of its own.
+    pub(crate) fn after(self, more: &str) -> Self {
         Self {
-            text: format!("{}\n{done}", self.text),
+            text: format!("{}\n{more}", self.text),
             ..self
         }
     }

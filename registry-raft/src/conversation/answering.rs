@@ -80,10 +80,6 @@ pub(super) fn answer_unless(
     together(told, next, |told| proto::ToldTogether { told }).map(Ok)
 }
 
-pub(super) fn told(number: u64, what: Option<Tell>) -> proto::Told {
-    proto::Told { number, what }
-}
-
 /// What is to be told, with its place among what waits for the connection.
 struct Waiting {
     told: proto::Told,
@@ -257,7 +253,10 @@ impl Watches {
 
 /// Answers a request, and says whether anybody hears it.
 async fn one(service: &Service, request: proto::Request, number: u64, telling: &Telling) -> bool {
-    let told = |response| told(number, Some(Tell::Response(response)));
+    let told = |response| proto::Told {
+        number,
+        what: Some(Tell::Response(response)),
+    };
     match &request.call {
         Some(Call::Get(_) | Call::List(_) | Call::Children(_)) => {
             let request = &request;
@@ -274,7 +273,8 @@ async fn items(service: Service, request: proto::WatchRequest, number: u64, tell
     loop {
         let item = items.next().await;
         let ended = item.is_none();
-        if !telling.tell(told(number, item.map(Tell::Item))).await || ended {
+        let what = item.map(Tell::Item);
+        if !telling.tell(proto::Told { number, what }).await || ended {
             return number;
         }
     }
@@ -284,5 +284,6 @@ async fn one_watch_too_many(number: u64, telling: &Telling) -> bool {
     let reason = format!("more than {WATCHES} watches of one handle");
     let refusal = proto::watch_response::Item::Failure(said(&Error::InvalidRequest(reason)));
     let item = Tell::Item(proto::WatchResponse { item: Some(refusal) });
-    telling.tell(told(number, Some(item))).await && telling.tell(told(number, None)).await
+    let told = |what| telling.tell(proto::Told { number, what });
+    told(Some(item)).await && told(None).await
 }

@@ -322,7 +322,7 @@ fn good() -> Vec<Vec<u8>> {
     let items = items.map(|item| (2, Some(Tell::Item(proto::WatchResponse { item: Some(item) }))));
     messages[0].extend(items.into_iter().chain([(2, None)]));
     let told = |parts: Vec<(u64, Option<Tell>)>| {
-        let told = parts.into_iter().map(|(number, what)| answering::told(number, what));
+        let told = parts.into_iter().map(|(number, what)| proto::Told { number, what });
         proto::ToldTogether { told: told.collect() }.encode_to_vec()
     };
     messages.map(told).to_vec()
