@@ -259,6 +259,12 @@ impl SessionClock {
         self.state.send_replace(SessionState::Connected(grant.session));
     }
 
+    /// When what it counts from, the opening or the last answered keep-alive, was sent.
+    fn asked_for(&self) -> Duration {
+        let valid_until = self.valid_until.load(Ordering::Acquire);
+        Duration::from_nanos(valid_until.saturating_sub(self.trusted.load(Ordering::Acquire)))
+    }
+
     /// Takes the answer to a keep-alive sent at `sent`. An answer that comes after the end changes nothing: a session
     /// once given up stays so, though the store may think otherwise.
     fn answered(&self, session: SessionId, sent: Duration, now: Duration) {
@@ -332,7 +338,8 @@ impl Keeper {
             (ttl / 20).clamp(Duration::from_millis(20), Duration::from_secs(1)),
         );
         let mut states = self.clock.state.subscribe();
-        let mut due = boottime() + period;
+        // Its validity counts from when it was asked for: a store that took long to open it has used that time up.
+        let mut due = self.clock.asked_for() + period;
         let mut beat: Option<(Duration, BoxFuture<'static, Result<()>>)> = None;
         loop {
             let now = boottime();

@@ -24,6 +24,8 @@ enum Mood {
 
 struct Store {
     mood: watch::Sender<Mood>,
+    /// How long it takes to open a session.
+    opening: Duration,
     opened: AtomicU64,
     beats: watch::Sender<u64>,
     closed: watch::Sender<Vec<SessionId>>,
@@ -31,8 +33,13 @@ struct Store {
 
 impl Store {
     fn new() -> Arc<Self> {
+        Self::that_opens_within(Duration::ZERO)
+    }
+
+    fn that_opens_within(opening: Duration) -> Arc<Self> {
         Arc::new(Self {
             mood: watch::Sender::new(Mood::Answers),
+            opening,
             opened: AtomicU64::new(0),
             beats: watch::Sender::new(0),
             closed: watch::Sender::new(Vec::new()),
@@ -60,6 +67,7 @@ impl Store {
 impl SessionStore for Store {
     async fn open(&self) -> Result<Grant> {
         self.answer().await?;
+        tokio::time::sleep(self.opening).await;
         let session = SessionId(self.opened.fetch_add(1, Ordering::SeqCst) + 1);
         Ok(Grant {
             session,
@@ -104,6 +112,18 @@ async fn keep_alives_need_no_call_and_keep_the_session() {
     store.beats.subscribe().wait_for(|beats| *beats >= 6).await.unwrap();
     assert_eq!(session.state(), SessionState::Connected(SessionId(1)));
     assert!(session.valid_until(SessionId(1)).unwrap() > first + TTL);
+}
+
+#[tokio::test]
+async fn a_session_that_was_opened_slowly_is_kept() {
+    // Less than a third of the TTL is left of what the handle trusts.
+    let store = Store::that_opens_within(TTL * 7 / 10);
+    let session = open(&store).await;
+    let mut beats = store.beats.subscribe();
+    let kept = tokio::time::timeout(10 * TTL, beats.wait_for(|beats| *beats >= 3)).await;
+    kept.expect("keep-alives in time").unwrap();
+    assert_eq!(session.state(), SessionState::Connected(SessionId(1)));
+    assert_eq!(store.opened.load(Ordering::SeqCst), 1);
 }
 
 #[tokio::test]
