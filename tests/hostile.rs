@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use clusters::Served;
 use registry::raft::{self, RaftConfig};
-use registry::{Read, SessionState};
+use registry::{Options, Read, SessionState};
 use registry_tests::torture::Usage;
 use registry_tests::{Cluster, Dice, Members, key, process, within};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
@@ -148,7 +148,9 @@ impl Besieged {
     /// Somebody else is served as if nothing was, and the member has grown by so much at most.
     async fn serves(&self, most: u64) {
         let began = Instant::now();
-        let registry = within(PATIENCE, self.cluster.connect()).await.unwrap();
+        // With the TTL that users have, not the suite's, which a slow machine may take to open a session in a siege.
+        let connected = self.cluster.connect_with(Options::default());
+        let registry = within(PATIENCE, connected).await.unwrap();
         let session = registry.session().live().unwrap();
         for n in 0..100 {
             registry.put(&key("/a"), n.to_string()).await.unwrap();
