@@ -496,7 +496,8 @@ impl Reader {
                     feed.synced(Revision(revision));
                 }
                 Some(Item::Failure(said)) => match failure(said) {
-                    Error::Unavailable { .. } => return Ok(()),
+                    // Of what the member can't tell of any more, the next stream tells how it is now.
+                    Error::Unavailable { .. } | Error::Compacted { .. } => return Ok(()),
                     error => return Err(error),
                 },
                 None => {}

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream};
 use parking_lot::{Mutex, RwLock};
 use registry_api::watch::feed;
-use registry_api::{DeleteCause, Error, Event, Result, Revision, Watch, WatchFrom, WatchItem, WatchScope};
+use registry_api::{Error, Event, Result, Revision, Watch, WatchFrom, WatchItem, WatchScope};
 use tokio::sync::watch;
 
 use crate::command::{Change, Outcome, Reply};
@@ -75,18 +75,33 @@ impl Store {
     pub(crate) fn replace(&self, frozen: Frozen) {
         let (state, meta) = frozen.thaw();
         let mut inner = self.inner.write();
-        let watchers = self.watchers.lock();
+        let mut watchers = self.watchers.lock();
         let before = std::mem::replace(&mut inner.state, state);
         inner.history = History::since(inner.state.revision);
         inner.applied = meta.last_log_id;
         inner.membership = meta.last_membership;
         let revision = inner.state.revision;
-        watchers.each(|target, feed| {
+        watchers.jump(|target, feed| {
             // One that goes on from another member may know more than this state has: what is older is no news.
-            if revision > target.after {
-                feed.changes(difference(target, &before.tree, &inner.state.tree, revision));
-                feed.synced(Revision(revision));
+            if revision <= target.after {
+                return Ok(());
             }
+            let nothing = Tree::default();
+            let known = match target.request.from {
+                _ if before.revision >= target.after => &before.tree,
+                // What was there after that revision nobody can tell here.
+                WatchFrom::After(requested) => {
+                    let oldest = Revision(revision);
+                    return Err(Error::Compacted { requested, oldest });
+                }
+                WatchFrom::Now | WatchFrom::AfterOrReset(_) => {
+                    feed.reset();
+                    &nothing
+                }
+            };
+            feed.changes(difference(target, known, &inner.state.tree, revision));
+            feed.synced(Revision(revision));
+            Ok(())
         });
     }
 
@@ -339,13 +354,7 @@ fn difference(target: &Target, before: &Tree, after: &Tree, revision: u64) -> Ve
         picture.put(event.entry().clone());
     }
     let now = entries(after).into_iter().map(|event| event.entry().clone()).collect();
-    let mut events = picture.replace(now, Revision(revision));
-    for event in &mut events {
-        if let Event::Deleted { cause, .. } = event {
-            *cause = DeleteCause::Unknown;
-        }
-    }
-    events
+    picture.replace(now, Revision(revision))
 }
 
 /// The state while commands are applied to it.
@@ -438,39 +447,90 @@ mod tests {
         Frozen::of(state, SnapshotMeta::default())
     }
 
-    /// A watch goes on here from a member that was further; then a snapshot comes that is older than what it was told.
-    #[test]
-    fn a_jump_to_what_a_watch_knows_tells_it_nothing() {
+    /// The states that a key goes through: created at 1, deleted at 2, created at 3, updated at 4.
+    fn states() -> [Frozen; 4] {
         let (mut state, put) = (State::default(), || Write::Put(proto::Put::default()));
-        let states = [
+        [
             write(&mut state, put()),
             write(&mut state, Write::Delete(proto::Unit {})),
             write(&mut state, put()),
             write(&mut state, put()),
-        ];
-        let [created, deleted, _, updated] = states;
+        ]
+    }
+
+    fn watch(store: &Store, from: WatchFrom) -> Watch {
+        let request = WatchRequest {
+            from,
+            ..WatchRequest::new(registry_api::Prefix::root(), WatchScope::Subtree)
+        };
+        let namespace = Namespace::parse("/ns").unwrap();
+        let target = Target {
+            namespace,
+            request,
+            after: 0,
+        };
+        store.watch(target).unwrap()
+    }
+
+    fn next(watch: &mut Watch) -> Option<Result<WatchItem>> {
+        watch.next().now_or_never().map(Option::unwrap)
+    }
+
+    /// A watch goes on here from a member that was further; then a snapshot comes that is older than what it was told.
+    #[test]
+    fn a_jump_to_what_a_watch_knows_tells_it_nothing() {
+        let [created, deleted, again, updated] = states();
         let store = Store::default();
         store.replace(created);
-        let mut watch = store
-            .watch(Target {
-                namespace: Namespace::parse("/ns").unwrap(),
-                request: WatchRequest {
-                    from: WatchFrom::After(Revision(3)),
-                    ..WatchRequest::new(registry_api::Prefix::root(), WatchScope::Subtree)
-                },
-                after: 0,
-            })
-            .unwrap();
-        let mut next = || watch.next().now_or_never().map(|item| item.unwrap().unwrap());
-        assert!(matches!(next(), Some(WatchItem::Synced(Revision(3)))));
+        let mut watch = watch(&store, WatchFrom::After(Revision(3)));
+        let told = next(&mut watch);
+        assert!(matches!(told, Some(Ok(WatchItem::Synced(Revision(3))))), "{told:?}");
         store.replace(deleted);
-        assert!(next().is_none());
+        assert!(next(&mut watch).is_none());
+        store.replace(again);
+        assert!(next(&mut watch).is_none());
         store.replace(updated);
-        let told = next();
+        let told = next(&mut watch);
         assert!(
-            matches!(&told, Some(WatchItem::Changes(events)) if events.len() == 1),
+            matches!(&told, Some(Ok(WatchItem::Changes(events))) if matches!(events[..], [Event::Updated(_)])),
             "{told:?}"
         );
-        assert!(matches!(next(), Some(WatchItem::Synced(Revision(4)))));
+        let told = next(&mut watch);
+        assert!(matches!(told, Some(Ok(WatchItem::Synced(Revision(4))))), "{told:?}");
+    }
+
+    /// What was there after revision 2 no member says that went from the first state to the last: the key that is told as
+    /// updated was created since, and one that came and went would not be told at all.
+    #[test]
+    fn a_jump_past_what_a_watch_knows_is_a_compaction() {
+        let [created, _, _, updated] = states();
+        let store = Store::default();
+        store.replace(created);
+        let mut strict = watch(&store, WatchFrom::After(Revision(2)));
+        let mut lenient = watch(&store, WatchFrom::AfterOrReset(Revision(2)));
+        for watch in [&mut strict, &mut lenient] {
+            let told = next(watch);
+            assert!(matches!(told, Some(Ok(WatchItem::Synced(Revision(2))))), "{told:?}");
+        }
+        store.replace(updated);
+        let told = next(&mut strict);
+        let (requested, oldest) = (Revision(2), Revision(4));
+        assert!(
+            matches!(&told, Some(Err(Error::Compacted { requested: r, oldest: o })) if (*r, *o) == (requested, oldest)),
+            "{told:?}"
+        );
+        let told = [next(&mut lenient), next(&mut lenient), next(&mut lenient)];
+        assert!(
+            matches!(
+                &told,
+                [
+                    Some(Ok(WatchItem::Reset)),
+                    Some(Ok(WatchItem::Changes(events))),
+                    Some(Ok(WatchItem::Synced(Revision(4))))
+                ] if matches!(events[..], [Event::Created(_)])
+            ),
+            "{told:?}"
+        );
+        assert_eq!(store.watches(), 1);
     }
 }
