@@ -458,7 +458,8 @@ impl Reader {
     ) -> Result<()> {
         // The current entries after a gap that the history does not bridge are compared with what was told before.
         let mut current = Vec::new();
-        let mut events = Vec::new();
+        // What belongs together is told together: of a part whose stream broke, the next tells the whole.
+        let mut together = Vec::new();
         let again = *listing && self.picture.entries().next().is_some();
         while let Ok(Some(response)) = items.message().await {
             match response.item {
@@ -475,13 +476,14 @@ impl Reader {
                     }
                 }
                 Some(Item::Changes(changes)) => {
-                    for event in changes.events {
-                        events.extend(self.event(event)?);
-                    }
+                    together.extend(changes.events);
                     if changes.more {
                         continue;
                     }
-                    let events = std::mem::take(&mut events);
+                    let mut events = Vec::new();
+                    for event in together.drain(..) {
+                        events.extend(self.event(event)?);
+                    }
                     if let Some(newest) = events.iter().map(Event::revision).max().filter(|_| !*listing) {
                         *told = Some(newest);
                     }

@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use registry_api::{Error, Expect, Key, Namespace, Options, Registry, Txn};
+use registry_api::{Error, Expect, Key, Namespace, Options, Registry, Revision, Txn, WatchItem};
 use registry_tests::Dice;
 use registry_tests::cluster::{eventually, within};
 use tempfile::TempDir;
@@ -376,6 +376,53 @@ fn is_understood(input: &[u8]) -> bool {
         Some(Answer::Status(status)) => crate::status::Status::from(status).leader().is_none(),
         answer => answer.is_some(),
     }
+}
+
+/// The stream breaks between two parts of what belongs together: the next one's whole is told, once.
+#[test]
+fn a_part_is_told_with_the_rest_of_it() {
+    let created = |key: &str| proto::Event {
+        kind: proto::event::Kind::Created.into(),
+        entry: Some(proto::Entry {
+            key: key.into(),
+            create_revision: 5,
+            mod_revision: 5,
+            ..proto::Entry::default()
+        }),
+        revision: 5,
+    };
+    let part = |key, more| {
+        let events = vec![created(key)];
+        Item::Changes(proto::Changes { events, more })
+    };
+    let (feed, watch) = registry_api::watch::feed();
+    let (mut reader, mut told) = (Reader::new(Namespace::parse("/ns").unwrap()), Some(Revision(4)));
+    for parts in [
+        vec![part("/ns/a", true)],
+        vec![part("/ns/a", true), part("/ns/b", false)],
+    ] {
+        let conversation = Conversation {
+            asking: mpsc::unbounded_channel().0,
+            waiting: Arc::default(),
+        };
+        let mut items = conversation.watch(proto::WatchRequest::default()).unwrap();
+        let mut waiting = conversation.waiting.lock();
+        for part in parts {
+            let what = Some(Tell::Item(proto::WatchResponse { item: Some(part) }));
+            waiting.tell(proto::Told { number: 1, what });
+        }
+        waiting.end(gone());
+        drop(waiting);
+        let mut listing = false;
+        let passed_on = reader.pass_on(&mut items, &feed, &mut told, &mut listing);
+        passed_on.now_or_never().expect("nothing is waited for").unwrap();
+    }
+    drop(feed);
+    let items: Vec<_> = watch.collect().now_or_never().expect("the feed is gone");
+    assert!(
+        matches!(&items[..], [Ok(WatchItem::Changes(events))] if events.len() == 2),
+        "{items:?}"
+    );
 }
 
 #[test]
