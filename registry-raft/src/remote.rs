@@ -25,6 +25,7 @@ use crate::proto::registry_client::RegistryClient;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
 use crate::proto::watch_response::Item;
+use crate::service::MAX_LIMIT;
 use crate::status::Status;
 use crate::transport::{Connection, MAX_MESSAGE, Transport, status_error};
 
@@ -300,10 +301,15 @@ impl Link for Remote {
             backend: BACKEND,
             source: format!("no member began the watch within {patience:?}").into(),
         };
-        let from = stream.request.from;
-        let items = tokio::time::timeout(patience, stream.open(from))
-            .await
-            .map_err(no_answer)??;
+        let begun = async {
+            let from = stream.request.from;
+            let items = stream.open(from).await?;
+            if let WatchFrom::After(after) | WatchFrom::AfterOrReset(after) = from {
+                stream.recall(after).await?;
+            }
+            Ok::<_, Error>(items)
+        };
+        let items = tokio::time::timeout(patience, begun).await.map_err(no_answer)??;
         let (feed, watch) = feed();
         tokio::spawn(stream.run(items, feed));
         Ok(watch)
@@ -382,6 +388,47 @@ impl WatchStream {
                     },
                     error => error,
                 })
+            }
+        }
+    }
+
+    /// Reads what the reader knows who begins after a revision, but for what has changed since, of which the stream tells:
+    /// from this it can be told what went, should the history not bridge a gap one day.
+    async fn recall(&mut self, after: Revision) -> Result<()> {
+        let mut list = proto::List {
+            prefix: self.reader.namespace.qualify(self.request.prefix.as_str()),
+            children_only: self.request.scope == WatchScope::Children,
+            // The key itself comes first.
+            limit: if self.request.scope == WatchScope::Key {
+                1
+            } else {
+                MAX_LIMIT
+            },
+            ..proto::List::default()
+        };
+        loop {
+            let page = match self.link.call(Call::List(list.clone()), TO_REOPEN).await {
+                Ok(Answer::Page(page)) => page,
+                Ok(_) => return Err(not_understood()),
+                // Asking changes nothing, whatever became of the question.
+                Err(Error::Unavailable { source, .. } | Error::OutcomeUnknown { source, .. }) => {
+                    tracing::debug!(error = %source, "a watch reads what its reader knows, and tries again");
+                    tokio::time::sleep(PAUSE).await;
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            if let Some(last) = page.entries.last() {
+                list.after.clone_from(&last.key);
+            }
+            for entry in page.entries {
+                let entry = command::entry(&self.reader.namespace, entry)?;
+                if entry.mod_revision <= after && self.request.wants(&entry.key) {
+                    self.reader.picture.put(entry);
+                }
+            }
+            if !page.more || self.request.scope == WatchScope::Key {
+                return Ok(());
             }
         }
     }
@@ -518,7 +565,7 @@ impl Reader {
             Kind::Updated => {
                 let known = self.picture.get(&entry.key).is_some();
                 let events = self.picture.put(entry.clone());
-                // Begun after a revision, the watch never told this key; it was there all the same.
+                // Begun after a revision, the watch does not know how this key was then; it was there all the same.
                 return Ok(if known { events } else { vec![Event::Updated(entry)] });
             }
             Kind::Deleted => registry_api::DeleteCause::Deleted,
@@ -526,7 +573,7 @@ impl Reader {
         };
         match self.picture.get(&entry.key) {
             Some(_) => Ok(self.picture.delete(&entry.key, revision, cause).into_iter().collect()),
-            // Begun after a revision, the watch never told this key; the store knows what it last was.
+            // Begun after a revision, the watch does not know how this key was then; the store knows what it last was.
             None => Ok(vec![Event::Deleted {
                 last: entry,
                 revision,
