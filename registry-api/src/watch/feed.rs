@@ -143,6 +143,7 @@ impl State {
             match item {
                 WatchItem::Reset => {
                     reset = true;
+                    synced = None;
                     keys.clear();
                 }
                 WatchItem::Synced(revision) => synced = Some(revision),
@@ -291,6 +292,17 @@ mod tests {
             }
             prop_assert_eq!(known.into_values().collect::<Vec<_>>(), truth.entries().cloned().collect::<Vec<_>>());
         }
+    }
+
+    /// What follows a reset is not all told yet, whatever was before.
+    #[test]
+    fn folding_keeps_no_mark_from_before_a_reset() {
+        let queue = Queue::default();
+        let changes = |revision| WatchItem::Changes(vec![Event::Created(entry(1, revision))]);
+        let items = [changes(1), WatchItem::Synced(Revision(1)), WatchItem::Reset, changes(2)];
+        items.iter().for_each(|item| queue.push(item.clone()));
+        queue.lock().fold();
+        assert_eq!(queue.lock().items, &items[2..]);
     }
 
     #[tokio::test]
