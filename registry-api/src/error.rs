@@ -133,6 +133,22 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// What is wrong, and what is beneath it, for people: `the error: its cause: the cause of that`, each said once.
+    pub fn with_causes(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(beneath) = cause {
+            let more = beneath.to_string();
+            if !text.contains(&more) {
+                text = format!("{text}: {more}");
+            }
+            cause = beneath.source();
+        }
+        text
+    }
+}
+
 /// Why a put is refused by name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -158,5 +174,32 @@ fn found_text(found: Option<Revision>) -> String {
     match found {
         Some(revision) => format!("is at revision {revision}"),
         None => "is absent".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{text}")]
+    struct Cause {
+        text: &'static str,
+        source: Option<Box<Self>>,
+    }
+
+    #[test]
+    fn causes_are_said_in_their_order_and_once() {
+        let cause = |text, source: Option<Cause>| Cause {
+            text,
+            source: source.map(Box::new),
+        };
+        let told_already = cause("a: no answer", Some(cause("no answer", None)));
+        let error = Error::Unavailable {
+            backend: "raft",
+            source: cause("nobody leads", Some(told_already)).into(),
+        };
+        assert_eq!(error.with_causes(), "raft is unavailable: nobody leads: a: no answer");
+        assert_eq!(Error::Closed.with_causes(), "the handle is closed");
     }
 }

@@ -92,15 +92,7 @@ impl From<Error> for Failure {
             Error::AccessDenied { .. } => 8,
             _ => 1,
         };
-        let mut text = error.to_string();
-        let mut cause = std::error::Error::source(&error);
-        while let Some(beneath) = cause {
-            let more = beneath.to_string();
-            if !text.contains(&more) {
-                text = format!("{text}: {more}");
-            }
-            cause = beneath.source();
-        }
+        let mut text = error.with_causes();
         if code == 6 {
             text.push_str("\nit may have been done, or may be later: read back before trying again");
         }

@@ -78,7 +78,7 @@ impl From<Error> for Refusal {
             Error::Unsupported { .. } => (StatusCode::NOT_IMPLEMENTED, "unsupported"),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
         };
-        let mut refusal = Self::new(status, word, with_causes(&error));
+        let mut refusal = Self::new(status, word, error.with_causes());
         if let Error::Conflict { found, .. } = &error {
             refusal.body["found"] = serde_json::json!(found.map(|revision| revision.0));
         }
@@ -90,17 +90,6 @@ impl From<KeyError> for Refusal {
     fn from(error: KeyError) -> Self {
         Self::invalid(error.to_string())
     }
-}
-
-/// What is wrong, and what is beneath it.
-fn with_causes(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(beneath) = cause {
-        text = format!("{text}: {beneath}");
-        cause = beneath.source();
-    }
-    text
 }
 
 /// An answer for programs.
