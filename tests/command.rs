@@ -212,6 +212,12 @@ async fn wrong_inputs_say_what_is_wrong() {
             .await
             .contains("another process has this directory open")
     );
+    let elsewhere = ["serve", "--set", "raft.data_dir=elsewhere"];
+    let taken = shell.says(5, &elsewhere).await;
+    assert!(taken.contains("set registry.raft.listen to another address"), "{taken}");
+    let http = ["--set", &format!("raft.http=127.0.0.1:{}", shell.port)];
+    let taken = shell.says(5, &[&elsewhere[..], &http].concat()).await;
+    assert!(taken.contains("set registry.raft.http to another address"), "{taken}");
     for (code, arguments) in [(3, ["--json", "get", "/none"]), (2, ["--json", "get", "none"])] {
         let error: Value = serde_json::from_str(&shell.says(code, &arguments).await).unwrap();
         assert_eq!(error["code"], code);

@@ -372,7 +372,7 @@ async fn start(config: &RaftConfig) -> Result<Started> {
         .map(|path| Directory::open(path, config.member_name(), first).map(Arc::new))
         .transpose()?;
     let listener = match config.directory() {
-        Some(_) => Some(transport.listen(config.address()?).await?),
+        Some(_) => Some(transport.listen("listen", config.address()?).await?),
         None => None,
     };
     let address = listener

@@ -8,7 +8,7 @@
 //! ```text
 //! let transport = Transport::new(&config)?;                          // reads the files
 //! let client = RegistryClient::new(transport.dial("10.0.0.1:7480", patience).await?);
-//! let listener = transport.listen(address).await?;
+//! let listener = transport.listen("listen", address).await?;
 //! transport.serve(listener, Routes::new(service).add_service(another), stopping).await;
 //! ```
 //!
@@ -112,17 +112,18 @@ impl Transport {
         Ok(InterceptedService::new(channel, Say(self.token.clone())))
     }
 
-    /// Takes an address to listen on.
+    /// Takes the address to listen on that the setting gives.
     ///
     /// # Errors
     /// [`Error::Unavailable`] if it can't be had.
-    pub(crate) async fn listen(&self, address: SocketAddr) -> Result<TcpListener> {
+    pub(crate) async fn listen(&self, setting: &'static str, address: SocketAddr) -> Result<TcpListener> {
         if self.proofs.is_none() && !address.ip().is_loopback() {
             tracing::warn!(%address, "listening beyond loopback without registry.raft.tls: anybody who reaches this address reads and writes");
         }
         TcpListener::bind(address).await.map_err(|error| Error::Unavailable {
             backend: BACKEND,
-            source: format!("can't listen on {address}: {error}").into(),
+            source: format!("can't listen on {address}: {error}; set registry.raft.{setting} to another address")
+                .into(),
         })
     }
 

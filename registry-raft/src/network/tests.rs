@@ -113,7 +113,7 @@ impl Other {
             heard: Arc::default(),
         };
         let transport = Transport::new(&RaftConfig::default()).unwrap();
-        let listener = transport.listen(([127, 0, 0, 1], 0).into()).await.unwrap();
+        let listener = transport.listen("listen", ([127, 0, 0, 1], 0).into()).await.unwrap();
         let peer = Peer {
             name: "b".into(),
             address: listener.local_addr().unwrap().to_string(),

@@ -37,7 +37,7 @@ impl Gate {
             return Ok(None);
         };
         let transport = Transport::new(config)?;
-        let listener = transport.listen(address).await?;
+        let listener = transport.listen("http", address).await?;
         let address = listener
             .local_addr()
             .map_err(|error| refused("http", error.to_string()))?;
