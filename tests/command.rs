@@ -737,7 +737,9 @@ async fn a_store_is_compared_backed_up_and_restored_into_a_new_directory() {
     let (bytes, text) = (&json["backup"]["bytes"], String::from_utf8_lossy(&shown.stdout));
     assert!(shown.status.success(), "{text}");
     assert!(text.contains(&format!("{bytes} B/{bytes} B")), "{text}");
-    // There is something already, then it is damaged, then it is right.
+    // It is not there, then there is something already, then it is damaged, then it is right.
+    let refused = shell.says(2, &["restore", "none.backup"]).await;
+    assert!(refused.contains("none.backup: No such file"), "{refused}");
     let refused = shell.says(1, &["restore", "one.backup"]).await;
     assert!(refused.contains("new directory"), "{refused}");
     let file = shell.dir.path().join("one.backup");

@@ -58,6 +58,7 @@ impl Restore {
         let Backend::Raft(raft) = &config.backend else {
             return Err(not_embedded());
         };
+        std::fs::File::open(&self.file).map_err(|error| Failure::usage(format!("{}: {error}", self.file.display())))?;
         let backup = registry::raft::restore(&self.file, raft).await?;
         let data = raft.data_dir.clone().unwrap_or_else(|| "registry-data".into());
         let people = || {
