@@ -4,7 +4,7 @@ use openraft::LogIdOptionExt;
 use registry_api::{Key, Options};
 
 use super::*;
-use crate::command::txn_to_proto;
+use crate::command::{Change, Command, txn_to_proto};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn members_that_differ_are_told_apart() {

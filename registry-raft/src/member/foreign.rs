@@ -16,6 +16,7 @@ use super::*;
 use crate::network::Lane;
 use crate::proto::registry::log::v1 as log;
 use crate::proto::registry::peer::v1 as message;
+use crate::transport::Transport;
 use message::snapshot_part::Part;
 
 /// Who speaks to it, and is no member.

@@ -6,6 +6,7 @@ use futures_util::future::join_all;
 use super::*;
 use crate::network::Lane;
 use crate::proto::registry::peer::v1::Admission;
+use crate::transport::Transport;
 
 /// A member that is a group by itself, and the way to it.
 struct Group {

@@ -6,10 +6,12 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use registry_tests::process::free_port;
 
+use super::opening::{raft_config, recovered};
 use super::*;
 use crate::network::Lane;
 use crate::proto::registry::log::v1 as log;
 use crate::proto::registry::peer::v1 as message;
+use crate::transport::Transport;
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
 
