@@ -102,6 +102,36 @@ async fn a_killed_leader_loses_no_session_and_no_change() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_session_outlives_twice_its_ttl_while_leaders_change() {
+    let cluster = Servers::start(3).await;
+    let wire = wire_to(&cluster).await;
+    let (registry, other) = (
+        connect(&[wire.address().to_string()]).await,
+        connect(&cluster.endpoints()).await,
+    );
+    let lost = session_of(&registry);
+    registry.put_ephemeral(&key("/alive"), "").await.unwrap();
+    let is_there = async || {
+        let there = other.get(&key("/alive"), Read::Linearizable).await.unwrap();
+        there.is_some_and(|entry| entry.session == Some(lost))
+    };
+
+    wire.cut();
+    let began = Instant::now();
+    let bound = 2 * TTL + Duration::from_secs(1);
+    while began.elapsed() <= bound {
+        cluster.move_leader().await;
+        // Each of them grants the whole TTL again, and is replaced before that is over.
+        tokio::time::sleep(TTL / 4).await;
+    }
+    assert!(is_there().await, "no leader granted it its time again");
+    assert!(!registry.session().is_valid(lost), "its handle counts on no leader");
+    let began = Instant::now();
+    until("it has expired", async || !is_there().await).await;
+    assert!(began.elapsed() < bound, "{:?}", began.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_cut_shorter_than_the_ttl_loses_nothing() {
     let cluster = Servers::start(1).await;
     let wire = wire_to(&cluster).await;

@@ -7,11 +7,11 @@ mod harness;
 use std::process::Command;
 use std::time::Duration;
 
-use harness::{Servers, connect, until};
+use harness::{Servers, connect, connect_with_ttl, until};
 use registry_api::{Error, Event, Expect, Kind, List, Prefix, Read, SessionId, Txn, WatchItem};
 use registry_etcd::{Endpoints, EtcdConfig};
 use registry_tests::watch::Picture;
-use registry_tests::{key, within};
+use registry_tests::{Wire, key, within};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -137,6 +137,47 @@ async fn a_take_over_is_told_as_a_delete_and_then_a_create() {
     };
     assert_eq!((&last.value[..], &entry.value[..]), (&b"1"[..], &b"2"[..]));
     assert!(deleted[0].revision() < entry.create_revision);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_take_over_whose_second_request_is_refused_leaves_the_key_deleted() {
+    let cluster = Servers::start(1).await;
+    let one = connect(&cluster.endpoints()).await;
+    let other = connect_with_ttl(&cluster.endpoints(), Duration::from_secs(60)).await;
+    one.put_ephemeral(&key("/e"), "1").await.unwrap();
+    // What its handle has not learnt yet: the delete names no lease, the put one that is gone.
+    let lease = other.session().live().unwrap().0.cast_signed();
+    cluster.raw().await.lease_client().revoke(lease).await.unwrap();
+    let taken = other.take_over(&key("/e"), "2", Kind::Ephemeral).await;
+    let Err(Error::OutcomeUnknown { source, .. }) = &taken else {
+        panic!("{taken:?}");
+    };
+    let cause = source.downcast_ref::<Error>();
+    assert!(matches!(cause, Some(Error::SessionExpired { .. })), "{taken:?}");
+    assert_eq!(one.get(&key("/e"), Read::Linearizable).await.unwrap(), None);
+    // Nothing stands in the way of another.
+    other.take_over(&key("/e"), "3", Kind::Persistent).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_take_over_whose_second_request_is_lost_leaves_the_key_deleted() {
+    let cluster = Servers::start(1).await;
+    let wire = Wire::to(cluster.endpoint(0).parse().unwrap()).await;
+    let one = connect(&cluster.endpoints()).await;
+    let other = connect(&[wire.address().to_string()]).await;
+    one.put_ephemeral(&key("/e"), "1").await.unwrap();
+    let (mut watch, mut picture) = Picture::of(&*one).await.unwrap();
+    // So slow that the delete is known here before it is there, and the put is not sent yet.
+    wire.slow(Duration::from_millis(200));
+    let taking = tokio::spawn(async move { other.take_over(&key("/e"), "2", Kind::Ephemeral).await });
+    picture
+        .until(&mut watch, |picture| picture.entries.is_empty())
+        .await
+        .unwrap();
+    wire.cut();
+    let taken = within(PATIENCE, taking).await.unwrap();
+    assert!(matches!(taken, Err(Error::OutcomeUnknown { .. })), "{taken:?}");
+    assert_eq!(one.get(&key("/e"), Read::Linearizable).await.unwrap(), None);
 }
 
 #[tokio::test(flavor = "multi_thread")]

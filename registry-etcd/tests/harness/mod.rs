@@ -54,19 +54,19 @@ impl Servers {
 
     /// One member that speaks TLS alone.
     pub async fn start_with_tls() -> Self {
-        Self::new_with_tls().started().await
+        Self::new_with_tls(1).started().await
     }
 
-    /// One member that speaks TLS, and only with clients whose certificate the authority signed.
-    pub async fn start_with_mutual_tls() -> Self {
-        let mut cluster = Self::new_with_tls();
+    /// Members that speak TLS, and only with clients whose certificate the authority signed.
+    pub async fn start_with_mutual_tls(members: usize) -> Self {
+        let mut cluster = Self::new_with_tls(members);
         let ca = format!("--trusted-ca-file={}", cluster.file("ca.pem").display());
         cluster.arguments.extend([ca, "--client-cert-auth".into()]);
         cluster.started().await
     }
 
-    fn new_with_tls() -> Self {
-        let mut cluster = Self::new(1);
+    fn new_with_tls(members: usize) -> Self {
+        let mut cluster = Self::new(members);
         cluster.scheme = "https";
         for name in ["ca", "server", "client"] {
             certificate(cluster.data.path(), name);
@@ -193,6 +193,16 @@ impl Servers {
             }
         }
         panic!("no leader");
+    }
+
+    /// Has the leader hand over to the next member.
+    pub async fn move_leader(&self) {
+        let leader = self.leader().await;
+        let next = self.client(&self.endpoint((leader + 1) % self.members.len())).await;
+        let status = next.maintenance_client().status().await.unwrap();
+        let next = status.header().unwrap().member_id();
+        let leader = self.client(&self.endpoint(leader)).await;
+        leader.maintenance_client().move_leader(next).await.unwrap();
     }
 
     /// A figure of the first member's own account.
