@@ -9,6 +9,7 @@ mod harness;
 mod leadership;
 mod members;
 mod quorum;
+mod reads;
 mod seen;
 mod three;
 

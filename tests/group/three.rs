@@ -25,7 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// The name of each member that comes and goes.
 const GUEST: &str = "d";
 
-struct Three {
+/// Members whose leader answers reads by its lease, or asks the others each time.
+struct Three<const LEASE_READS: bool> {
     group: Mutex<Group>,
     net: Arc<Net>,
     addresses: Vec<String>,
@@ -33,8 +34,8 @@ struct Three {
     guests: AtomicU64,
 }
 
-fn settings() -> String {
-    format!("snapshot_log_bytes = {SNAPSHOT_LOG_BYTES}")
+fn settings(lease_reads: bool) -> String {
+    format!("snapshot_log_bytes = {SNAPSHOT_LOG_BYTES}\nlease_reads = {lease_reads}")
 }
 
 fn system(config: &Path) -> System {
@@ -48,7 +49,7 @@ fn serving(config: &Path) -> Command {
     command
 }
 
-impl Three {
+impl<const LEASE_READS: bool> Three<LEASE_READS> {
     fn remote(&self) -> RaftConfig {
         RaftConfig::remote(self.addresses.clone())
     }
@@ -74,9 +75,9 @@ impl Three {
 }
 
 #[async_trait]
-impl Cluster for Three {
+impl<const LEASE_READS: bool> Cluster for Three<LEASE_READS> {
     async fn start() -> Self {
-        let group = Group::start_program(MEMBERS, |_| settings(), serving).await;
+        let group = Group::start_program(MEMBERS, |_| settings(LEASE_READS), serving).await;
         Self {
             net: group.net.clone(),
             systems: ["a", "b", "c"].map(|name| system(&group.config_file(name))).into(),
@@ -127,7 +128,7 @@ impl Cluster for Three {
 }
 
 #[async_trait]
-impl Members for Three {
+impl<const LEASE_READS: bool> Members for Three<LEASE_READS> {
     fn members(&self) -> usize {
         MEMBERS
     }
@@ -170,7 +171,7 @@ impl Members for Three {
     async fn have_a_guest(&self) -> bool {
         let (config, data) = {
             let group = self.group.lock().await;
-            group.write_joiner(GUEST, harness::free_address(), &settings());
+            group.write_joiner(GUEST, harness::free_address(), &settings(LEASE_READS));
             (group.config_file(GUEST), group.directory().join(GUEST))
         };
         let name = GUEST.to_owned();
@@ -199,7 +200,12 @@ impl Members for Three {
 
 mod faults {
     use super::*;
-    registry_tests::properties!(faults tests_of, Three);
+    registry_tests::properties!(faults tests_of, Three<false>);
 }
 
-registry_tests::torture!(Three);
+registry_tests::torture!(Three<false>);
+
+mod lease_reads {
+    use super::*;
+    registry_tests::torture!(Three<true>);
+}

@@ -1,0 +1,92 @@
+//! Reads that the leader answers by its lease (`lease_reads`), while it loses its leadership.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use registry::{Error, Options, Read, Registry};
+use registry_tests::key;
+use tokio::sync::watch;
+
+use crate::harness::{Group, options};
+use crate::{until, value};
+
+/// Reads at one member until it is told to stop. No answer may be older than what was acknowledged before it was asked for;
+/// how many there were is told.
+async fn read_on(
+    registry: Arc<dyn Registry>,
+    acknowledged: Arc<AtomicU64>,
+    answers: watch::Sender<u64>,
+    mut stop: watch::Receiver<bool>,
+) {
+    while !*stop.borrow_and_update() {
+        let before = acknowledged.load(Ordering::Acquire);
+        match registry.get(&key("/a"), Read::Linearizable).await {
+            Ok(entry) => {
+                let read: u64 = std::str::from_utf8(&entry.unwrap().value).unwrap().parse().unwrap();
+                assert!(read >= before, "{read} was read, {before} acknowledged before");
+                answers.send_modify(|answers| *answers += 1);
+            }
+            Err(Error::Unavailable { .. } | Error::DeadlineExceeded { .. }) => {}
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+}
+
+/// The leader is cut off from the others or stopped, not from those who read at it; another is elected, and puts are
+/// acknowledged there. Twice each.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_ends_before_another_can_lead() {
+    let mut group = Group::start_with(3, |_| "lease_reads = true".into()).await;
+    let acknowledged = Arc::new(AtomicU64::new(0));
+    let quick = Options {
+        request_timeout: Duration::from_millis(500),
+        ..options()
+    };
+    let all = group.connect_all().await;
+    let put = async |number: u64| {
+        until("it is put", || async {
+            all.put(&key("/a"), number.to_string()).await.is_ok()
+        })
+        .await;
+        acknowledged.store(number, Ordering::Release);
+    };
+    put(1).await;
+    let mut alone = 0;
+    for round in 1..=4 {
+        let old = group.leader().await;
+        let others: Vec<_> = (0..3).filter(|at| *at != old).collect();
+        let at_old = registry::raft::connect(&group.remote(old), &quick).await.unwrap();
+        let (answers, mut answered) = watch::channel(0);
+        let (stop, stopped) = watch::channel(false);
+        let reading = tokio::spawn(read_on(at_old, acknowledged.clone(), answers, stopped));
+        answered.wait_for(|answers| *answers > 100).await.unwrap();
+        let so_far = *answered.borrow();
+        match round % 2 {
+            0 => group.process(old).pause(),
+            _ => group.net.isolate(old),
+        }
+        group.leader_of(&others, &others).await;
+        for number in 0..20 {
+            put(100 * round + number).await;
+        }
+        alone += *answered.borrow() - so_far;
+        match round % 2 {
+            0 => group.process(old).resume(),
+            _ => group.net.mend(),
+        }
+        // It reads what the others put, once it follows them.
+        let so_far = *answered.borrow_and_update();
+        answered.wait_for(|answers| *answers > so_far + 10).await.unwrap();
+        stop.send_replace(true);
+        reading.await.unwrap();
+        let back = group.connect(old).await;
+        assert_eq!(
+            value(&back, "/a", Read::Linearizable).await.unwrap(),
+            (100 * round + 19).to_string()
+        );
+        back.close().await.unwrap();
+    }
+    assert!(alone > 10, "a leader that is cut off never answered: there is no lease");
+    all.close().await.unwrap();
+}
