@@ -179,8 +179,9 @@ impl Session {
 
     /// Until when the session is surely valid, as known now; `None` if it has ended. Keep-alives move it on.
     pub fn valid_until(&self, session: SessionId) -> Option<Instant> {
-        let left = self.clock.left(session)?;
-        Some(Instant::now() + left)
+        // Read before what is left is: a thread that stood still between the two must not promise so much more.
+        let now = Instant::now();
+        Some(now + self.clock.left(session)?)
     }
 
     /// Whether the session is surely valid at this moment.
