@@ -14,6 +14,8 @@ use crate::watch::{Picture, same_as_store};
 use crate::{Cluster, key, within};
 
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How much later than it must a store, or an answer, comes on a busy machine.
+const LATE: Duration = Duration::from_secs(5);
 
 /// F5. `health` answers without a write.
 pub async fn health_answers(cluster: &impl Cluster) -> Result<()> {
@@ -104,7 +106,7 @@ fn quick(cluster: &impl Cluster) -> Options {
     Options {
         request_timeout: Duration::from_secs(1),
         connect_timeout: Duration::from_secs(2),
-        ..cluster.options()
+        ..cluster.steady()
     }
 }
 
@@ -112,7 +114,7 @@ fn quick(cluster: &impl Cluster) -> Options {
 fn patient(cluster: &impl Cluster) -> Options {
     Options {
         session_ttl: registry_api::SessionTtl::new(Duration::from_secs(20)).expect("it is in the range"),
-        ..cluster.options()
+        ..cluster.steady()
     }
 }
 
@@ -121,7 +123,7 @@ pub async fn calls_end_in_time_without_a_store(cluster: &impl Cluster) -> Result
     let (registry, wire) = cluster.connect_through(quick(cluster)).await?;
     registry.put(&key("/a"), "before").await?;
     wire.cut();
-    let bound = Duration::from_secs(3);
+    let bound = quick(cluster).request_timeout + LATE;
     let read = within(bound, registry.get(&key("/a"), Read::Linearizable)).await;
     assert!(matches!(read, Err(Error::Unavailable { .. })), "{read:?}");
     let write = within(bound, registry.put(&key("/a"), "cut")).await;
@@ -154,7 +156,7 @@ async fn told_at_connect(cluster: &impl Cluster) {
     let asked = Instant::now();
     let refused = cluster.connect_with(options.clone()).await;
     assert!(
-        asked.elapsed() < 2 * options.connect_timeout + Duration::from_secs(1),
+        asked.elapsed() < 2 * options.connect_timeout + LATE,
         "{:?}",
         asked.elapsed()
     );
@@ -196,7 +198,7 @@ pub async fn the_same_handle_works_again(cluster: &impl Cluster) -> Result<()> {
 pub async fn a_short_cut_loses_no_session(cluster: &impl Cluster) -> Result<()> {
     let options = Options {
         session_ttl: registry_api::SessionTtl::new(Duration::from_secs(6))?,
-        ..cluster.options()
+        ..cluster.steady()
     };
     let (registry, wire) = cluster.connect_through(options).await?;
     let other = cluster.connect().await?;
@@ -230,7 +232,7 @@ pub async fn a_short_cut_loses_no_session(cluster: &impl Cluster) -> Result<()> 
 /// S4, S5, L5. A cut longer than the TTL: the holder is told before anybody else can hold, the handle goes on with a new
 /// session, and nothing is carried over in silence.
 pub async fn a_long_cut_loses_it_before_others_can_hold(cluster: &impl Cluster) -> Result<()> {
-    let (registry, wire) = cluster.connect_through(cluster.options()).await?;
+    let (registry, wire) = cluster.connect_through(cluster.steady()).await?;
     let other = cluster.connect().await?;
     let session = registry.session().live()?;
     registry.put_ephemeral(&key("/e"), "").await?;
@@ -258,7 +260,8 @@ pub async fn a_long_cut_loses_it_before_others_can_hold(cluster: &impl Cluster) 
     assert!(next.token() > held.token());
     // By the store's clock: not before the TTL, and not later than twice that and a second, with some room for this machine.
     let ttl = registry.session().ttl();
-    assert!(cut.elapsed() < 2 * ttl + Duration::from_secs(4), "{:?}", cut.elapsed());
+    let latest = 2 * ttl + Duration::from_secs(1) + LATE;
+    assert!(cut.elapsed() < latest, "{:?}", cut.elapsed());
     wire.mend();
     within(
         PATIENCE,
@@ -277,13 +280,14 @@ pub async fn a_long_cut_loses_it_before_others_can_hold(cluster: &impl Cluster) 
 
 /// S2, E3. A holder whose process is gone is replaced when its session expires: not before its TTL, and in time.
 pub async fn a_dead_holder_is_replaced_in_time(cluster: &impl Cluster) -> Result<()> {
-    let (dead, wire) = cluster.connect_through(cluster.options()).await?;
+    let (dead, wire) = cluster.connect_through(cluster.steady()).await?;
     let other = cluster.connect().await?;
     let _held = acquire(&dead, "/l").await?;
     let ttl = dead.session().ttl();
     wire.cut();
     let cut = Instant::now();
-    let next = within(2 * ttl + Duration::from_secs(4), other.lock(&key("/l")).acquire()).await?;
+    let latest = 2 * ttl + Duration::from_secs(1) + LATE;
+    let next = within(latest, other.lock(&key("/l")).acquire()).await?;
     assert!(cut.elapsed() > ttl / 2, "after {:?} already", cut.elapsed());
     next.release().await?;
     other.close().await
@@ -318,7 +322,7 @@ pub async fn a_watch_goes_on_over_a_restart(cluster: &impl Cluster) -> Result<()
 
 /// W3. What changed while the watch was cut off arrives as puts and deletes.
 pub async fn a_watch_bridges_a_cut(cluster: &impl Cluster) -> Result<()> {
-    let (registry, wire) = cluster.connect_through(cluster.options()).await?;
+    let (registry, wire) = cluster.connect_through(cluster.steady()).await?;
     let other = cluster.connect().await?;
     for n in 0..10 {
         other.put(&key(&format!("/w/{n}")), "before").await?;
@@ -443,10 +447,12 @@ pub async fn an_expired_registration_comes_back(cluster: &impl Cluster) -> Resul
 
 /// R5, S7. A store that stands still for a while loses nothing acknowledged, and no handle has to be opened anew.
 pub async fn a_paused_store_loses_nothing_acknowledged(cluster: &impl Cluster) -> Result<()> {
-    let registry: Arc<dyn Registry> = cluster.connect_with(quick(cluster)).await?;
+    let quick = quick(cluster);
+    let bound = quick.request_timeout + LATE;
+    let registry: Arc<dyn Registry> = cluster.connect_with(quick).await?;
     registry.put(&key("/a"), "before").await?;
     cluster.pause().await;
-    let write = within(Duration::from_secs(5), registry.put(&key("/b"), "paused")).await;
+    let write = within(bound, registry.put(&key("/b"), "paused")).await;
     assert!(
         matches!(write, Err(Error::OutcomeUnknown { .. } | Error::Unavailable { .. })),
         "{write:?}"

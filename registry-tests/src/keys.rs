@@ -1,13 +1,16 @@
 //! K: keys, values, namespaces.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use registry_api::{
     Depth, Error, Expect, Key, Kind, List, Namespace, Options, Prefix, Read, Refusal, Registry, Result,
 };
 
 use crate::cluster::eventually;
-use crate::{Cluster, TTL, key, prefix};
+use crate::{Cluster, key, prefix};
+
+const PATIENCE: Duration = Duration::from_secs(20);
 
 async fn names(registry: &Arc<dyn Registry>, path: &str) -> Result<Vec<String>> {
     registry.children(&prefix(path), Read::Linearizable).await
@@ -139,10 +142,10 @@ pub async fn too_large_is_refused_before_anything_is_sent(cluster: &impl Cluster
 
 /// K3. Two namespaces of one store never see or disturb each other.
 pub async fn namespaces_never_meet(cluster: &impl Cluster) -> Result<()> {
-    let name = cluster.options().namespace;
+    let name = cluster.steady().namespace;
     let beside = Options {
         namespace: Namespace::parse(&format!("{name}-b"))?,
-        ..cluster.options()
+        ..cluster.steady()
     };
     let (one, other) = (cluster.connect().await?, cluster.connect_with(beside).await?);
     one.put(&key("/a"), "one").await?;
@@ -183,7 +186,7 @@ pub async fn nothing_is_left_behind(cluster: &impl Cluster) -> Result<()> {
     registry.delete(&key("/a/b/c")).await?;
     registry.delete(&key("/e/f/g")).await?;
     let registry = &registry;
-    eventually(5 * TTL, || async move {
+    eventually(PATIENCE, || async move {
         names(registry, "/").await.is_ok_and(|names| names == ["keep"])
     })
     .await;

@@ -8,7 +8,7 @@ use crate::{Cluster, key, within};
 /// S1. The TTL that was granted is reported.
 pub async fn the_granted_ttl_is_reported(cluster: &impl Cluster) -> Result<()> {
     let registry = cluster.connect().await?;
-    assert_eq!(registry.session().ttl(), cluster.options().session_ttl.get());
+    assert_eq!(registry.session().ttl(), cluster.steady().session_ttl.get());
     let session = registry.session().live()?;
     let left = registry.session().valid_until(session).expect("it is valid") - std::time::Instant::now();
     assert!(left < registry.session().ttl(), "sure of {left:?}");
