@@ -15,7 +15,7 @@ mod writers;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use registry_api::{Depth, List, Options, Registry};
+use registry_api::{Depth, List, Options, Registry, SessionTtl};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -28,6 +28,9 @@ pub use soak::Usage;
 
 /// How long a store may take to come back when everything is mended.
 const PATIENCE: Duration = Duration::from_secs(40);
+/// The TTL of the sessions that nothing happens to: a machine that is busy with all the others keeps them, and the shortest
+/// run sees their end if it does not.
+const UNTOUCHED: Duration = Duration::from_secs(4);
 /// How many keys the history is about.
 const KEYS: usize = 4;
 
@@ -120,9 +123,19 @@ pub async fn run(cluster: &impl Members, plan: Plan) -> Arc<Counts> {
         connect_timeout: Duration::from_secs(10),
         ..cluster.options()
     };
+    let untouched = match plan.breaks {
+        Breaks::Wires => Options {
+            session_ttl: SessionTtl::new(UNTOUCHED).expect("it is in the range"),
+            ..options.clone()
+        },
+        Breaks::Everything => options.clone(),
+    };
     let mut parties = Vec::new();
     for number in 0..6 {
-        parties.push(party(cluster, &options, number % 2 == 0).await);
+        parties.push(match number % 2 == 0 {
+            true => wired(cluster, &options).await,
+            false => straight(cluster, &untouched).await,
+        });
     }
 
     let mut readers = JoinSet::new();
@@ -210,21 +223,21 @@ pub async fn run(cluster: &impl Members, plan: Plan) -> Arc<Counts> {
     run.counts
 }
 
-async fn party(cluster: &impl Members, options: &Options, wired: bool) -> Party {
-    let opened = match wired {
-        true => {
-            let through = cluster.connect_through(options.clone()).await;
-            through.map(|(registry, wire)| Party {
-                registry,
-                wire: Some(Arc::new(wire)),
-            })
-        }
-        false => {
-            let straight = cluster.connect_with(options.clone()).await;
-            straight.map(|registry| Party { registry, wire: None })
-        }
-    };
-    opened.expect("nothing is broken yet")
+async fn wired(cluster: &impl Members, options: &Options) -> Party {
+    let opened = cluster.connect_through(options.clone()).await;
+    let (registry, wire) = opened.expect("nothing is broken yet");
+    Party {
+        registry,
+        wire: Some(Arc::new(wire)),
+    }
+}
+
+async fn straight(cluster: &impl Members, options: &Options) -> Party {
+    let opened = cluster.connect_with(options.clone()).await;
+    Party {
+        registry: opened.expect("nothing is broken yet"),
+        wire: None,
+    }
 }
 
 /// Waits for all to end. A panic of one is one of the run.
