@@ -44,7 +44,7 @@ impl Shell {
             .kill_on_drop(true);
         command
             .env("REGISTRY__RAFT__LISTEN", format!("127.0.0.1:{}", self.port))
-            .env("REGISTRY__SESSION_TTL", "1s");
+            .env("REGISTRY__SESSION_TTL", "3s");
         command
     }
 
