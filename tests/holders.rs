@@ -69,6 +69,8 @@ impl Files {
 fn options() -> Options {
     Options {
         session_ttl: SessionTtl::new(TTL).unwrap(),
+        // A process that stands still in the middle of a call finds its deadline passed.
+        request_timeout: PATIENCE,
         ..Options::default()
     }
 }

@@ -75,7 +75,7 @@ async fn a_member_that_stands_still_costs_no_session() {
     let mut group = Group::start_with(3, |_| "timers = \"fast\"".into()).await;
     let leader = group.leader().await;
     let short = Options {
-        session_ttl: SessionTtl::new(Duration::from_secs(4)).unwrap(),
+        session_ttl: SessionTtl::new(Duration::from_secs(6)).unwrap(),
         ..options()
     };
     // The others come after it.

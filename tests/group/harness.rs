@@ -152,7 +152,7 @@ impl Group {
     /// How one member sees the group; nothing if it does not answer.
     pub(crate) async fn status(&self, at: usize) -> Option<Status> {
         let quick = Options {
-            connect_timeout: Duration::from_secs(2),
+            connect_timeout: Duration::from_secs(5),
             ..options()
         };
         raft::status(&self.remote(at), &quick).await.ok()

@@ -141,8 +141,8 @@ async fn no_program_finds_that_it_leads_while_another_may() {
     };
     let newest = |group: &Group| all(group).into_iter().max_by_key(|(_, led)| led.term);
     for round in 0..9 {
-        until("one finds that it leads", || async {
-            newest(&group).is_some_and(|(_, led)| !led.ended)
+        until("one finds that it leads, and is told", || async {
+            newest(&group).is_some_and(|(at, led)| !led.ended && told_to(&group, names[at]).contains(&led.term))
         })
         .await;
         let (old, before) = newest(&group).unwrap();

@@ -109,7 +109,7 @@ async fn an_uncommitted_tail_is_not_applied_on_restart() {
     let leader = group.leader().await;
     let others: Vec<_> = (0..3).filter(|at| *at != leader).collect();
     let quick = Options {
-        request_timeout: Duration::from_millis(300),
+        request_timeout: Duration::from_secs(2),
         ..options()
     };
     let registry = registry::raft::connect(&group.remote(leader), &quick).await.unwrap();
