@@ -139,7 +139,7 @@ async fn what_the_old_group_gave_out_is_not_given_again() {
     config.listen = Some(format!("127.0.0.1:{port}"));
     let first = Member::start(&config).await.unwrap();
     let remote = RaftConfig::remote([format!("127.0.0.1:{port}")]);
-    let ttl = Duration::from_secs(3);
+    let ttl = Duration::from_secs(5);
     let options = Options {
         session_ttl: SessionTtl::new(ttl).unwrap(),
         ..options()
@@ -163,6 +163,11 @@ async fn what_the_old_group_gave_out_is_not_given_again() {
     let new = second.connect(&options).await.unwrap();
     assert_ne!(new.session().live().unwrap(), session);
 
+    // From here on, so that it is there still.
+    let mut watch = new
+        .watch(WatchRequest::new(key("/worker"), WatchScope::Key))
+        .await
+        .unwrap();
     // The old handle is told; it is not taken for anybody.
     let mut states = old.session().states();
     let expired = states.wait_for(|state| matches!(state, SessionState::Expired(id) if *id == session));
@@ -170,10 +175,6 @@ async fn what_the_old_group_gave_out_is_not_given_again() {
     within(PATIENCE, held.lost()).await;
 
     // Its keys are there until the TTL is over, and then go as a dead process's do.
-    let mut watch = new
-        .watch(WatchRequest::new(key("/worker"), WatchScope::Key))
-        .await
-        .unwrap();
     let gone = async {
         let mut there = false;
         loop {
