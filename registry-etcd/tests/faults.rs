@@ -20,6 +20,8 @@ use registry_tests::watch::Picture;
 use registry_tests::{Process, Wire, key, within};
 
 const PATIENCE: Duration = Duration::from_secs(30);
+/// A TTL that outlasts the start of a server, or an election, on a busy machine.
+const LONG: Duration = Duration::from_secs(20);
 /// Where the process that holds a lock finds etcd, and what it says when it has it.
 const ENDPOINT: &str = "REGISTRY_TEST_ENDPOINT";
 const HOLDS: &str = "it holds the lock";
@@ -51,7 +53,7 @@ async fn revoke(cluster: &Servers, session: SessionId) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_server_loses_no_session_and_no_change() {
     let mut cluster = Servers::start(1).await;
-    let registry = connect(&cluster.endpoints()).await;
+    let registry = harness::connect_with_ttl(&cluster.endpoints(), LONG).await;
     let session = session_of(&registry);
     registry.put_ephemeral(&key("/alive"), "yes").await.unwrap();
     let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
@@ -68,7 +70,7 @@ async fn a_restarted_server_loses_no_session_and_no_change() {
         .unwrap();
     assert!(picture.has("/alive", "yes"));
     assert_eq!(session_of(&registry), session);
-    registry.wait_connected(TTL).await.unwrap();
+    registry.wait_connected(PATIENCE).await.unwrap();
     registry.put_ephemeral(&key("/alive"), "still").await.unwrap();
     registry.close().await.unwrap();
 }
@@ -80,7 +82,7 @@ async fn a_killed_leader_loses_no_session_and_no_change() {
     // The one that is killed comes first, so that all three links have to leave it.
     let mut endpoints = cluster.endpoints();
     endpoints.rotate_left(leader);
-    let registry = connect(&endpoints).await;
+    let registry = harness::connect_with_ttl(&endpoints, LONG).await;
     let session = session_of(&registry);
     let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
     let held = registry.lock(&key("/lock")).acquire().await.unwrap();
@@ -94,7 +96,7 @@ async fn a_killed_leader_loses_no_session_and_no_change() {
         })
         .await
         .unwrap();
-    registry.wait_connected(2 * TTL).await.unwrap();
+    registry.wait_connected(PATIENCE).await.unwrap();
     assert_eq!(session_of(&registry), session);
     assert!(!held.is_lost());
     held.release().await.unwrap();
@@ -136,7 +138,7 @@ async fn a_cut_shorter_than_the_ttl_loses_nothing() {
     let cluster = Servers::start(1).await;
     let wire = wire_to(&cluster).await;
     let (registry, other) = (
-        connect(&[wire.address().to_string()]).await,
+        harness::connect_with_ttl(&[wire.address().to_string()], LONG).await,
         connect(&cluster.endpoints()).await,
     );
     let session = session_of(&registry);
@@ -162,7 +164,7 @@ async fn a_cut_shorter_than_the_ttl_loses_nothing() {
         })
         .await
         .unwrap();
-    registry.wait_connected(TTL).await.unwrap();
+    registry.wait_connected(PATIENCE).await.unwrap();
     assert_eq!(session_of(&registry), session);
     assert!(other.get(&key("/alive"), Read::Linearizable).await.unwrap().is_some());
     other.put(&key("/count"), "10").await.unwrap();
@@ -212,11 +214,17 @@ async fn a_dead_first_endpoint_delays_nothing_for_long() {
     let silent = wire_to(&cluster).await;
     silent.cut();
     for dead in [format!("127.0.0.1:{}", free_port()), silent.address().to_string()] {
+        let config = EtcdConfig::new(Endpoints::new([dead, cluster.endpoint(0)]).unwrap());
+        let patient = registry_api::Options {
+            connect_timeout: Duration::from_secs(60),
+            request_timeout: Duration::from_secs(60),
+            ..registry_api::Options::default()
+        };
         let began = Instant::now();
-        let registry = connect(&[dead, cluster.endpoint(0)]).await;
+        let registry = registry_etcd::connect(&config, &patient).await.unwrap();
         registry.put(&key("/a"), "1").await.unwrap();
-        // A tenth of a second for each connection; to wait for it to time out would take 5 s.
-        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        // A tenth of a second for each connection; to wait for it to time out would take a minute.
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
         registry.close().await.unwrap();
     }
 }
@@ -242,7 +250,8 @@ async fn no_endpoint_at_all_is_an_error_that_names_them() {
 async fn an_endpoint_that_falls_silent_is_left() {
     let cluster = Servers::start(3).await;
     let wire = wire_to(&cluster).await;
-    let registry = connect(&[wire.address().to_string(), cluster.endpoint(1), cluster.endpoint(2)]).await;
+    let endpoints = [wire.address().to_string(), cluster.endpoint(1), cluster.endpoint(2)];
+    let registry = harness::connect_with_ttl(&endpoints, LONG).await;
     let session = session_of(&registry);
     let (mut watch, mut picture) = Picture::of(&*registry).await.unwrap();
 
@@ -256,7 +265,7 @@ async fn an_endpoint_that_falls_silent_is_left() {
         .until(&mut watch, |picture| picture.has("/a", "1"))
         .await
         .unwrap();
-    registry.wait_connected(2 * TTL).await.unwrap();
+    registry.wait_connected(PATIENCE).await.unwrap();
     assert_eq!(session_of(&registry), session);
 }
 
