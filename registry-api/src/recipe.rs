@@ -6,6 +6,7 @@
 mod election;
 mod lock;
 mod mirror;
+mod name;
 mod queue;
 mod reentrant;
 mod register;
@@ -13,6 +14,7 @@ mod register;
 pub use election::{Campaign, Election, Leader, Leadership};
 pub use lock::{Held, Lock};
 pub use mirror::Mirror;
+pub(crate) use name::Names;
 pub use queue::Contender;
 pub use reentrant::{ReentrantHeld, ReentrantLock};
 pub use register::{Registered, Registration};

@@ -19,6 +19,7 @@ use futures_util::future::BoxFuture;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::recipe::Names;
 use crate::{Error, Result};
 
 /// The identity of a session, unlike that of any other of the same store.
@@ -104,6 +105,7 @@ pub struct Grant {
 pub struct Session {
     clock: Arc<SessionClock>,
     close: mpsc::Sender<(Duration, oneshot::Sender<Result<()>>)>,
+    names: Arc<Names>,
 }
 
 impl Session {
@@ -136,7 +138,11 @@ impl Session {
             backend,
             source: e.into(),
         })??;
-        Ok(Self { clock, close })
+        Ok(Self {
+            clock,
+            close,
+            names: Arc::default(),
+        })
     }
 
     /// The state now.
@@ -202,6 +208,11 @@ impl Session {
     /// The store's word that a session is gone, learnt by another call than a keep-alive.
     pub fn told_expired(&self, session: SessionId) {
         self.clock.expire(session);
+    }
+
+    /// The names under which this handle's contenders enter queues.
+    pub(crate) fn names(&self) -> &Names {
+        &self.names
     }
 
     /// Ends the session; its keys are gone when this returns `Ok`. A second call does nothing.

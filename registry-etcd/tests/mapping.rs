@@ -5,10 +5,11 @@
 mod harness;
 
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use harness::{Servers, connect, connect_with_ttl, until};
-use registry_api::{Error, Event, Expect, Kind, List, Prefix, Read, SessionId, Txn, WatchItem};
+use registry_api::{Error, Event, Expect, Kind, List, Prefix, Read, Registry, SessionId, Txn, WatchItem};
 use registry_etcd::{Endpoints, EtcdConfig};
 use registry_tests::watch::Picture;
 use registry_tests::{Wire, key, within};
@@ -67,6 +68,39 @@ async fn etcdctl_sees_plain_names_and_values_and_nothing_else() {
         ["/registry/jobs/compact", "now"]
     );
     assert_eq!(etcdctl(&cluster, &["lease", "list"]), ["found 0 leases"]);
+}
+
+/// etcd reads past every name that was in a queue since the last compaction.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_contender_that_comes_back_has_its_old_name() {
+    let cluster = Servers::start(1).await;
+    let (one, other) = (connect(&cluster.endpoints()).await, connect(&cluster.endpoints()).await);
+    let acquire = async |registry: &Arc<dyn Registry>| {
+        let held = within(PATIENCE, registry.lock(&key("/lock")).acquire()).await.unwrap();
+        let name = held.condition().key;
+        (held, name)
+    };
+    let (held, name) = acquire(&one).await;
+    held.release().await.unwrap();
+    let (held, again) = acquire(&one).await;
+    assert_eq!(again, name);
+    held.release().await.unwrap();
+    // One that finds it taken, and one that waits for another handle's.
+    let (theirs, their_name) = acquire(&other).await;
+    assert_ne!(their_name, name);
+    assert!(one.lock(&key("/lock")).try_acquire().await.unwrap().is_none());
+    let ((held, again), ()) = tokio::join!(acquire(&one), async {
+        until("it waits", async || {
+            other.lock(&key("/lock")).contenders().await.unwrap().len() == 2
+        })
+        .await;
+        theirs.release().await.unwrap();
+    });
+    assert_eq!(again, name);
+    // The name is in use.
+    let elsewhere = one.lock(&key("/other")).acquire().await.unwrap();
+    assert_ne!(elsewhere.condition().key.name(), name.name());
+    held.release().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

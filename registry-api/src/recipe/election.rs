@@ -154,13 +154,10 @@ impl Campaign {
     }
 
     fn apply(&mut self, event: Event) {
-        match event {
-            Event::Created(entry) | Event::Updated(entry) => {
-                self.candidates.insert(entry.create_revision, entry);
-            }
-            Event::Deleted { last, .. } => {
-                self.candidates.remove(&last.create_revision);
-            }
+        // One who left and came back may have the same key, and the two changes may have come as one.
+        self.candidates.retain(|_, candidate| candidate.key != *event.key());
+        if let Event::Created(entry) | Event::Updated(entry) = event {
+            self.candidates.insert(entry.create_revision, entry);
         }
     }
 }

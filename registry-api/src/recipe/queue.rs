@@ -12,6 +12,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::runtime::Handle;
+use uuid::Uuid;
 
 use crate::{
     Condition, Depth, Entry, Error, Event, Expect, Key, List, Registry, Result, Revision, SessionId, Txn, WatchItem,
@@ -118,8 +119,8 @@ impl Queue {
     /// The second value says that the place is known to be the first.
     async fn enter(&self, value: Bytes, enter: Enter) -> Result<(Place, bool)> {
         let session = self.registry.session().live()?;
-        let id = uuid::Uuid::new_v4().simple();
-        let key = Key::of_recipe(&format!("{}/{id}", &self.dir.as_str()[1..]));
+        let name = self.registry.session().names().take(session);
+        let key = Key::of_recipe(&format!("{}/{}", &self.dir.as_str()[1..], name.simple()));
         let queue = self.clone();
         let put = {
             let key = key.clone();
@@ -130,20 +131,26 @@ impl Queue {
             place: Some(Place {
                 queue: self.clone(),
                 key,
+                name,
                 session,
                 token: None,
+                settled: false,
                 kept: false,
             }),
         };
         let (mut place, entered) = entering.done().await;
+        place.settled = !entered.doubt;
         match entered.place {
             Ok((token, first)) => {
                 place.token = Some(token);
                 Ok((place, first))
             }
             Err(error) => {
-                // What is known to have failed left nothing to clean up.
-                place.kept = !entered.doubt;
+                if !entered.doubt {
+                    // What is known to have failed left nothing to clean up.
+                    place.kept = true;
+                    self.registry.session().names().give_back(session, name);
+                }
                 Err(error)
             }
         }
@@ -165,7 +172,7 @@ impl Queue {
         }
     }
 
-    /// Puts the contender's key, once, whatever the outcome of each try (L7): the key's name is unique, so a try that
+    /// Puts the contender's key, once, whatever the outcome of each try (L7): nobody else has the key's name, so a try that
     /// finds it there has found its own. `doubt` is set from the first try on of which nobody knows what became.
     async fn try_put(
         &self,
@@ -285,8 +292,11 @@ impl Drop for Entering {
 struct Place {
     queue: Queue,
     key: Key,
+    name: Uuid,
     session: SessionId,
     token: Option<Revision>,
+    /// Whether no put of the key can be under way any more.
+    settled: bool,
     kept: bool,
 }
 
@@ -303,7 +313,7 @@ impl Place {
                     return Ok(true);
                 };
                 waited = true;
-                gone(&*registry, &before).await?;
+                gone(&*registry, &before.key, before.create_revision).await?;
                 Ok(false)
             };
             let step = tokio::select! {
@@ -323,8 +333,8 @@ impl Place {
         }
     }
 
-    /// The contender just before this one.
-    async fn before(&self) -> Result<Option<Key>> {
+    /// The entry of the contender just before this one.
+    async fn before(&self) -> Result<Option<Entry>> {
         let mut before = None;
         for entry in self.queue.entries().await? {
             if entry.key == self.key {
@@ -333,7 +343,7 @@ impl Place {
                     false => Err(self.session_gone()),
                 };
             }
-            before = Some(entry.key);
+            before = Some(entry);
         }
         // The own key is not there: expired, or removed by another hand.
         match self.queue.registry.session().is_valid(self.session) {
@@ -360,8 +370,10 @@ impl Place {
         Ok(Hold {
             queue: self.queue.clone(),
             key: self.key.clone(),
+            name: self.name,
             token: self.token.expect("a place that was entered has a token"),
             session: self.session,
+            settled: AtomicBool::new(self.settled),
             lost: AtomicBool::new(false),
             released: false,
             runtime: Handle::current(),
@@ -375,25 +387,33 @@ impl Drop for Place {
             return;
         }
         let (queue, key, session) = (self.queue.clone(), self.key.clone(), self.session);
+        let name = self.settled.then_some(self.name);
         // Without a runtime the process is ending, and the session with it.
         if let Ok(runtime) = Handle::try_current() {
             runtime.spawn(async move {
                 // On failure the session has ended, and the key with it.
-                let _ = leave(&queue, &key, session).await;
+                let _ = leave(&queue, &key, session, name).await;
             });
         }
     }
 }
 
 /// Deletes a contender's key, retrying until that is done, or for a while after its session has ended and taken it
-/// along. The name is never used again, so a late delete removes nobody else's.
-async fn leave(queue: &Queue, key: &Key, session: SessionId) -> Result<()> {
+/// along. `name` is the key's, and is given back if the first try deletes it; otherwise it is never used again, so that
+/// no late delete removes another contender's key.
+async fn leave(queue: &Queue, key: &Key, session: SessionId, mut name: Option<Uuid>) -> Result<()> {
     let mut backoff = Backoff::default();
     let mut give_up = None;
     loop {
         match queue.registry.delete(key).await {
-            Ok(_) => return Ok(()),
+            Ok(was_there) => {
+                if let Some(name) = name.filter(|_| was_there) {
+                    queue.registry.session().names().give_back(session, name);
+                }
+                return Ok(());
+            }
             Err(error @ (Error::Unavailable { .. } | Error::OutcomeUnknown { .. })) => {
+                name = None;
                 if !queue.registry.session().is_valid(session)
                     && *give_up.get_or_insert_with(|| Instant::now() + LEAVE_AFTER_END) < Instant::now()
                 {
@@ -407,8 +427,8 @@ async fn leave(queue: &Queue, key: &Key, session: SessionId) -> Result<()> {
     }
 }
 
-/// Waits until a key is gone.
-async fn gone(registry: &dyn Registry, key: &Key) -> Result<()> {
+/// Waits until the key that was created at that revision is gone; a later one may have its name.
+async fn gone(registry: &dyn Registry, key: &Key, created: Revision) -> Result<()> {
     let mut watch = registry.watch(WatchRequest::new(key, WatchScope::Key)).await?;
     let mut there = false;
     while let Some(item) = watch.next().await {
@@ -417,7 +437,10 @@ async fn gone(registry: &dyn Registry, key: &Key) -> Result<()> {
             WatchItem::Synced(_) => {}
             WatchItem::Reset => there = false,
             WatchItem::Changes(events) => {
-                there = !matches!(events.last(), Some(Event::Deleted { .. }) | None);
+                there = match events.last() {
+                    Some(Event::Created(entry) | Event::Updated(entry)) => entry.create_revision <= created,
+                    Some(Event::Deleted { .. }) | None => false,
+                };
                 if !there {
                     return Ok(());
                 }
@@ -432,8 +455,11 @@ async fn gone(registry: &dyn Registry, key: &Key) -> Result<()> {
 pub(super) struct Hold {
     queue: Queue,
     key: Key,
+    name: Uuid,
     token: Revision,
     session: SessionId,
+    /// Whether no put or delete of the key can be under way.
+    settled: AtomicBool,
     lost: AtomicBool,
     released: bool,
     runtime: Handle,
@@ -477,7 +503,7 @@ impl Hold {
         let registry = &*self.queue.registry;
         let removed = async {
             let mut backoff = Backoff::default();
-            while gone(registry, &self.key).await.is_err() {
+            while gone(registry, &self.key, self.token).await.is_err() {
                 backoff.wait().await;
             }
         };
@@ -493,6 +519,8 @@ impl Hold {
         if self.is_lost() {
             return Err(self.hold_lost());
         }
+        // Not even an answer says that no other put of it is under way.
+        self.settled.store(false, Ordering::Release);
         let txn = Txn::new().require(self.condition()).put_ephemeral(&self.key, value);
         match self.queue.registry.commit(txn).await {
             Ok(committed) => Ok(committed.revision),
@@ -510,9 +538,10 @@ impl Hold {
             return Err(self.hold_lost());
         }
         let session = self.queue.registry.session();
+        let name = self.name_if_settled();
         let released = tokio::select! {
             biased;
-            released = tokio::time::timeout(PATIENCE, leave(&self.queue, &self.key, self.session)) => {
+            released = tokio::time::timeout(PATIENCE, leave(&self.queue, &self.key, self.session, name)) => {
                 // It goes on in the background, as after a drop.
                 released.unwrap_or_else(|elapsed| {
                     Err(Error::OutcomeUnknown {
@@ -525,6 +554,11 @@ impl Hold {
         };
         self.released = released.is_ok();
         released
+    }
+
+    /// The name for the first who asks: of two deletes, one may be late.
+    fn name_if_settled(&self) -> Option<Uuid> {
+        self.settled.swap(false, Ordering::AcqRel).then_some(self.name)
     }
 
     fn hold_lost(&self) -> Error {
@@ -540,9 +574,10 @@ impl Drop for Hold {
             return;
         }
         let (queue, key, session) = (self.queue.clone(), self.key.clone(), self.session);
+        let name = self.name_if_settled();
         self.runtime.spawn(async move {
             // On failure the session has ended, and the key with it.
-            let _ = leave(&queue, &key, session).await;
+            let _ = leave(&queue, &key, session, name).await;
         });
     }
 }
@@ -561,7 +596,7 @@ impl Default for Backoff {
 impl Backoff {
     pub(super) async fn wait(&mut self) {
         // Two random bytes of an id are all the chance that is needed.
-        let id = uuid::Uuid::new_v4();
+        let id = Uuid::new_v4();
         let jitter = f64::from(u16::from_le_bytes([id.as_bytes()[0], id.as_bytes()[1]])) / f64::from(u16::MAX) / 2.0;
         tokio::time::sleep(self.0.mul_f64(1.0 + jitter)).await;
         self.0 = (self.0 * 2).min(MAX_BACKOFF);
