@@ -13,7 +13,7 @@
 
 mod evidence;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 
 use registry_api::Revision;
@@ -75,8 +75,14 @@ pub fn check(calls: &[Call]) -> Result<(), Violation> {
 #[derive(Clone)]
 struct Place {
     at: At,
-    /// The loose writes that were done.
-    used: BTreeSet<usize>,
+    /// How many loose writes were done of each kind that can still be.
+    used: BTreeMap<usize, usize>,
+}
+
+/// Whether every kind was done at most as often.
+fn at_most(one: &BTreeMap<usize, usize>, other: &BTreeMap<usize, usize>) -> bool {
+    let done = |kind| other.get(kind).copied().unwrap_or(0);
+    one.iter().all(|(kind, times)| *times <= done(kind))
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -92,7 +98,7 @@ struct At {
 
 impl Judge<'_> {
     fn search(&self) -> Result<(), Violation> {
-        let mut seen = HashMap::<At, Vec<BTreeSet<usize>>>::new();
+        let mut seen = HashMap::<At, Vec<BTreeMap<usize, usize>>>::new();
         let mut stack = vec![Place {
             at: At {
                 event: 0,
@@ -101,7 +107,7 @@ impl Judge<'_> {
                 done: BTreeSet::new(),
                 open: BTreeSet::new(),
             },
-            used: BTreeSet::new(),
+            used: BTreeMap::new(),
         }];
         let (mut furthest, mut stuck) = (0, None);
         for _ in 0..MOST_STEPS {
@@ -116,7 +122,7 @@ impl Judge<'_> {
                 (furthest, stuck) = (place.at.event, Some(waits));
             }
             let before = seen.entry(place.at.clone()).or_default();
-            if before.iter().any(|used| used.is_subset(&place.used)) {
+            if before.iter().any(|used| at_most(used, &place.used)) {
                 continue;
             }
             before.push(place.used.clone());
@@ -163,9 +169,11 @@ impl Judge<'_> {
     /// Every write that can be the next; the most likely last, to be looked at first.
     fn branch(&self, place: &Place, stack: &mut Vec<Place>) {
         let is_asked = |n: usize| self.asked[n] < place.at.event;
-        let mut tried = BTreeSet::new();
-        for (loose, &n) in self.loose.iter().enumerate() {
-            if is_asked(n) && !place.used.contains(&loose) && tried.insert(self.kinds[loose]) {
+        let held = place.at.state.iter().enumerate();
+        let bound = held.filter_map(|(key, held)| self.bound.get(&(key, held.checked_sub(2)?)));
+        for kind in self.free.iter().chain(bound.flatten()) {
+            let next = self.kinds[*kind].get(place.used.get(kind).copied().unwrap_or(0));
+            if let Some(&n) = next.filter(|&&n| is_asked(n)) {
                 stack.extend(self.then(place, n));
             }
         }
@@ -181,7 +189,7 @@ impl Judge<'_> {
         match self.roles[n] {
             Role::Known(_) => next.at.known += 1,
             Role::Loose(_) if state == place.at.state => return None,
-            Role::Loose(loose) => drop(next.used.insert(loose)),
+            Role::Loose(kind) => *next.used.entry(kind).or_default() += 1,
             Role::Reads | Role::Nothing => return None,
         }
         let is_explained = |witness: &usize| match self.roles[*witness] {
@@ -195,8 +203,22 @@ impl Judge<'_> {
                 return None;
             }
         }
+        if state != next.at.state {
+            // A key that holds something else never holds that revision again.
+            next.used.retain(|&kind, _| self.can_be(kind, &state));
+        }
         next.at.state = state;
         Some(next)
+    }
+
+    /// Whether the revisions that a kind of loose write needs are there.
+    fn can_be(&self, kind: usize, state: &[usize]) -> bool {
+        match &self.calls[self.kinds[kind][0]].request {
+            Request::Commit(demands, _) => demands
+                .iter()
+                .all(|(key, demand)| !matches!(demand, Demand::At(_)) || self.holds(*demand, state[*key])),
+            Request::Read(_) => false,
+        }
     }
 
     /// The state after a call, if its answer is true of the state before.

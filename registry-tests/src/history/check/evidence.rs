@@ -20,7 +20,7 @@ pub(super) enum Role {
     Reads,
     /// The write of that place in the order of revisions.
     Known(usize),
-    /// A write of unknown outcome that nobody saw: that place among those, and the kind it is of.
+    /// A write of unknown outcome that nobody saw, of that kind.
     Loose(usize),
     /// Was not done.
     Nothing,
@@ -35,8 +35,11 @@ pub(super) struct Judge<'a> {
     pub(super) order: Vec<usize>,
     pub(super) by_revision: BTreeMap<Revision, usize>,
     pub(super) by_id: HashMap<Id, usize>,
-    pub(super) loose: Vec<usize>,
-    pub(super) kinds: Vec<usize>,
+    /// The loose writes that ask and do the same, each kind in the order of asking.
+    pub(super) kinds: Vec<Vec<usize>>,
+    /// The kinds that need no certain revision; and those that do, by one key and the write that it must hold.
+    pub(super) free: Vec<usize>,
+    pub(super) bound: HashMap<(usize, usize), Vec<usize>>,
     pub(super) events: Vec<Event>,
     /// When each call was asked, and answered, among the events.
     pub(super) asked: Vec<usize>,
@@ -62,8 +65,9 @@ impl<'a> Judge<'a> {
             order: Vec::new(),
             by_revision: BTreeMap::new(),
             by_id,
-            loose: Vec::new(),
             kinds: Vec::new(),
+            free: Vec::new(),
+            bound: HashMap::new(),
             events: Vec::new(),
             asked: vec![0; calls.len()],
             told: vec![usize::MAX; calls.len()],
@@ -119,15 +123,36 @@ impl<'a> Judge<'a> {
             let role = match (known.get(&n), &call.request, &call.answer) {
                 (Some(&place), _, _) => Role::Known(place),
                 (None, Request::Commit(demands, writes), Answer::Unknown) => {
-                    let next = kinds.len();
-                    self.kinds.push(*kinds.entry((demands, writes)).or_insert(next));
-                    self.loose.push(n);
-                    Role::Loose(self.loose.len() - 1)
+                    let kind = *kinds.entry((demands, writes)).or_insert_with(|| {
+                        self.kinds.push(Vec::new());
+                        self.kinds.len() - 1
+                    });
+                    self.kinds[kind].push(n);
+                    Role::Loose(kind)
                 }
                 (None, _, Answer::Read(_) | Answer::Committed(..) | Answer::Conflict(..)) => Role::Reads,
                 (None, _, _) => Role::Nothing,
             };
             self.roles.push(role);
+        }
+        for (kind, writes) in self.kinds.iter_mut().enumerate() {
+            writes.sort_by_key(|&n| self.calls[n].asked);
+            let Request::Commit(demands, _) = &self.calls[writes[0]].request else {
+                continue;
+            };
+            let revision = demands.iter().find_map(|(key, demand)| match demand {
+                Demand::At(revision) => Some((*key, revision)),
+                Demand::Absent | Demand::Present => None,
+            });
+            match revision {
+                None => self.free.push(kind),
+                // What nobody knows the writer of is nowhere in the search, and the demand not met.
+                Some((key, revision)) => {
+                    if let Some(&writer) = self.by_revision.get(revision) {
+                        self.bound.entry((key, writer)).or_default().push(kind);
+                    }
+                }
+            }
         }
     }
 
