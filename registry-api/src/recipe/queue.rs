@@ -14,6 +14,7 @@ use futures_util::future::BoxFuture;
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
+use super::Names;
 use crate::{
     Condition, Depth, Entry, Error, Event, Expect, Key, List, Registry, Result, Revision, SessionId, Txn, WatchItem,
     WatchRequest, WatchScope,
@@ -119,7 +120,7 @@ impl Queue {
     /// The second value says that the place is known to be the first.
     async fn enter(&self, value: Bytes, enter: Enter) -> Result<(Place, bool)> {
         let session = self.registry.session().live()?;
-        let name = self.registry.session().names().take(session);
+        let name = self.names().map_or_else(Uuid::new_v4, |names| names.take(session));
         let key = Key::of_recipe(&format!("{}/{}", &self.dir.as_str()[1..], name.simple()));
         let queue = self.clone();
         let put = {
@@ -149,7 +150,7 @@ impl Queue {
                 if !entered.doubt {
                     // What is known to have failed left nothing to clean up.
                     place.kept = true;
-                    self.registry.session().names().give_back(session, name);
+                    self.give_back(session, name);
                 }
                 Err(error)
             }
@@ -169,6 +170,18 @@ impl Queue {
                 }),
                 doubt: true,
             },
+        }
+    }
+
+    /// The names that may be used again. None where a key that was made anew can be taken for the one before.
+    fn names(&self) -> Option<&Names> {
+        let fresh = self.registry.capabilities().fresh_create_revision;
+        fresh.then(|| self.registry.session().names())
+    }
+
+    fn give_back(&self, session: SessionId, name: Uuid) {
+        if let Some(names) = self.names() {
+            names.give_back(session, name);
         }
     }
 
@@ -408,7 +421,7 @@ async fn leave(queue: &Queue, key: &Key, session: SessionId, mut name: Option<Uu
         match queue.registry.delete(key).await {
             Ok(was_there) => {
                 if let Some(name) = name.filter(|_| was_there) {
-                    queue.registry.session().names().give_back(session, name);
+                    queue.give_back(session, name);
                 }
                 return Ok(());
             }

@@ -260,6 +260,22 @@ async fn conditions_on_absent_keys_hold_to_the_end() {
     other.close().await.unwrap();
 }
 
+/// Nothing guards a recipe's keys against being taken for earlier ones of their names.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_contenders_name_is_used_once() {
+    let cluster = Servers::start(1).await;
+    let registry = connect(&cluster.addresses()).await;
+    let mut names = Vec::new();
+    for _ in 0..3 {
+        let held = registry.lock(&key("/lock")).acquire().await.unwrap();
+        names.push(held.condition().key);
+        held.release().await.unwrap();
+    }
+    names.sort();
+    names.dedup();
+    assert_eq!(names.len(), 3);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_path_after_the_servers_is_where_everything_lies() {
     let servers = Servers::start(1).await;
