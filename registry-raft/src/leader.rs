@@ -227,9 +227,7 @@ impl Core {
 
     /// How far the log must be applied for a read that begins now; asked of the Raft leader.
     pub(crate) async fn read_index(&self) -> Result<LogId> {
-        if let Some(applied) = self.leased() {
-            return Ok(applied);
-        }
+        // No lease will do: the asker may have been told already what this member has not applied yet.
         match self.raft().get_read_linearizer(ReadPolicy::ReadIndex).await {
             Ok(linearizer) => Ok(*linearizer.read_log_id().log_id()),
             Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => Err(no_leader()),

@@ -239,7 +239,8 @@ impl Core {
         request: WatchRequest,
         patience: Duration,
     ) -> Result<Watch> {
-        match tokio::time::timeout(patience, self.up_to_date()).await {
+        // No lease will do: another member may have told the reader what this one has not applied yet.
+        match tokio::time::timeout(patience, self.barrier()).await {
             Ok(fresh) => fresh?,
             Err(_) => return Err(unavailable("the member does not begin the watch in time")),
         }
