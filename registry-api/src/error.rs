@@ -136,17 +136,22 @@ pub enum Error {
 impl Error {
     /// What is wrong, and what is beneath it, for people: `the error: its cause: the cause of that`, each said once.
     pub fn with_causes(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(beneath) = cause {
-            let more = beneath.to_string();
-            if !text.contains(&more) {
-                text = format!("{text}: {more}");
-            }
-            cause = beneath.source();
-        }
-        text
+        with_causes(self)
     }
+}
+
+/// As [`Error::with_causes`], of any error.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(beneath) = cause {
+        let more = beneath.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = beneath.source();
+    }
+    text
 }
 
 /// Why a put is refused by name.

@@ -21,7 +21,7 @@ pub mod watch;
 
 pub use capabilities::Capabilities;
 pub use entry::{Entry, MAX_VALUE, Revision};
-pub use error::{BoxError, Error, Refusal, Result};
+pub use error::{BoxError, Error, Refusal, Result, with_causes};
 pub use key::{Key, KeyError, MAX_KEY, Namespace, NamespaceError, Prefix};
 pub use options::{Options, SessionTtl, TtlBounds};
 pub use recipe::{

@@ -61,7 +61,7 @@ impl Etcd {
         let session = session.map_err(|error| match error {
             Error::Unavailable { .. } => error::unavailable(Trouble::NoSession {
                 endpoint: member.endpoint.clone(),
-                cause: error::chain(&error),
+                cause: error.with_causes(),
             }),
             error => error,
         })?;

@@ -134,17 +134,6 @@ fn unsupported(operation: &'static str) -> Error {
     }
 }
 
-/// An error and what is beneath it, in one line.
-pub(crate) fn chain(error: &Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line = format!("{line}: {error}");
-        cause = error.source();
-    }
-    line
-}
-
 /// Why no answer is to be had, where no error of the client says it.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Trouble {

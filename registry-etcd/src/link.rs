@@ -252,7 +252,7 @@ impl Link {
                 Ok(member) => leaderless = Some(member),
                 // Whoever may not ask here may not ask elsewhere.
                 Err(error @ Error::AccessDenied { .. }) => return Err(error),
-                Err(error) => causes[index] = error::chain(&error),
+                Err(error) => causes[index] = error.with_causes(),
             }
         }
         let told = || {

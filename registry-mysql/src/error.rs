@@ -1,10 +1,9 @@
 //! From the client's errors to the registry's, by number and never by text (F2).
 
-use std::error::Error as _;
 use std::sync::Arc;
 use std::time::Duration;
 
-use registry_api::{BoxError, Error};
+use registry_api::{BoxError, Error, with_causes};
 use sqlx::mysql::MySqlDatabaseError;
 
 /// The word in [`Error`] for this kind of store.
@@ -13,7 +12,7 @@ pub(crate) const BACKEND: &str = "mysql";
 /// Why a request has no answer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Trouble {
-    #[error("{endpoint}: {}", chain(.source))]
+    #[error("{endpoint}: {}", with_causes(.source))]
     Client { endpoint: String, source: sqlx::Error },
     #[error("no answer from {endpoint} in {waited:?}")]
     Silent { endpoint: String, waited: Duration },
@@ -159,20 +158,6 @@ pub(crate) fn unknown(source: impl Into<BoxError>) -> Error {
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Shared(pub(crate) Arc<Trouble>);
-
-/// An error and what is beneath it, in one line, without saying twice what the upper one says already.
-fn chain(error: &sqlx::Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let text = error.to_string();
-        if !line.contains(&text) {
-            line = format!("{line}: {text}");
-        }
-        cause = error.source();
-    }
-    line
-}
 
 #[cfg(test)]
 mod tests {
