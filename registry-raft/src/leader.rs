@@ -179,19 +179,18 @@ impl Core {
 
     /// Waits until the local copy has all that was acknowledged before, for a read: a lease will do where it may.
     pub(crate) async fn up_to_date(&self) -> Result<()> {
-        match self.leased() {
-            Some(_) => Ok(()),
-            None => self.barrier().await,
-        }
+        if self.is_leased() { Ok(()) } else { self.barrier().await }
     }
 
-    /// How far the local copy is, if what it has is all that was acknowledged, by this machine's clock: this member leads,
+    /// Whether what the local copy has is all that was acknowledged, by this machine's clock: this member leads,
     /// nobody else can yet, and it has applied what earlier leaders acknowledged. Its own acknowledgements follow what it
     /// has applied. Only where the config allows it. (The lease of Ongaro's dissertation, section 6.4.1.)
-    fn leased(&self) -> Option<LogId> {
-        let term = self.leads_surely().filter(|_| self.lease_reads())?;
+    fn is_leased(&self) -> bool {
+        let Some(term) = self.leads_surely().filter(|_| self.lease_reads()) else {
+            return false;
+        };
         let applied = self.store().read(|inner| inner.applied);
-        applied.filter(|applied| applied.committed_leader_id().term == term)
+        applied.is_some_and(|applied| applied.committed_leader_id().term == term)
     }
 
     /// Waits until the local copy has all that was acknowledged before, by what the others say.
