@@ -14,7 +14,7 @@ use futures_util::future::BoxFuture;
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
-use super::Names;
+use super::name::{Names, fresh};
 use crate::{
     Condition, Depth, Entry, Error, Event, Expect, Key, List, Registry, Result, Revision, SessionId, Txn, WatchItem,
     WatchRequest, WatchScope,
@@ -120,8 +120,8 @@ impl Queue {
     /// The second value says that the place is known to be the first.
     async fn enter(&self, value: Bytes, enter: Enter) -> Result<(Place, bool)> {
         let session = self.registry.session().live()?;
-        let name = self.names().map_or_else(Uuid::new_v4, |names| names.take(session));
-        let key = Key::of_recipe(&format!("{}/{}", &self.dir.as_str()[1..], name.simple()));
+        let name = self.names().map_or_else(fresh, |names| names.take(session));
+        let key = Key::of_recipe(&format!("{}/{name}", &self.dir.as_str()[1..]));
         let queue = self.clone();
         let put = {
             let key = key.clone();
@@ -132,7 +132,6 @@ impl Queue {
             place: Some(Place {
                 queue: self.clone(),
                 key,
-                name,
                 session,
                 token: None,
                 settled: false,
@@ -150,7 +149,7 @@ impl Queue {
                 if !entered.doubt {
                     // What is known to have failed left nothing to clean up.
                     place.kept = true;
-                    self.give_back(session, name);
+                    self.give_back(session, &place.key);
                 }
                 Err(error)
             }
@@ -179,9 +178,9 @@ impl Queue {
         fresh.then(|| self.registry.session().names())
     }
 
-    fn give_back(&self, session: SessionId, name: Uuid) {
+    fn give_back(&self, session: SessionId, key: &Key) {
         if let Some(names) = self.names() {
-            names.give_back(session, name);
+            names.give_back(session, key.name());
         }
     }
 
@@ -305,7 +304,6 @@ impl Drop for Entering {
 struct Place {
     queue: Queue,
     key: Key,
-    name: Uuid,
     session: SessionId,
     token: Option<Revision>,
     /// Whether no put of the key can be under way any more.
@@ -383,7 +381,6 @@ impl Place {
         Ok(Hold {
             queue: self.queue.clone(),
             key: self.key.clone(),
-            name: self.name,
             token: self.token.expect("a place that was entered has a token"),
             session: self.session,
             settled: AtomicBool::new(self.settled),
@@ -400,33 +397,33 @@ impl Drop for Place {
             return;
         }
         let (queue, key, session) = (self.queue.clone(), self.key.clone(), self.session);
-        let name = self.settled.then_some(self.name);
+        let settled = self.settled;
         // Without a runtime the process is ending, and the session with it.
         if let Ok(runtime) = Handle::try_current() {
             runtime.spawn(async move {
                 // On failure the session has ended, and the key with it.
-                let _ = leave(&queue, &key, session, name).await;
+                let _ = leave(&queue, &key, session, settled).await;
             });
         }
     }
 }
 
 /// Deletes a contender's key, retrying until that is done, or for a while after its session has ended and taken it
-/// along. `name` is the key's, and is given back if the first try deletes it; otherwise it is never used again, so that
-/// no late delete removes another contender's key.
-async fn leave(queue: &Queue, key: &Key, session: SessionId, mut name: Option<Uuid>) -> Result<()> {
+/// along. The name of one that was `settled` is given back if the first try deletes it; otherwise it is never used again,
+/// so that no late delete removes another contender's key.
+async fn leave(queue: &Queue, key: &Key, session: SessionId, mut settled: bool) -> Result<()> {
     let mut backoff = Backoff::default();
     let mut give_up = None;
     loop {
         match queue.registry.delete(key).await {
             Ok(was_there) => {
-                if let Some(name) = name.filter(|_| was_there) {
-                    queue.give_back(session, name);
+                if settled && was_there {
+                    queue.give_back(session, key);
                 }
                 return Ok(());
             }
             Err(error @ (Error::Unavailable { .. } | Error::OutcomeUnknown { .. })) => {
-                name = None;
+                settled = false;
                 if !queue.registry.session().is_valid(session)
                     && *give_up.get_or_insert_with(|| Instant::now() + LEAVE_AFTER_END) < Instant::now()
                 {
@@ -468,7 +465,6 @@ async fn gone(registry: &dyn Registry, key: &Key, created: Revision) -> Result<(
 pub(super) struct Hold {
     queue: Queue,
     key: Key,
-    name: Uuid,
     token: Revision,
     session: SessionId,
     /// Whether no put or delete of the key can be under way.
@@ -551,10 +547,10 @@ impl Hold {
             return Err(self.hold_lost());
         }
         let session = self.queue.registry.session();
-        let name = self.name_if_settled();
+        let settled = self.unsettle();
         let released = tokio::select! {
             biased;
-            released = tokio::time::timeout(PATIENCE, leave(&self.queue, &self.key, self.session, name)) => {
+            released = tokio::time::timeout(PATIENCE, leave(&self.queue, &self.key, self.session, settled)) => {
                 // It goes on in the background, as after a drop.
                 released.unwrap_or_else(|elapsed| {
                     Err(Error::OutcomeUnknown {
@@ -569,9 +565,9 @@ impl Hold {
         released
     }
 
-    /// The name for the first who asks: of two deletes, one may be late.
-    fn name_if_settled(&self) -> Option<Uuid> {
-        self.settled.swap(false, Ordering::AcqRel).then_some(self.name)
+    /// Whether it was settled before this delete: of two, one may be late.
+    fn unsettle(&self) -> bool {
+        self.settled.swap(false, Ordering::AcqRel)
     }
 
     fn hold_lost(&self) -> Error {
@@ -587,10 +583,10 @@ impl Drop for Hold {
             return;
         }
         let (queue, key, session) = (self.queue.clone(), self.key.clone(), self.session);
-        let name = self.name_if_settled();
+        let settled = self.unsettle();
         self.runtime.spawn(async move {
             // On failure the session has ended, and the key with it.
-            let _ = leave(&queue, &key, session, name).await;
+            let _ = leave(&queue, &key, session, settled).await;
         });
     }
 }
