@@ -155,7 +155,8 @@ impl Door {
         Ok(group)
     }
 
-    /// Asks the members at these addresses for the group that they are.
+    /// Asks the members at these addresses for the group that they are. Who is in it is not asked: the one that answers
+    /// may lag behind, and the Raft leader decides whom it takes in.
     pub(crate) async fn group_at(&self, addresses: &[String]) -> Result<Group> {
         let lanes: Vec<_> = addresses
             .iter()
@@ -188,6 +189,7 @@ impl Door {
         let Some(group) = self.group_of(greeting)? else {
             return Ok(None);
         };
+        refuse_namesake(&group.members, self.0.id, &self.0.name)?;
         match group.members.contains_key(&self.0.id) {
             true => Ok(Some(group)),
             false => Err(Error::Config {
@@ -207,7 +209,6 @@ impl Door {
         let cluster = Uuid::from_slice(&greeting.cluster).map_err(unavailable)?.into_bytes();
         let membership = wire::membership_from(membership).map_err(unavailable)?;
         let members: BTreeMap<_, _> = membership.nodes().map(|(id, peer)| (*id, peer.clone())).collect();
-        refuse_namesake(&members, self.0.id, &self.0.name)?;
         Ok(Some(Group { cluster, members }))
     }
 }

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use registry::raft::{self, RaftConfig};
 use registry::{Read, WatchRequest, WatchScope};
-use registry_tests::{Wire, key, within};
+use registry_tests::{Process, Wire, key, within};
 use serde_json::Value;
 
-use crate::harness::{Group, NAMES, PATIENCE, free_address, options};
+use crate::harness::{Group, NAMES, PATIENCE, free_address, options, serving};
 use crate::{tells, until, value};
 
 /// What `registry members --json` says, by name.
@@ -122,6 +122,15 @@ async fn members_are_listed_and_changed_by_command() {
     refused(&group, &["members", "remove", "d"], "there is no member \"d\"").await;
 }
 
+/// A member that starts on an empty disk is told what to do.
+async fn refuses_another_disk(group: &Group, name: &str) {
+    std::fs::remove_dir_all(group.directory().join(name)).unwrap();
+    let output = group.command(name, &["serve"]).await;
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains(&format!("members remove {name}")), "{said}");
+}
+
 /// A machine that lost its disk comes back under its name, with the list it founded the group with and with `join`: it is
 /// refused, and its vote, which would make a majority, is no vote.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -132,23 +141,40 @@ async fn a_lost_disk_under_a_known_name_has_no_vote() {
     for at in [1, 2] {
         group.kill(at).await;
     }
-    let empty = || std::fs::remove_dir_all(group.directory().join("c"));
-    empty().unwrap();
-    for joins in [false, true] {
-        if joins {
-            group.write_joiner("c", listen, "");
-        }
-        let output = group.command("c", &["serve"]).await;
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{said}");
-        assert!(said.contains("members remove c"), "{said}");
-        empty().ok();
-    }
+    refuses_another_disk(&group, "c").await;
+    // Without a majority nobody is taken in or refused.
+    group.write_joiner("c", listen, "");
+    std::fs::remove_dir_all(group.directory().join("c")).unwrap();
+    let mut waiting = Process::start_unready(serving(&group.config_file("c")));
     let put = group.command("a", &["put", "/k", "2"]).await;
     assert_eq!(put.status.code(), Some(5), "{}", String::from_utf8_lossy(&put.stderr));
+    waiting.kill().await;
     // With the one that has its disk there is a majority again.
     group.restart(&[1]).await;
     assert_eq!(group.run("b", &["get", "/k"]).await, "1");
+    refuses_another_disk(&group, "c").await;
+}
+
+/// Of the members that one asks to join, one has not heard yet that another of its name is gone: that refuses nobody.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_lags_behind_refuses_no_name() {
+    let group = Group::start(3).await;
+    group.run("a", &["members", "transfer", "b"]).await;
+    let listen = free_address();
+    group.write_joiner("d", listen, "");
+    let mut d = Group::serve(group.config_file("d")).await;
+    until("a knows of d", || async {
+        let status = group.status(0).await;
+        status.is_some_and(|status| status.members.iter().any(|member| member.name == "d"))
+    })
+    .await;
+    // The first that is asked.
+    group.net.isolate(0);
+    group.run("b", &["members", "remove", "d"]).await;
+    within(PATIENCE, d.ended()).await.unwrap();
+    std::fs::remove_dir_all(group.directory().join("d")).unwrap();
+    let _d = Group::serve(group.config_file("d")).await;
+    assert_eq!(listed(&group, "b").await["d"]["role"], "learner");
 }
 
 /// One that serves HTTP has a session there, which a member that was removed can't close: it does not wait for that.
