@@ -1,16 +1,16 @@
 //! Writes: read, judge, and send one multi that holds only if what was read still does.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::future::try_join_all;
 use registry_api::{Committed, Error, Existing, Expect, Key, Kind, Operation, Prefix, Result, SessionId, Txn};
 use tokio::time::Instant;
-use zookeeper_client::{Client, Error as ClientError, MultiWriteError, MultiWriteResult};
+use zookeeper_client::{Client, Error as ClientError, MultiWriteError, MultiWriteResult, Stat};
 
 use crate::error::{self, Trouble, Verdict};
-use crate::names::{Names, newest, parent, revision};
+use crate::names::{Names, newest, owner, parent, revision};
 use crate::plan::{Parents, Plan, Reach, Step, View, mark};
 use crate::session::prepare_namespace;
 use crate::store::{Backoff, Conn, Store};
@@ -28,8 +28,8 @@ const TIDY: u32 = 2;
 
 /// What became of a multi.
 pub(crate) enum Sent {
-    /// The change of that zxid, and for each step what the node's version is now, where it tells.
-    Done(i64, Vec<Option<i32>>),
+    /// The change of that zxid, and for each step what the node is now, where it tells.
+    Done(i64, Vec<Option<Stat>>),
     /// Something was not as it was read; which step said so. Nothing happened.
     Stale(usize, ClientError),
     /// Nothing happened.
@@ -65,7 +65,7 @@ impl Store {
                     });
                 }
                 Ok(Some(plan)) => match self.send(&conn, deadline, &plan.steps, session).await {
-                    Sent::Done(zxid, versions) => return Ok(self.done(txn, &plan, zxid, &versions)),
+                    Sent::Done(zxid, stats) => return Ok(self.done(txn, &plan, zxid, &stats)),
                     sent => sent,
                 },
                 // Judged on a state that may be old: once more on the newest.
@@ -120,13 +120,16 @@ impl Store {
                     version,
                 };
                 let set = Step::Set {
-                    path,
+                    path: path.clone(),
                     data: crate::names::encode(value),
                     version: None,
                 };
                 Some(Plan {
                     steps: vec![guard, set],
                     changed: vec![true],
+                    // The answer says whether it still is a persistent one.
+                    facts: vec![(path, part)],
+                    known: BTreeMap::from([(part, version)]),
                     ..Plan::default()
                 })
             }
@@ -382,18 +385,24 @@ impl Store {
         let stats: Vec<_> = results.iter().map(stat).collect();
         let zxid = stats.iter().flatten().map(|stat| stat.mzxid).max().unwrap_or(0);
         self.saw(zxid);
-        Sent::Done(zxid, stats.iter().map(|stat| stat.map(|stat| stat.version)).collect())
+        Sent::Done(zxid, stats)
     }
 
-    fn done(&self, txn: &Txn, plan: &Plan, zxid: i64, versions: &[Option<i32>]) -> Committed {
-        for (path, part) in &plan.facts {
-            let guard = self.names.guard(*part);
-            let written = plan.steps.iter().zip(versions).find_map(|(step, version)| match step {
-                Step::Set { path, .. } if *path == guard => *version,
+    fn done(&self, txn: &Txn, plan: &Plan, zxid: i64, stats: &[Option<Stat>]) -> Committed {
+        let set = |node: &str| {
+            plan.steps.iter().zip(stats).find_map(|(step, stat)| match step {
+                Step::Set { path, .. } if path == node => *stat,
                 _ => None,
-            });
-            if let Some(version) = written.or_else(|| plan.known.get(part).copied()) {
-                self.facts.learn(path, version);
+            })
+        };
+        for (path, part) in &plan.facts {
+            let guard = set(&self.names.guard(*part)).map(|guard| guard.version);
+            let version = guard.or_else(|| plan.known.get(part).copied());
+            // Another client may have made it an ephemeral one.
+            let is_persistent = set(path).is_none_or(|stat| owner(&stat).is_none());
+            match version.filter(|_| is_persistent) {
+                Some(version) => self.facts.learn(path, version),
+                None => self.facts.forget(path),
             }
         }
         for operation in &txn.operations {
