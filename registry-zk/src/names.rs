@@ -14,7 +14,7 @@ const ESCAPED: u8 = b'=';
 pub(crate) const MARK: &[u8] = b"\0registry\0/";
 
 /// Into how many parts the guards against ABA are divided, so that few writes meet.
-pub(crate) const GUARDS: u8 = 64;
+pub(crate) const GUARDS: std::ops::RangeInclusive<u8> = 0..=u8::MAX;
 
 /// What a znode's data says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,6 +56,15 @@ pub(crate) fn may_be_mark(stat: &Stat) -> bool {
     usize::try_from(stat.data_length) == Ok(MARK.len())
 }
 
+/// A znode of the side tree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Beside {
+    Guard,
+    Sign(SessionId),
+    /// A recipe's, or what the backend has one of.
+    Other,
+}
+
 /// The paths of one namespace.
 #[derive(Clone, Debug)]
 pub(crate) struct Names {
@@ -88,6 +97,16 @@ impl Names {
         self.namespace.qualify("~/sweeper")
     }
 
+    /// The znode above the signs of sessions.
+    pub(crate) fn sessions(&self) -> String {
+        self.namespace.qualify("~/session")
+    }
+
+    /// The sign of a session, which goes with its keys.
+    pub(crate) fn sign(&self, session: SessionId) -> String {
+        self.namespace.qualify(&format!("~/session/{session}"))
+    }
+
     /// The znode above the guards.
     pub(crate) fn guards(&self) -> String {
         self.namespace.qualify("~/rev")
@@ -98,6 +117,21 @@ impl Names {
         self.namespace.qualify(&format!("~/rev/{part:02x}"))
     }
 
+    /// What a znode beside the keys is.
+    pub(crate) fn beside(&self, path: &str) -> Beside {
+        let name = self.namespace.strip(path).unwrap_or_default();
+        if name.starts_with("~/rev/") {
+            return Beside::Guard;
+        }
+        match name.strip_prefix("~/session/") {
+            Some(session) => match u64::from_str_radix(session, 16) {
+                Ok(session) => Beside::Sign(SessionId(session)),
+                Err(_) => Beside::Other,
+            },
+            None => Beside::Other,
+        }
+    }
+
     /// Which guard a key's making and deleting counts on. `None` for a recipe's keys, whose names are used once, so that
     /// none can be taken for an earlier one. Every version of this crate has to agree on it.
     pub(crate) fn part(&self, path: &str) -> Option<u8> {
@@ -106,7 +140,7 @@ impl Names {
         let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
-        u8::try_from((hash ^ (hash >> 32)) % u64::from(GUARDS)).ok()
+        Some((hash ^ (hash >> 32)).to_le_bytes()[0])
     }
 
     pub(crate) fn path(&self, key: &Key) -> String {
@@ -192,10 +226,20 @@ mod tests {
         assert_eq!(ancestors("/n").count(), 0);
         assert_eq!(ancestors("/n~/lock/1").collect::<Vec<_>>(), ["/n~/lock"]);
         assert_eq!(parent("/n/a"), "/n");
-        assert!(names.part("/n/a").is_some_and(|part| part < GUARDS));
+        assert_ne!(names.part("/n/a"), None);
         assert_eq!(names.part("/n~/lock/1/a"), None);
         assert_eq!(names.key("/n/a/b").map(|key| key.to_string()), Some("/a/b".into()));
         assert_eq!(names.key("/other/a"), None);
         assert_eq!(names.key("/n"), None);
+        assert_eq!(names.beside(&names.guard(7)), Beside::Guard);
+        assert_eq!(names.beside(&names.sign(SessionId(7))), Beside::Sign(SessionId(7)));
+        for other in [
+            names.sweeper(),
+            names.clock(),
+            names.sessions(),
+            "/n~/lock/1/session/7".into(),
+        ] {
+            assert_eq!(names.beside(&other), Beside::Other, "{other}");
+        }
     }
 }

@@ -166,23 +166,27 @@ async fn try_watch(store: &Store, client: &Client) -> Result<()> {
     }
 }
 
-/// Makes the znodes that a namespace begins with, where they are missing.
+/// Makes the znodes that a namespace begins with, where they are missing, and the sign of the client's session.
 pub(crate) async fn prepare_namespace(store: &Store, client: &Client) -> Result<(), ClientError> {
     let names = &store.names;
     // Also says whether this user may look at all.
     if client.check_stat(&names.guards()).await?.is_some() && client.check_stat(names.root()).await?.is_some() {
-        return client.get_data(names.root()).await.map(drop);
+        client.get_data(names.root()).await?;
+    } else {
+        for path in [names.root(), &names.side()] {
+            exists_ok(client.create(path, MARK, &store.persistent()).await.map(drop))?;
+        }
+        let mut all = client.new_multi_writer();
+        all.add_create(&names.guards(), &[], &store.persistent())?;
+        for part in GUARDS {
+            all.add_create(&names.guard(part), &[], &store.persistent())?;
+        }
+        all.add_create(&names.clock(), &[], &store.persistent())?;
+        all.add_create(&names.sessions(), &[], &store.persistent())?;
+        exists_ok(all.commit().await.map(drop).map_err(ClientError::from))?;
     }
-    for path in [names.root(), &names.side()] {
-        exists_ok(client.create(path, MARK, &store.persistent()).await.map(drop))?;
-    }
-    let mut all = client.new_multi_writer();
-    all.add_create(&names.guards(), &[], &store.persistent())?;
-    for part in 0..GUARDS {
-        all.add_create(&names.guard(part), &[], &store.persistent())?;
-    }
-    all.add_create(&names.clock(), &[], &store.persistent())?;
-    exists_ok(all.commit().await.map(drop).map_err(ClientError::from))
+    let sign = names.sign(Conn::session_of(client));
+    exists_ok(client.create(&sign, &[], &store.ephemeral()).await.map(drop))
 }
 
 fn exists_ok(made: Result<(), ClientError>) -> Result<(), ClientError> {

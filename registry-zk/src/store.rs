@@ -47,8 +47,12 @@ pub(crate) struct Conn {
 
 impl Conn {
     pub(crate) fn new(client: Client) -> Self {
-        let session = SessionId(client.session_id().0.cast_unsigned());
+        let session = Self::session_of(&client);
         Self { client, session }
+    }
+
+    pub(crate) fn session_of(client: &Client) -> SessionId {
+        SessionId(client.session_id().0.cast_unsigned())
     }
 }
 

@@ -1,30 +1,32 @@
 //! Removes parents that nobody put and that hold nothing any more.
 //!
 //! A delete takes the parents along that it empties. What is left over is what a session's end emptied, and what a crash
-//! left half made. One handle of a namespace sweeps for all: the one that holds the sweeper's key. It watches the
-//! namespace, looks at the parents of what goes, and walks the whole when something was made since, for at most a
-//! hundredth of its time. The others wait for that key to go.
+//! left half made. One handle of a namespace sweeps for all: the one that holds the sweeper's key. It watches what lies
+//! beside the keys: a session's sign goes when its keys do, and a guard is written when a key is made or deleted. A watch
+//! of the keys themselves would be sent each put. It looks at the parents of the session's keys, as far as it knows them,
+//! and walks the whole namespace when anything was made, deleted or ended since, for at most a hundredth of its time. The
+//! others wait for the sweeper's key to go.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use registry_api::SessionState;
+use registry_api::{SessionId, SessionState};
 use tokio::sync::watch::Receiver;
 use tokio::time::{Instant, sleep, sleep_until};
-use zookeeper_client::{AddWatchMode, Client, Error as ClientError, EventType, WatchedEvent};
+use zookeeper_client::{AddWatchMode, Client, Error as ClientError, EventType};
 
-use crate::names::parent;
+use crate::names::{Beside, Names, owner, parent};
 use crate::store::{Backoff, Conn, Store};
 use crate::walk::Walk;
 
-/// How long after a key has gone its parents are looked at: often the next is put there by then.
+/// How long after a session has ended the parents of its keys are looked at: often the next is put there by then.
 const SETTLE: Duration = Duration::from_secs(1);
 /// How much longer than a walk the time between two is, and how long at least.
 const WALK_SHARE: u32 = 100;
 const MIN_PAUSE: Duration = Duration::from_secs(3);
 /// More parents than this are found by a walk.
-const MAX_EMPTIED: usize = 10_000;
+const MAX_PARENTS: usize = 10_000;
 
 /// Sweeps, or waits to, until the handle is closed.
 pub(crate) async fn run(store: Arc<Store>, mut states: Receiver<SessionState>) {
@@ -84,29 +86,46 @@ async fn serve(store: &Arc<Store>, conn: &Arc<Conn>) -> Result<(), ClientError> 
 struct Heard {
     emptied: BTreeSet<String>,
     look_at: Option<Instant>,
-    made: bool,
+    /// Something was made, deleted or ended.
+    changed: bool,
     next_walk: Instant,
+    /// The parents of each session's keys that nobody put, as of the last walk.
+    parents: HashMap<SessionId, BTreeSet<String>>,
 }
 
 impl Heard {
+    fn new() -> Self {
+        Self {
+            emptied: BTreeSet::new(),
+            look_at: None,
+            changed: true,
+            next_walk: Instant::now() + SETTLE,
+            parents: HashMap::new(),
+        }
+    }
+
     /// `false` when the connection is lost.
-    fn hear(&mut self, event: WatchedEvent) -> bool {
-        match event.event_type {
-            EventType::NodeDeleted if self.emptied.len() < MAX_EMPTIED => {
-                self.emptied.insert(parent(&event.path).to_owned());
-                self.look_at.get_or_insert_with(|| Instant::now() + SETTLE);
+    fn hear(&mut self, names: &Names, event: EventType, path: &str) -> bool {
+        match (event, names.beside(path)) {
+            (EventType::Session, _) => return false,
+            (EventType::NodeDeleted, Beside::Sign(session)) => {
+                self.changed = true;
+                let parents = self.parents.remove(&session);
+                self.put_off(parents.unwrap_or_default());
             }
-            EventType::NodeCreated | EventType::NodeDeleted => self.made = true,
-            EventType::Session => return false,
-            EventType::NodeDataChanged | EventType::NodeChildrenChanged => {}
+            (EventType::NodeDeleted, Beside::Other) => self.put_off(BTreeSet::from([parent(path).to_owned()])),
+            (EventType::NodeCreated, Beside::Other) | (EventType::NodeDataChanged, Beside::Guard) => {
+                self.changed = true;
+            }
+            _ => {}
         }
         true
     }
 
-    /// Parents that are to be looked at again.
+    /// Parents that are to be looked at in a while.
     fn put_off(&mut self, parents: BTreeSet<String>) {
-        if self.emptied.len() + parents.len() > MAX_EMPTIED {
-            self.made = true;
+        if self.emptied.len() + parents.len() > MAX_PARENTS {
+            self.changed = true;
         } else if !parents.is_empty() {
             self.look_at.get_or_insert_with(|| Instant::now() + SETTLE);
             self.emptied.extend(parents);
@@ -114,23 +133,17 @@ impl Heard {
     }
 
     fn due(&self) -> Option<Instant> {
-        let walk = self.made.then_some(self.next_walk);
+        let walk = self.changed.then_some(self.next_walk);
         [self.look_at, walk].into_iter().flatten().min()
     }
 }
 
 async fn sweep(store: &Arc<Store>, conn: &Arc<Conn>) -> Result<(), ClientError> {
     let client = &conn.client;
-    let recursive = AddWatchMode::PersistentRecursive;
-    let side = store.names.side();
-    let mut keys = client.watch(store.names.root(), recursive).await?;
-    let mut recipes = client.watch(&side, recursive).await?;
-    let mut heard = Heard {
-        emptied: BTreeSet::new(),
-        look_at: None,
-        made: true,
-        next_walk: Instant::now() + SETTLE,
-    };
+    let mut beside = client
+        .watch(&store.names.side(), AddWatchMode::PersistentRecursive)
+        .await?;
+    let mut heard = Heard::new();
     loop {
         let due = heard.due();
         let wait = async {
@@ -140,21 +153,22 @@ async fn sweep(store: &Arc<Store>, conn: &Arc<Conn>) -> Result<(), ClientError> 
             }
         };
         tokio::select! {
-            event = keys.changed() => if !heard.hear(event) { return Ok(()) },
-            event = recipes.changed() => if !heard.hear(event) { return Ok(()) },
+            event = beside.changed() => {
+                if !heard.hear(&store.names, event.event_type, &event.path) {
+                    return Ok(());
+                }
+            }
             () = wait => {
                 if heard.look_at.is_some_and(|at| at <= Instant::now()) {
                     heard.look_at = None;
                     let emptied = std::mem::take(&mut heard.emptied);
                     heard.put_off(tidy(store, conn, emptied).await?);
                 }
-                if heard.made && heard.next_walk <= Instant::now() {
+                if heard.changed && heard.next_walk <= Instant::now() {
                     let began = Instant::now();
-                    heard.made = false;
-                    let mut empty = BTreeSet::new();
-                    for tree in [store.names.root(), &side] {
-                        empty.extend(empty_parents(store, client, tree).await?);
-                    }
+                    heard.changed = false;
+                    let (empty, parents) = walk(store, client).await?;
+                    heard.parents = parents;
                     heard.put_off(tidy(store, conn, empty).await?);
                     heard.next_walk = Instant::now() + (began.elapsed() * WALK_SHARE).max(MIN_PAUSE);
                 }
@@ -163,13 +177,32 @@ async fn sweep(store: &Arc<Store>, conn: &Arc<Conn>) -> Result<(), ClientError> 
     }
 }
 
-/// The parents in a tree that nobody put and that hold nothing.
-async fn empty_parents(store: &Store, client: &Client, tree: &str) -> Result<Vec<String>, ClientError> {
-    let (nodes, _) = Walk::below(&store.names, client, tree).all().await?;
-    let empty = nodes
-        .into_iter()
-        .filter(|(_, found)| found.is_mark() && found.stat.num_children == 0);
-    Ok(empty.map(|(path, _)| path).collect())
+/// The parents in both trees that nobody put: those that hold nothing, and those that hold a session's keys.
+async fn walk(
+    store: &Store,
+    client: &Client,
+) -> Result<(BTreeSet<String>, HashMap<SessionId, BTreeSet<String>>), ClientError> {
+    let mut empty = BTreeSet::new();
+    let mut parents = HashMap::<_, BTreeSet<_>>::new();
+    for tree in [store.names.root(), &store.names.side()] {
+        let (nodes, _) = Walk::below(&store.names, client, tree).all().await?;
+        // What is below a node comes after it.
+        let mut marks = BTreeSet::new();
+        let mut known = 0;
+        for (path, found) in nodes {
+            if let Some(session) = owner(&found.stat) {
+                let above = parent(&path);
+                if known < MAX_PARENTS && marks.contains(above) {
+                    known += usize::from(parents.entry(session).or_default().insert(above.to_owned()));
+                }
+            } else if found.is_mark() && found.stat.num_children == 0 {
+                empty.insert(path);
+            } else if found.is_mark() {
+                marks.insert(path);
+            }
+        }
+    }
+    Ok((empty, parents))
 }
 
 /// Returns what is to be looked at again.
@@ -181,4 +214,55 @@ async fn tidy(store: &Store, conn: &Arc<Conn>, paths: BTreeSet<String>) -> Resul
         again.extend(left.map(str::to_owned));
     }
     Ok(again)
+}
+
+#[cfg(test)]
+mod tests {
+    use registry_api::Namespace;
+
+    use super::*;
+
+    const SESSION: SessionId = SessionId(7);
+
+    fn quiet() -> Heard {
+        Heard {
+            changed: false,
+            ..Heard::new()
+        }
+    }
+
+    #[test]
+    fn the_parents_of_an_ended_sessions_keys_are_looked_at() {
+        let names = Names::new(Namespace::default());
+        let above = BTreeSet::from(["/registry/a".to_owned()]);
+        let mut heard = quiet();
+        heard.parents.insert(SESSION, above.clone());
+        assert!(heard.hear(&names, EventType::NodeDeleted, &names.sign(SESSION)));
+        assert_eq!(heard.emptied, above);
+        // There may be others, which no walk has seen.
+        assert!(heard.look_at.is_some() && heard.changed);
+    }
+
+    #[test]
+    fn what_empties_nothing_is_no_cause_to_look() {
+        let names = Names::new(Namespace::default());
+        let mut heard = quiet();
+        for (event, path) in [
+            (EventType::NodeCreated, names.sign(SESSION)),
+            (EventType::NodeDataChanged, names.clock()),
+            (EventType::NodeDataChanged, "/registry~/lock/1/a/contender".into()),
+        ] {
+            assert!(heard.hear(&names, event, &path));
+        }
+        assert_eq!(heard.due(), None);
+        assert!(heard.hear(&names, EventType::NodeDataChanged, &names.guard(1)));
+        assert_eq!(heard.due(), Some(heard.next_walk));
+    }
+
+    #[test]
+    fn more_parents_than_are_remembered_are_found_by_a_walk() {
+        let mut heard = quiet();
+        heard.put_off((0..=MAX_PARENTS).map(|at| format!("/registry/{at}")).collect());
+        assert!(heard.emptied.is_empty() && heard.changed);
+    }
 }

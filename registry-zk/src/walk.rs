@@ -415,7 +415,7 @@ impl Store {
     pub(crate) async fn now(&self, client: &Client) -> Result<i64, ClientError> {
         let names = &self.names;
         let mut paths = vec![names.clock(), names.root().to_owned()];
-        paths.extend((0..crate::names::GUARDS).map(|part| names.guard(part)));
+        paths.extend(crate::names::GUARDS.map(|part| names.guard(part)));
         let found = Fetch::new(Values::Omitted).snapshot(client, &paths).await?;
         Ok(found
             .iter()

@@ -31,6 +31,8 @@ pub const MARK: &[u8] = b"\0registry\0/";
 pub struct Servers {
     servers: Vec<Server>,
     data: tempfile::TempDir,
+    /// The most bytes of a request, where it is not what it is as shipped.
+    max_buffer: Option<usize>,
 }
 
 struct Server {
@@ -50,8 +52,19 @@ impl Servers {
         Self::start_in(tempfile::tempdir().unwrap(), servers, lines).await
     }
 
+    /// One that takes requests of so many bytes.
+    pub async fn start_small(max_buffer: usize) -> Self {
+        let mut servers = Self::prepared_in(tempfile::tempdir().unwrap(), 1, "");
+        servers.max_buffer = Some(max_buffer);
+        servers.run().await
+    }
+
     /// With their data there.
     pub async fn start_in(data: tempfile::TempDir, servers: usize, lines: &str) -> Self {
+        Self::prepared_in(data, servers, lines).run().await
+    }
+
+    fn prepared_in(data: tempfile::TempDir, servers: usize, lines: &str) -> Self {
         let ports: Vec<_> = (0..servers).map(|_| (free_port(), free_port(), free_port())).collect();
         let ensemble: String = match servers {
             1 => String::new(),
@@ -78,10 +91,17 @@ impl Servers {
                 process: None,
             });
         }
-        let mut servers = Self { servers: started, data };
-        servers.spawn_all();
-        servers.ready().await;
-        servers
+        Self {
+            servers: started,
+            data,
+            max_buffer: None,
+        }
+    }
+
+    async fn run(mut self) -> Self {
+        self.spawn_all();
+        self.ready().await;
+        self
     }
 
     pub fn spawn_all(&mut self) {
@@ -98,7 +118,9 @@ impl Servers {
             .open(server.data.join("log"))
             .unwrap();
         let process = Command::new("java")
-            .args(["-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp"])
+            .args(["-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"])
+            .args(self.max_buffer.map(|bytes| format!("-Djute.maxbuffer={bytes}")))
+            .arg("-cp")
             .arg(jars())
             .arg("org.apache.zookeeper.server.quorum.QuorumPeerMain")
             .arg(server.data.join("zoo.cfg"))

@@ -111,6 +111,31 @@ async fn containers_and_znodes_with_a_ttl_are_persistent_keys() {
     registry.close().await.unwrap();
 }
 
+/// A handle that puts a key again and again does not read it in between, and learns what became of it from the answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_another_client_makes_ephemeral_is_put_once_at_most() {
+    let servers = Servers::start(1).await;
+    let (registry, raw) = (connect(&servers.addresses()).await, servers.raw().await);
+    registry.put(&key("/k"), "1").await.unwrap();
+    raw.delete("/registry/k", None).await.unwrap();
+    let ephemeral = CreateMode::Ephemeral.with_acls(Acls::anyone_all());
+    raw.create("/registry/k", b"2", &ephemeral).await.unwrap();
+    // Within a second it goes through, and later it does not.
+    let _ = registry.put(&key("/k"), "3").await;
+    let refused = registry.put(&key("/k"), "4").await;
+    assert!(
+        matches!(
+            refused,
+            Err(Error::Refused {
+                refusal: Refusal::Ephemeral,
+                ..
+            })
+        ),
+        "{refused:?}"
+    );
+    registry.close().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_namespace_that_another_hand_deleted_is_made_again() {
     let servers = Servers::start(1).await;
@@ -123,10 +148,13 @@ async fn a_namespace_that_another_hand_deleted_is_made_again() {
         "/registry~/rev",
         "/registry~/clock",
         "/registry~/sweeper",
+        "/registry~/session",
     ] {
         paths.push(path.to_owned());
     }
-    paths.extend((0..64).map(|part| format!("/registry~/rev/{part:02x}")));
+    paths.extend((0..256).map(|part| format!("/registry~/rev/{part:02x}")));
+    let signs = raw.list_children("/registry~/session").await.unwrap();
+    paths.extend(signs.iter().map(|sign| format!("/registry~/session/{sign}")));
     paths.sort();
     let mut all = raw.new_multi_writer();
     for path in paths.iter().rev() {

@@ -81,3 +81,31 @@ async fn large_values_come_in_pages_that_fit() {
     );
     registry.close().await.unwrap();
 }
+
+/// A server that takes less than it does as shipped closes the connection on a larger request: what became of that is not
+/// known, and the handle goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_takes_less_leaves_the_outcome_unknown() {
+    let servers = Servers::start_small(100_000).await;
+    let options = Options {
+        request_timeout: Duration::from_secs(5),
+        ..options()
+    };
+    let registry = registry_zk::connect(&config(&servers.addresses()), &options)
+        .await
+        .unwrap();
+    registry.put(&key("/fits"), vec![b'x'; 90_000]).await.unwrap();
+    let refused = registry.put(&key("/large"), vec![b'x'; 110_000]).await;
+    assert!(matches!(refused, Err(Error::OutcomeUnknown { .. })), "{refused:?}");
+    assert_eq!(get(&registry, "/large").await, None);
+    assert_eq!(get(&registry, "/fits").await.unwrap().value.len(), 90_000);
+    registry.put(&key("/fits"), "less").await.unwrap();
+    // A page of more than that is read in answers, which it does not bound.
+    for number in 0..20 {
+        let path = key(&format!("/many/{number}"));
+        registry.put(&path, vec![b'x'; 90_000]).await.unwrap();
+    }
+    let listed = registry.list_all(List::new(key("/many"))).await.unwrap();
+    assert_eq!(listed.len(), 20);
+    registry.close().await.unwrap();
+}

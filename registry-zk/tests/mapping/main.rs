@@ -131,6 +131,16 @@ async fn a_key_with_children_keeps_its_node() {
     registry.close().await.unwrap();
 }
 
+/// As a put does in a request of its own, before the one with the key.
+async fn make_marks(raw: &Client, paths: &[&str]) {
+    let mut marks = raw.new_multi_writer();
+    for path in paths {
+        marks.add_create(path, MARK, &anyone()).unwrap();
+    }
+    marks.add_set_data("/registry~/rev/00", b"", None).unwrap();
+    marks.commit().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_parent_that_nobody_put_never_stays() {
     let servers = Servers::start(1).await;
@@ -151,12 +161,10 @@ async fn a_parent_that_nobody_put_never_stays() {
     other.close().await.unwrap();
     gone("the parents of an ephemeral key").await;
     // A put that was cut off half way leaves a chain without an end.
-    raw.create("/registry/half", MARK, &anyone()).await.unwrap();
-    raw.create("/registry/half/made", MARK, &anyone()).await.unwrap();
+    make_marks(&raw, &["/registry/half", "/registry/half/made"]).await;
     gone("a half-finished chain").await;
     // It is in nobody's way before.
-    raw.create("/registry/half", MARK, &anyone()).await.unwrap();
-    raw.create("/registry/half/made", MARK, &anyone()).await.unwrap();
+    make_marks(&raw, &["/registry/half", "/registry/half/made"]).await;
     registry.put(&key("/half/made/key"), "whole").await.unwrap();
     registry.put_if(&key("/half"), Expect::Absent, "").await.unwrap();
     assert_eq!(get(&registry, "/half/made/key").await.unwrap().value, "whole");
@@ -166,7 +174,7 @@ async fn a_parent_that_nobody_put_never_stays() {
     // The sweep goes on when the handle that swept is gone.
     let next = connect(&servers.addresses()).await;
     registry.close().await.unwrap();
-    raw.create("/registry/half", MARK, &anyone()).await.unwrap();
+    make_marks(&raw, &["/registry/half"]).await;
     gone("a leaf that is none").await;
     next.close().await.unwrap();
 }
