@@ -43,21 +43,42 @@ impl Target {
 
     /// What a batch holds for this watch.
     pub(crate) fn events(&self, batch: &Batch) -> Vec<Event> {
-        let changes = batch.changes.iter().filter(|_| batch.revision > self.after);
-        changes
-            .filter_map(|change| self.event(batch.revision, change))
-            .collect()
-    }
-
-    fn event(&self, revision: u64, change: &KeyChange) -> Option<Event> {
-        let event = event(&self.namespace, revision, change)?;
-        self.request.wants(event.key()).then_some(event)
+        Said::new(batch).to(self)
     }
 
     /// A record as the first of its key that the watch tells.
     pub(crate) fn current(&self, record: &Record) -> Option<Event> {
         let entry = entry(&self.namespace, record)?;
         self.request.wants(&entry.key).then_some(Event::Created(entry))
+    }
+}
+
+/// What a batch holds, in the words of the api: said once for all watches of a namespace, and a key is in one only.
+struct Said<'b> {
+    batch: &'b Batch,
+    events: Option<(Namespace, Vec<Event>)>,
+}
+
+impl<'b> Said<'b> {
+    fn new(batch: &'b Batch) -> Self {
+        Self { batch, events: None }
+    }
+
+    fn to(&mut self, target: &Target) -> Vec<Event> {
+        let (batch, namespace) = (self.batch, &target.namespace);
+        if batch.revision <= target.after {
+            return Vec::new();
+        }
+        if self.events.as_ref().is_none_or(|(of, _)| of != namespace) {
+            let changes = batch.changes.iter();
+            let events = changes.filter_map(|change| event(namespace, batch.revision, change));
+            self.events = Some((namespace.clone(), events.collect()));
+        }
+        let events = self.events.iter().flat_map(|(_, events)| events);
+        events
+            .filter(|event| target.request.wants(event.key()))
+            .cloned()
+            .collect()
     }
 }
 
@@ -94,10 +115,11 @@ impl Watchers {
         if self.len == 0 {
             return;
         }
+        let mut said = Said::new(batch);
         if let [change] = &*batch.changes {
             // One change, which is nearly every revision: nothing to gather.
             self.each_watcher(&change.record.key, |watcher| {
-                watcher.feed.changes(watcher.target.events(batch))
+                watcher.feed.changes(said.to(&watcher.target));
             });
             return;
         }
@@ -105,7 +127,7 @@ impl Watchers {
         for change in batch.changes.iter() {
             self.each_watcher(&change.record.key, |watcher| {
                 if told.insert(watcher.id) {
-                    watcher.feed.changes(watcher.target.events(batch));
+                    watcher.feed.changes(said.to(&watcher.target));
                 }
             });
         }
