@@ -1,10 +1,11 @@
 //! What a backend offers to be tested.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use registry_api::{Key, Options, Prefix, Registry, Result, SessionId, SessionTtl};
+use registry_api::{Error, Key, Options, Prefix, Refusal, Registry, Result, SessionId, SessionTtl};
 
 use crate::net::Net;
 use crate::proxy::Wire;
@@ -115,6 +116,15 @@ pub fn key(path: &str) -> Key {
 /// A prefix that is one.
 pub fn prefix(path: &str) -> Prefix {
     Prefix::parse(path).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Why a put was refused by name; a panic if it was not.
+#[track_caller]
+pub fn refusal<T: fmt::Debug>(put: Result<T>) -> Refusal {
+    match put {
+        Err(Error::Refused { refusal, .. }) => refusal,
+        other => panic!("not refused by name: {other:?}"),
+    }
 }
 
 /// What comes within the deadline; a panic if it does not.

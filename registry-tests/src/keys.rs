@@ -8,7 +8,7 @@ use registry_api::{
 };
 
 use crate::cluster::eventually;
-use crate::{Cluster, key, prefix};
+use crate::{Cluster, key, prefix, refusal};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -247,26 +247,11 @@ pub async fn ephemeral_keys_are_leaves(cluster: &impl Cluster) -> Result<()> {
         registry.put(&key("/e/a"), "2").await,
         registry.put_ephemeral(&key("/e/a/b"), "2").await,
     ] {
-        match put {
-            Err(Error::Refused {
-                refusal: Refusal::BelowEphemeral(above),
-                ..
-            }) => assert_eq!(above, key("/e")),
-            other => panic!("{other:?}"),
-        }
+        assert_eq!(refusal(put), Refusal::BelowEphemeral(key("/e")));
     }
     registry.put(&key("/p/c"), "3").await?;
     let over = registry.put_ephemeral(&key("/p"), "4").await;
-    assert!(
-        matches!(
-            over,
-            Err(Error::Refused {
-                refusal: Refusal::HasChildren,
-                ..
-            })
-        ),
-        "{over:?}"
-    );
+    assert_eq!(refusal(over), Refusal::HasChildren);
     assert_eq!(registry.count(&Prefix::root(), Read::Linearizable).await?, 2);
     registry.close().await
 }
@@ -278,34 +263,11 @@ pub async fn kind_and_owner_never_change_in_silence(cluster: &impl Cluster) -> R
     one.put(&key("/p"), "1").await?;
     let owner = one.session().live()?;
     let refused = one.put(&key("/e"), "2").await;
-    assert!(
-        matches!(
-            refused,
-            Err(Error::Refused {
-                refusal: Refusal::Ephemeral,
-                ..
-            })
-        ),
-        "{refused:?}"
-    );
+    assert_eq!(refusal(refused), Refusal::Ephemeral);
     let refused = one.put_ephemeral(&key("/p"), "2").await;
-    assert!(
-        matches!(
-            refused,
-            Err(Error::Refused {
-                refusal: Refusal::Persistent,
-                ..
-            })
-        ),
-        "{refused:?}"
-    );
-    match other.put_ephemeral(&key("/e"), "2").await {
-        Err(Error::Refused {
-            refusal: Refusal::OwnedBy(session),
-            ..
-        }) => assert_eq!(session, owner),
-        refused => panic!("{refused:?}"),
-    }
+    assert_eq!(refusal(refused), Refusal::Persistent);
+    let refused = other.put_ephemeral(&key("/e"), "2").await;
+    assert_eq!(refusal(refused), Refusal::OwnedBy(owner));
     one.put_ephemeral(&key("/e"), "3").await?;
     let entry = other.get(&key("/e"), Read::Linearizable).await?.expect("it is there");
     assert_eq!((&entry.value[..], entry.session), (&b"3"[..], Some(owner)));

@@ -25,7 +25,7 @@ pub mod system;
 pub mod torture;
 pub mod watch;
 
-pub use cluster::{Cluster, Members, TTL, key, prefix, within};
+pub use cluster::{Cluster, Members, TTL, key, prefix, refusal, within};
 pub use dice::Dice;
 pub use net::Net;
 pub use process::Process;
