@@ -13,7 +13,7 @@ const ESCAPED: u8 = b'=';
 /// The data of a parent that nobody put.
 pub(crate) const MARK: &[u8] = b"\0registry\0/";
 
-/// Into how many parts the guards against ABA are divided, so that few writes meet.
+/// The guards against ABA: as many parts, so that few writes meet.
 pub(crate) const GUARDS: std::ops::RangeInclusive<u8> = 0..=u8::MAX;
 
 /// What a znode's data says.
@@ -119,16 +119,13 @@ impl Names {
 
     /// What a znode beside the keys is.
     pub(crate) fn beside(&self, path: &str) -> Beside {
-        let name = self.namespace.strip(path).unwrap_or_default();
-        if name.starts_with("~/rev/") {
-            return Beside::Guard;
-        }
-        match name.strip_prefix("~/session/") {
-            Some(session) => match u64::from_str_radix(session, 16) {
-                Ok(session) => Beside::Sign(SessionId(session)),
-                Err(_) => Beside::Other,
-            },
-            None => Beside::Other,
+        let name = self.namespace.strip(path).and_then(|name| name.strip_prefix("~/"));
+        match name.and_then(|name| name.split_once('/')) {
+            Some(("rev", _)) => Beside::Guard,
+            Some(("session", session)) => {
+                u64::from_str_radix(session, 16).map_or(Beside::Other, |session| Beside::Sign(SessionId(session)))
+            }
+            _ => Beside::Other,
         }
     }
 

@@ -20,7 +20,7 @@ use crate::names::{Beside, Names, owner, parent};
 use crate::store::{Backoff, Conn, Store};
 use crate::walk::Walk;
 
-/// How long after a session has ended the parents of its keys are looked at: often the next is put there by then.
+/// How long after a session, or a recipe's key, has gone the parents are looked at: often the next is put there by then.
 const SETTLE: Duration = Duration::from_secs(1);
 /// How much longer than a walk the time between two is, and how long at least.
 const WALK_SHARE: u32 = 100;
@@ -82,6 +82,8 @@ async fn serve(store: &Arc<Store>, conn: &Arc<Conn>) -> Result<(), ClientError> 
     }
 }
 
+type Parents = HashMap<SessionId, BTreeSet<String>>;
+
 /// What the sweep has heard of since it last looked.
 struct Heard {
     emptied: BTreeSet<String>,
@@ -90,7 +92,7 @@ struct Heard {
     changed: bool,
     next_walk: Instant,
     /// The parents of each session's keys that nobody put, as of the last walk.
-    parents: HashMap<SessionId, BTreeSet<String>>,
+    parents: Parents,
 }
 
 impl Heard {
@@ -100,7 +102,7 @@ impl Heard {
             look_at: None,
             changed: true,
             next_walk: Instant::now() + SETTLE,
-            parents: HashMap::new(),
+            parents: Parents::new(),
         }
     }
 
@@ -178,17 +180,14 @@ async fn sweep(store: &Arc<Store>, conn: &Arc<Conn>) -> Result<(), ClientError> 
 }
 
 /// The parents in both trees that nobody put: those that hold nothing, and those that hold a session's keys.
-async fn walk(
-    store: &Store,
-    client: &Client,
-) -> Result<(BTreeSet<String>, HashMap<SessionId, BTreeSet<String>>), ClientError> {
+async fn walk(store: &Store, client: &Client) -> Result<(BTreeSet<String>, Parents), ClientError> {
     let mut empty = BTreeSet::new();
-    let mut parents = HashMap::<_, BTreeSet<_>>::new();
+    let mut parents = Parents::new();
+    let mut known = 0;
     for tree in [store.names.root(), &store.names.side()] {
         let (nodes, _) = Walk::below(&store.names, client, tree).all().await?;
         // What is below a node comes after it.
         let mut marks = BTreeSet::new();
-        let mut known = 0;
         for (path, found) in nodes {
             if let Some(session) = owner(&found.stat) {
                 let above = parent(&path);
