@@ -1,6 +1,7 @@
 //! The members of a group, listed and changed by command while it works.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use registry::raft::{self, RaftConfig};
 use registry::{Read, WatchRequest, WatchScope};
@@ -148,6 +149,8 @@ async fn a_lost_disk_under_a_known_name_has_no_vote() {
     let mut waiting = Process::start_unready(serving(&group.config_file("c")));
     let put = group.command("a", &["put", "/k", "2"]).await;
     assert_eq!(put.status.code(), Some(5), "{}", String::from_utf8_lossy(&put.stderr));
+    let ended = tokio::time::timeout(Duration::ZERO, waiting.ended()).await;
+    assert!(ended.is_err(), "it waits: {ended:?}");
     waiting.kill().await;
     // With the one that has its disk there is a majority again.
     group.restart(&[1]).await;
