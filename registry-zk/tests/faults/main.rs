@@ -240,8 +240,12 @@ async fn without_a_quorum_nothing_is_acknowledged() {
         matches!(put, Err(Error::OutcomeUnknown { .. } | Error::Unavailable { .. })),
         "{put:?}"
     );
+    // A server without a quorum serves nobody, once it has noticed: until then it answers reads (`docs/backends/zk.md`).
+    until("the last server has noticed", PATIENCE, async || {
+        !servers.serves(2).await
+    })
+    .await;
     assert!(matches!(registry.health().await, Err(Error::Unavailable { .. })));
-    // A server without a quorum serves nobody.
     for read in [Read::Linearizable, Read::Stale] {
         let got = registry.get(&key("/a"), read).await;
         assert!(matches!(got, Err(Error::Unavailable { .. })), "{got:?}");

@@ -170,6 +170,11 @@ impl Servers {
         }
     }
 
+    /// Whether a server answers its clients: it leads, follows, or is the only one.
+    pub async fn serves(&self, number: usize) -> bool {
+        mode(self.servers[number].client).await.is_some()
+    }
+
     /// The number of the server that leads.
     pub async fn leader(&self) -> usize {
         for (number, server) in self.servers.iter().enumerate() {
