@@ -1,10 +1,11 @@
 //! Everything at once while things break: clients that read and write, watchers, contenders for a lock, candidates of an
 //! election; and at the end, with everything mended, what each was promised.
 //!
-//! What the clients asked and were told is judged as one history (R1 to R5, F2, F3). What watchers know must equal the
-//! store (W2, W3). No two may be sure of a lock or a leadership at one time, tokens only grow, and a counter in a file that
-//! refuses lower tokens loses no update (L1, L3, L5, E1). Nothing is left of who stopped waiting (L2, E4, L7).
+//! What the clients asked and were told is judged as one history, a chapter at a time (R1 to R5, F2, F3). What watchers know
+//! must equal the store (W2, W3). No two may be sure of a lock or a leadership at one time, tokens only grow, and a counter
+//! in a file that refuses lower tokens loses no update (L1, L3, L5, E1). Nothing is left of who stopped waiting (L2, E4, L7).
 
+mod chapters;
 mod counts;
 mod faults;
 mod holders;
@@ -20,8 +21,9 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::cluster::eventually;
-use crate::history::{self, Answer, History};
+use crate::history::{self, Answer, Violation};
 use crate::{Dice, Members, Wire, key, prefix};
+use chapters::{Chapter, Chapters};
 
 pub use counts::Counts;
 pub use soak::Usage;
@@ -31,7 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(40);
 /// The TTL of the sessions that nothing happens to: a machine that is busy with all the others keeps them, and the shortest
 /// run sees their end if it does not.
 const UNTOUCHED: Duration = Duration::from_secs(4);
-/// How many keys the history is about.
+/// How many keys a chapter of the history is about.
 const KEYS: usize = 4;
 
 /// What a run does.
@@ -88,7 +90,7 @@ struct Party {
 #[derive(Clone)]
 struct Run {
     counts: Arc<Counts>,
-    history: Arc<History>,
+    chapters: Arc<Chapters>,
     stop: watch::Receiver<bool>,
 }
 
@@ -115,7 +117,7 @@ pub async fn run(cluster: &impl Members, plan: Plan) -> Arc<Counts> {
     let (over, stop) = watch::channel(false);
     let run = Run {
         counts: Arc::default(),
-        history: Arc::default(),
+        chapters: Arc::default(),
         stop,
     };
     let options = Options {
@@ -209,10 +211,9 @@ pub async fn run(cluster: &impl Members, plan: Plan) -> Arc<Counts> {
     let last = cluster.connect_with(options.clone()).await.expect("the store is back");
     settle(&last, &run, &counter).await;
     join(&mut readers, &plan).await;
-    let calls = run.history.calls();
-    run.counts.take(&calls);
-    let judged = tokio::task::spawn_blocking(move || history::check(&calls)).await;
-    let judged = judged.expect("the judge does not panic");
+    let (chapters, counts) = (run.chapters.all(), run.counts.clone());
+    let judged = tokio::task::spawn_blocking(move || chapters.iter().try_for_each(|chapter| judge(chapter, &counts)));
+    let judged = judged.await.expect("the judge does not panic");
     println!("seed {}, {:?}: {}", plan.seed, plan.breaks, run.counts);
     soak.check();
     judged.unwrap_or_else(|violation| panic!("seed {}: {violation}", plan.seed));
@@ -221,6 +222,13 @@ pub async fn run(cluster: &impl Members, plan: Plan) -> Arc<Counts> {
     }
     last.close().await.expect("the store is back");
     run.counts
+}
+
+fn judge(chapter: &Chapter, counts: &Counts) -> Result<(), Violation> {
+    let calls = chapter.history.calls();
+    counts.take(&calls);
+    counts.one("histories");
+    history::check(&calls)
 }
 
 async fn wired(cluster: &impl Members, options: &Options) -> Party {
@@ -262,12 +270,15 @@ async fn join(tasks: &mut JoinSet<()>, plan: &Plan) {
 /// What is left when all have ended: the last reads of the history, empty queues, no lost update, the mark that tells
 /// readers where the end is.
 async fn settle(last: &Arc<dyn Registry>, run: &Run, counter: &holders::Counter) {
-    let mut client = history::Client::new(last.clone(), run.history.clone(), usize::MAX, &key(writers::DIR), KEYS);
-    for number in 0..KEYS {
-        let read = client.get(number).await;
-        assert!(matches!(read, Answer::Read(_)), "the store is back: {read:?}");
+    let chapters = run.chapters.all();
+    for chapter in &chapters {
+        let mut client = chapter.client(last, usize::MAX);
+        for number in 0..KEYS {
+            let read = client.get(number).await;
+            assert!(matches!(read, Answer::Read(_)), "the store is back: {read:?}");
+        }
+        client.list(&chapter.dir().into()).await;
     }
-    client.list(&prefix(writers::DIR)).await;
     let (lock, election) = (last.lock(&key(holders::NAME)), last.election(&key(holders::NAME)));
     let (lock, election) = (&lock, &election);
     eventually(PATIENCE, || async move {
@@ -278,9 +289,9 @@ async fn settle(last: &Arc<dyn Registry>, run: &Run, counter: &holders::Counter)
     counter.check();
     let all = List {
         depth: Depth::Subtree,
-        ..List::new(prefix(writers::DIR))
+        ..List::new(prefix(chapters::DIR))
     };
     let entries = last.list_all(all).await.expect("the store is back");
-    assert!(entries.len() <= KEYS + 1, "what nobody put: {entries:?}");
+    assert!(entries.len() <= KEYS * chapters.len(), "what nobody put: {entries:?}");
     last.put(&key(readers::END), "").await.expect("the store is back");
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use registry_api::{Event, Key, Registry, Revision, Watch, WatchItem, WatchRequest, WatchScope};
 
-use super::{PATIENCE, Run, writers};
-use crate::history::{Answer, Request};
+use super::{PATIENCE, Run, chapters};
+use crate::history::{Answer, Call, Request};
 use crate::watch::{Picture, same_as_store};
 use crate::{key, prefix, within};
 
@@ -29,7 +29,7 @@ pub(super) struct Reader {
 impl Reader {
     /// A reader that knows all there is.
     pub(super) async fn start(registry: Arc<dyn Registry>, run: Run) -> Self {
-        let request = WatchRequest::new(prefix(writers::DIR), WatchScope::Subtree);
+        let request = WatchRequest::new(prefix(chapters::DIR), WatchScope::Subtree);
         let watch = registry.watch(request).await.expect("nothing is broken yet");
         let mut reader = Self {
             registry,
@@ -63,7 +63,7 @@ impl Reader {
             }
         };
         within(PATIENCE, reading).await;
-        let same = same_as_store(&*self.registry, writers::DIR, &self.picture).await;
+        let same = same_as_store(&*self.registry, chapters::DIR, &self.picture).await;
         same.expect("the store is back");
         if self.synced == 1 && self.registry.capabilities().every_change {
             self.has_no_gap();
@@ -96,15 +96,20 @@ impl Reader {
 
     /// Every change that was acknowledged was told.
     fn has_no_gap(&self) {
-        for call in self.run.history.calls() {
-            let (Request::Commit(_, writes), Answer::Committed(revision, changed)) = (&call.request, &call.answer)
-            else {
-                continue;
-            };
-            for ((number, _), _) in writes.iter().zip(changed).filter(|(_, changed)| **changed) {
-                let changed = (key(&format!("{}/{number}", writers::DIR)), *revision);
-                assert!(self.told.contains(&changed), "{changed:?} was never told: {call}");
+        for chapter in self.run.chapters.all() {
+            for call in chapter.history.calls() {
+                self.was_told(&chapter.dir(), &call);
             }
+        }
+    }
+
+    fn was_told(&self, dir: &Key, call: &Call) {
+        let (Request::Commit(_, writes), Answer::Committed(revision, changed)) = (&call.request, &call.answer) else {
+            return;
+        };
+        for ((number, _), _) in writes.iter().zip(changed).filter(|(_, changed)| **changed) {
+            let changed = (key(&format!("{dir}/{number}")), *revision);
+            assert!(self.told.contains(&changed), "{changed:?} was never told: {call}");
         }
     }
 }

@@ -6,21 +6,24 @@ use std::time::Duration;
 use registry_api::{Error, Registry};
 
 use super::{KEYS, Run};
-use crate::history::{Answer, Client, Demand, Write};
-use crate::{Dice, key, prefix};
-
-/// Where the history's keys are.
-pub(super) const DIR: &str = "/h";
+use crate::history::{Answer, Demand, Write};
+use crate::{Dice, key};
 
 /// Reads and writes by chance until the end.
 pub(super) async fn write(registry: Arc<dyn Registry>, run: Run, number: usize, mut dice: Dice) {
-    let mut client = Client::new(registry, run.history.clone(), number, &key(DIR), KEYS);
+    let mut chapter = run.chapters.current();
+    let mut client = chapter.client(&registry, number);
     while !run.is_over() {
+        let current = run.chapters.current();
+        if current.number > chapter.number {
+            chapter = current;
+            client = chapter.client(&registry, number);
+        }
         let one = dice.pick(KEYS);
         let other = (one + 1 + dice.pick(KEYS - 1)) % KEYS;
         let answer = match dice.roll(12) {
             0..=3 => client.get(one).await,
-            4 => client.list(&prefix(DIR)).await,
+            4 => client.list(&chapter.dir().into()).await,
             5 | 6 => client.commit(vec![], vec![(one, Write::Put)]).await,
             7 => client.commit(vec![], vec![(one, Write::Delete)]).await,
             8 | 9 => {
