@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures_util::future::join_all;
+use futures_util::future::{join_all, try_join_all};
 use registry_api::{Error, Grant, Result, SessionId, SessionStore};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -166,33 +166,36 @@ async fn try_watch(store: &Store, client: &Client) -> Result<()> {
     }
 }
 
-/// Makes the znodes that a namespace begins with, where they are missing, and the sign of the client's session.
+/// Makes the znodes that a namespace begins with, those that are missing, and the sign of the client's session.
 pub(crate) async fn prepare_namespace(store: &Store, client: &Client) -> Result<(), ClientError> {
     let names = &store.names;
-    // Also says whether this user may look at all.
-    if client.check_stat(&names.guards()).await?.is_some() && client.check_stat(names.root()).await?.is_some() {
+    let needed = [names.root().to_owned(), names.clock(), names.sessions(), names.guards()];
+    let found = try_join_all(needed.iter().map(|path| client.check_stat(path))).await?;
+    let guards = found[3].map_or(0, |guards| guards.num_children);
+    if found.iter().all(Option::is_some) && usize::try_from(guards) == Ok(GUARDS.count()) {
+        // Says whether this user may look at all.
         client.get_data(names.root()).await?;
     } else {
         for path in [names.root(), &names.side()] {
-            exists_ok(client.create(path, MARK, &store.persistent()).await.map(drop))?;
+            exists_ok(client.create(path, MARK, &store.persistent()).await)?;
         }
-        let mut all = client.new_multi_writer();
-        all.add_create(&names.guards(), &[], &store.persistent())?;
-        for part in GUARDS {
-            all.add_create(&names.guard(part), &[], &store.persistent())?;
+        for path in &needed[1..] {
+            exists_ok(client.create(path, &[], &store.persistent()).await)?;
         }
-        all.add_create(&names.clock(), &[], &store.persistent())?;
-        all.add_create(&names.sessions(), &[], &store.persistent())?;
-        exists_ok(all.commit().await.map(drop).map_err(ClientError::from))?;
+        let made = GUARDS.map(|part| async move {
+            let made = client.create(&names.guard(part), &[], &store.persistent()).await;
+            exists_ok(made)
+        });
+        try_join_all(made).await?;
     }
     let sign = names.sign(Conn::session_of(client));
-    exists_ok(client.create(&sign, &[], &store.ephemeral()).await.map(drop))
+    exists_ok(client.create(&sign, &[], &store.ephemeral()).await)
 }
 
-fn exists_ok(made: Result<(), ClientError>) -> Result<(), ClientError> {
+fn exists_ok<T>(made: Result<T, ClientError>) -> Result<(), ClientError> {
     match made {
-        Err(ClientError::NodeExists) => Ok(()),
-        made => made,
+        Ok(_) | Err(ClientError::NodeExists) => Ok(()),
+        Err(failure) => Err(failure),
     }
 }
 

@@ -149,5 +149,15 @@ async fn a_namespace_that_another_hand_deleted_is_made_again() {
     held.release().await.unwrap();
     registry.put(&key("/a/b"), "2").await.unwrap();
     assert_eq!(get(&registry, "/a/b").await.unwrap().value, "2");
+    // Or parts of it.
+    raw.delete("/registry~/clock", None).await.unwrap();
+    for part in 0..128 {
+        raw.delete(&format!("/registry~/rev/{part:02x}"), None).await.unwrap();
+    }
+    for number in 0..20 {
+        registry.put(&key(&format!("/many/{number}")), "").await.unwrap();
+    }
+    let held = registry.lock(&key("/l")).acquire().await.unwrap();
+    held.release().await.unwrap();
     registry.close().await.unwrap();
 }
