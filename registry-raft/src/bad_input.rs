@@ -386,6 +386,8 @@ fn is_heard(input: &[u8]) -> bool {
     decoded::<peer::TransferAnswer>(input);
     decoded::<peer::ReadIndexRequest>(input);
     decoded::<peer::ReadIndexAnswer>(input);
+    decoded::<peer::PromiseRequest>(input);
+    decoded::<peer::PromiseAnswer>(input);
     append || vote_request || vote_answer || appended || head || greeting
 }
 

@@ -8,10 +8,9 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver;
-use openraft::error::{LinearizableReadError, RaftError};
 use openraft::raft::StreamAppendError;
 use openraft::raft::linearizable_read::{Linearizer, ReadLogId};
-use openraft::{ChangeMembers, Instant as _, Membership, ReadPolicy};
+use openraft::{ChangeMembers, Instant as _, Membership};
 use registry_api::{Error, Result};
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Code, Status};
@@ -198,40 +197,15 @@ impl Core {
         if self.alone().has_all() {
             return Ok(());
         }
-        match self.leader().await? {
-            Leader::This => {
-                let alone = self.alone().since();
-                match self.raft().ensure_linearizable(ReadPolicy::ReadIndex).await {
-                    Ok(_) => {
-                        if let Some(since) = alone {
-                            self.alone().caught_up(since);
-                        }
-                        Ok(())
-                    }
-                    Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => Err(no_leader()),
-                    Err(error) => Err(unavailable(error)),
-                }
-            }
-            Leader::Other(..) => {
-                let (done, waits) = oneshot::channel();
-                self.readers()
-                    .send(done)
-                    .await
-                    .map_err(|_| unavailable("the member has stopped"))?;
-                let answered = waits.await.map_err(|_| unavailable("the member has stopped"))?;
-                answered.map_err(unavailable)
-            }
-        }
-    }
-
-    /// How far the log must be applied for a read that begins now; asked of the Raft leader.
-    pub(crate) async fn read_index(&self) -> Result<LogId> {
-        // No lease will do: the asker may have been told already what this member has not applied yet.
-        match self.raft().get_read_linearizer(ReadPolicy::ReadIndex).await {
-            Ok(linearizer) => Ok(*linearizer.read_log_id().log_id()),
-            Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => Err(no_leader()),
-            Err(error) => Err(unavailable(error)),
-        }
+        // Whoever leads is waited for by each of those who ask, as long as they like.
+        self.leader().await?;
+        let (done, waits) = oneshot::channel();
+        self.readers()
+            .send(done)
+            .await
+            .map_err(|_| unavailable("the member has stopped"))?;
+        let answered = waits.await.map_err(|_| unavailable("the member has stopped"))?;
+        answered.map_err(unavailable)
     }
 
     /// Asks for all readers that wait, round after round.
@@ -252,23 +226,37 @@ impl Core {
 
     /// Follows the log up to where the Raft leader is.
     async fn follow_up(&self) -> Result<()> {
+        let us = self.identity();
         let (id, peer) = match self.leader().await? {
             Leader::Other(id, peer) => (id, peer),
-            // It has come to lead meanwhile.
             Leader::This => {
-                let ensured = self.raft().ensure_linearizable(ReadPolicy::ReadIndex).await;
-                return ensured.map(|_| ()).map_err(unavailable);
+                let alone = self.alone().since();
+                self.applied(self.read_index(None).await?).await?;
+                if let Some(since) = alone {
+                    self.alone().caught_up(since);
+                }
+                return Ok(());
             }
         };
-        let us = self.identity();
-        let request = message::ReadIndexRequest { header: us.header(id) };
+        let request = message::ReadIndexRequest {
+            header: us.header(id),
+            term: Some(self.promised()),
+        };
         let lane = self.network().lane(id, &peer.address);
         let asked = lane.ask(ROUND, |mut client| async move { client.read_index(request).await });
         let told = |status: Status| unavailable(status.message().to_owned());
         let answer = asked.await.map_err(told)?;
         us.check_answer(answer.header.as_ref(), id).map_err(told)?;
         let index = answer.index.map(wire::log_id_from).ok_or_else(not_understood)?;
-        let linearizer = Linearizer::new(id, ReadLogId::from_log_id(index), None);
+        self.applied(index).await
+    }
+
+    /// Waits until this member has applied the log so far.
+    async fn applied(&self, index: LogId) -> Result<()> {
+        if self.store().read(|inner| inner.applied) >= Some(index) {
+            return Ok(());
+        }
+        let linearizer = Linearizer::new(self.identity().member, ReadLogId::from_log_id(index), None);
         match linearizer.try_await_ready(self.raft(), Some(ROUND)).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(_)) => Err(unavailable("this member lags behind")),
@@ -366,7 +354,7 @@ impl Core {
     }
 }
 
-fn no_leader() -> Error {
+pub(crate) fn no_leader() -> Error {
     Error::Unavailable {
         backend: BACKEND,
         source: "there is no Raft leader".into(),

@@ -41,6 +41,7 @@ mod members;
 mod network;
 mod peer_service;
 mod peers;
+mod read_index;
 mod remote;
 mod service;
 mod session;

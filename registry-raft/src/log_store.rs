@@ -49,6 +49,11 @@ impl LogStore {
         &self.1
     }
 
+    /// The term that this member has promised itself to: noted before anybody is told, and durable when they are.
+    pub(crate) fn promised(&self) -> u64 {
+        self.0.state.lock().vote.map_or(0, |vote| vote.leader_id().term)
+    }
+
     pub(crate) fn log(&self) -> &Log {
         &self.0
     }

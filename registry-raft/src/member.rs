@@ -16,6 +16,7 @@ mod starting;
 #[cfg(test)]
 mod stopping;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -336,6 +337,8 @@ pub(crate) struct Core {
     handing_over: watch::Sender<bool>,
     /// Which Raft leader was heard last, and when.
     heard: Arc<Mutex<Option<(u64, Instant)>>>,
+    /// Who answered when this member last asked whether it leads.
+    answered: Arc<Mutex<BTreeSet<u64>>>,
 }
 
 impl std::fmt::Debug for Core {
@@ -361,6 +364,15 @@ impl Core {
 
     pub(crate) fn alone(&self) -> &Alone {
         self.log.alone()
+    }
+
+    /// The term that this member has promised itself to.
+    pub(crate) fn promised(&self) -> u64 {
+        self.log.promised()
+    }
+
+    pub(crate) fn answered(&self) -> &Mutex<BTreeSet<u64>> {
+        &self.answered
     }
 
     pub(crate) fn snapshots(&self) -> &Snapshots {

@@ -21,7 +21,7 @@ use registry::{Config, Error, Expect, Options, Overrides, Read, Registry, Watch,
 use registry_tests::{key, within};
 
 /// Asks again until the answer is yes.
-async fn until<F: Future<Output = bool>>(what: &str, mut ask: impl FnMut() -> F) {
+async fn until(what: &str, mut ask: impl AsyncFnMut() -> bool) {
     let asking = async {
         while !ask().await {
             tokio::time::sleep(Duration::from_millis(20)).await;

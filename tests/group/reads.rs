@@ -1,4 +1,5 @@
-//! Reads that the leader answers by its lease (`lease_reads`), while it loses its leadership.
+//! Linearizable reads at a leader that loses its leadership, by ReadIndex and by its lease (`lease_reads`), and at one whose
+//! followers answer late.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -33,10 +34,9 @@ async fn read_on(
 }
 
 /// The leader is cut off from the others or stopped, not from those who read at it; another is elected, and puts are
-/// acknowledged there. Twice each.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lease_ends_before_another_can_lead() {
-    let mut group = Group::start_with(3, |_| "lease_reads = true".into()).await;
+/// acknowledged there. Twice each. Tells how many reads the old leader answered from then on, all of them right.
+async fn reads_while_another_comes_to_lead(lease_reads: bool) -> u64 {
+    let mut group = Group::start_with(3, |_| format!("lease_reads = {lease_reads}")).await;
     let acknowledged = Arc::new(AtomicU64::new(0));
     let quick = Options {
         request_timeout: Duration::from_millis(500),
@@ -85,6 +85,46 @@ async fn a_lease_ends_before_another_can_lead() {
         assert_eq!(count, 20 * round);
         back.close().await.unwrap();
     }
-    assert!(alone > 10, "a leader that is cut off never answered: there is no lease");
     all.close().await.unwrap();
+    alone
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_is_cut_off_answers_nothing_that_is_over() {
+    reads_while_another_comes_to_lead(false).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_ends_before_another_can_lead() {
+    let alone = reads_while_another_comes_to_lead(true).await;
+    assert!(alone > 10, "a leader that is cut off never answered: there is no lease");
+}
+
+/// The leader asks one of the two first, the one that answered last. Each of them in turn stands still, for less time than
+/// the leader would wait for its answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_that_stands_still_holds_no_read_up() {
+    let mut group = Group::start(3).await;
+    let leader = group.leader().await;
+    let quick = Options {
+        request_timeout: Duration::from_millis(500),
+        ..options()
+    };
+    let reader = registry::raft::connect(&group.remote(leader), &quick).await.unwrap();
+    // The machine may be late, and another may come to lead: then once more.
+    until("a read is answered whoever of the two stands still", async || {
+        let mut answered = true;
+        for still in [(leader + 1) % 3, (leader + 2) % 3] {
+            group.process(still).pause();
+            answered &= reader.get(&key("/a"), Read::Linearizable).await.is_ok();
+            group.process(still).resume();
+            until("it is read", async || {
+                reader.get(&key("/a"), Read::Linearizable).await.is_ok()
+            })
+            .await;
+        }
+        answered
+    })
+    .await;
+    reader.close().await.unwrap();
 }

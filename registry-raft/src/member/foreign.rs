@@ -130,7 +130,16 @@ impl Spoken {
             ("transfer", peer.transfer_leader(transfer).await.unwrap_err()),
             (
                 "read index",
-                peer.read_index(message::ReadIndexRequest { header }).await.unwrap_err(),
+                peer.read_index(message::ReadIndexRequest {
+                    header: header.clone(),
+                    term: None,
+                })
+                .await
+                .unwrap_err(),
+            ),
+            (
+                "promise",
+                peer.promise(message::PromiseRequest { header }).await.unwrap_err(),
             ),
         ]
     }

@@ -129,6 +129,7 @@ pub(super) async fn start(config: &RaftConfig) -> Result<Started> {
         elects_from,
         handing_over: watch::channel(false).0,
         heard: Arc::default(),
+        answered: Arc::default(),
     };
     tokio::spawn(core.clone().serve_readers(waiting));
     match core.may_elect() {

@@ -224,6 +224,10 @@ impl Peers for Other {
     ) -> Result<Response<message::ReadIndexAnswer>, Status> {
         unreachable!("nobody reads")
     }
+
+    async fn promise(&self, _: Request<message::PromiseRequest>) -> Result<Response<message::PromiseAnswer>, Status> {
+        unreachable!("nobody reads")
+    }
 }
 
 /// A vote for whoever asks.
