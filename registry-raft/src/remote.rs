@@ -487,12 +487,18 @@ impl WatchStream {
 pub(crate) struct Reader {
     namespace: Namespace,
     picture: Picture,
+    /// A stream has told it something, or could have.
+    began: bool,
 }
 
 impl Reader {
     pub(crate) fn new(namespace: Namespace) -> Self {
         let picture = Picture::default();
-        Self { namespace, picture }
+        Self {
+            namespace,
+            picture,
+            began: false,
+        }
     }
 
     /// Passes one stream's items on. `Ok` when it broke.
@@ -507,7 +513,7 @@ impl Reader {
         let mut current = Vec::new();
         // What belongs together is told together: of a part whose stream broke, the next tells the whole.
         let mut together = Vec::new();
-        let again = *listing && self.picture.entries().next().is_some();
+        let again = std::mem::replace(&mut self.began, true);
         while let Ok(Some(response)) = items.message().await {
             match response.item {
                 Some(Item::Reset(_)) => {

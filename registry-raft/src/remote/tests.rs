@@ -1,6 +1,6 @@
 //! Where a handle goes for a hint, and where not.
 
-use registry_api::{Key, Options, Prefix};
+use registry_api::{Key, Options, Prefix, Registry};
 use registry_tests::cluster::eventually;
 
 use super::*;
@@ -58,52 +58,80 @@ async fn a_hint_to_one_that_does_not_answer_is_not_followed() {
     }
 }
 
+/// A group of one, and a handle to it by the wire.
+struct Alone {
+    dir: tempfile::TempDir,
+    member: Member,
+    remote: Arc<dyn Registry>,
+}
+
+impl Alone {
+    async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let member = Self::open(&dir, 0).await;
+        let remote = RaftConfig::remote([member.address().unwrap().to_string()]);
+        let remote = crate::connect(&remote, &Options::default()).await.unwrap();
+        Self { dir, member, remote }
+    }
+
+    async fn open(dir: &tempfile::TempDir, port: u16) -> Member {
+        let config = RaftConfig {
+            data_dir: Some(dir.path().join("data")),
+            listen: Some(format!("127.0.0.1:{port}")),
+            ..RaftConfig::default()
+        };
+        Member::start(&config).await.unwrap()
+    }
+
+    /// The member is elsewhere while the store changes, and comes back from a snapshot, which leaves nothing of the history.
+    async fn miss(mut self, change: impl AsyncFnOnce(&dyn Registry)) -> Self {
+        let port = self.member.address().unwrap().port();
+        self.member.stop().await.unwrap();
+        let elsewhere = Self::open(&self.dir, 0).await;
+        let registry = elsewhere.connect(&Options::default()).await.unwrap();
+        change(&*registry).await;
+        registry.close().await.unwrap();
+        elsewhere.snapshot().await.unwrap();
+        eventually(PATIENCE, || async { elsewhere.status().snapshot_bytes > 0 }).await;
+        elsewhere.stop().await.unwrap();
+        self.member = Self::open(&self.dir, port).await;
+        self
+    }
+
+    async fn stop(self) {
+        self.remote.close().await.unwrap();
+        self.member.stop().await.unwrap();
+    }
+}
+
+fn key(name: &str) -> Key {
+    Key::parse(&format!("/{name}")).unwrap()
+}
+
+async fn next(watch: &mut Watch) -> WatchItem {
+    let next = tokio::time::timeout(3 * PATIENCE, watch.next()).await;
+    next.unwrap().unwrap().unwrap()
+}
+
 /// A watch that began after a revision knows what was there then, and is told what went while the only member was started
-/// again from a snapshot, which leaves nothing of the history.
+/// again from a snapshot.
 #[tokio::test]
 async fn a_watch_after_a_revision_bridges_a_gap_without_history() {
-    let dir = tempfile::tempdir().unwrap();
-    let config = |port: u16| RaftConfig {
-        data_dir: Some(dir.path().join("data")),
-        listen: Some(format!("127.0.0.1:{port}")),
-        ..RaftConfig::default()
-    };
-    let key = |name: &str| Key::parse(&format!("/{name}")).unwrap();
-    let options = Options::default();
-    let member = Member::start(&config(0)).await.unwrap();
-    let port = member.address().unwrap().port();
-    let registry = member.connect(&options).await.unwrap();
-    registry.put(&key("goes"), "1").await.unwrap();
-    let after = registry.put(&key("stays"), "1").await.unwrap();
-    let remote = RaftConfig::remote([format!("127.0.0.1:{port}")]);
-    let remote = crate::connect(&remote, &options).await.unwrap();
+    let store = Alone::start().await;
+    store.remote.put(&key("goes"), "1").await.unwrap();
+    let after = store.remote.put(&key("stays"), "1").await.unwrap();
     let request = WatchRequest {
         from: WatchFrom::After(after),
         ..WatchRequest::new(Prefix::root(), WatchScope::Subtree)
     };
-    let mut watch = remote.watch(request).await.unwrap();
-    let mut next = async || {
-        tokio::time::timeout(3 * PATIENCE, watch.next())
-            .await
-            .unwrap()
-            .unwrap()
-            .unwrap()
+    let mut watch = store.remote.watch(request).await.unwrap();
+    assert_eq!(next(&mut watch).await, WatchItem::Synced(after));
+    let change = async |registry: &dyn Registry| {
+        registry.delete(&key("goes")).await.unwrap();
+        registry.put(&key("comes"), "1").await.unwrap();
     };
-    assert_eq!(next().await, WatchItem::Synced(after));
-
-    registry.close().await.unwrap();
-    member.stop().await.unwrap();
-    let elsewhere = Member::start(&config(0)).await.unwrap();
-    let registry = elsewhere.connect(&options).await.unwrap();
-    registry.delete(&key("goes")).await.unwrap();
-    registry.put(&key("comes"), "1").await.unwrap();
-    registry.close().await.unwrap();
-    elsewhere.snapshot().await.unwrap();
-    eventually(PATIENCE, || async { elsewhere.status().snapshot_bytes > 0 }).await;
-    elsewhere.stop().await.unwrap();
-
-    let again = Member::start(&config(port)).await.unwrap();
-    let WatchItem::Changes(events) = next().await else {
+    let store = store.miss(change).await;
+    let WatchItem::Changes(events) = next(&mut watch).await else {
         panic!("nothing was told")
     };
     assert!(
@@ -111,8 +139,32 @@ async fn a_watch_after_a_revision_bridges_a_gap_without_history() {
             if comes.key == key("comes") && goes.key == key("goes")),
         "{events:?}"
     );
-    assert!(matches!(next().await, WatchItem::Synced(_)));
+    assert!(matches!(next(&mut watch).await, WatchItem::Synced(_)));
     drop(watch);
-    remote.close().await.unwrap();
-    again.stop().await.unwrap();
+    store.stop().await;
+}
+
+/// Also to a reader who knew of no key before.
+#[tokio::test]
+async fn what_bridges_a_gap_is_told_in_the_order_of_revisions() {
+    let store = Alone::start().await;
+    let request = WatchRequest::new(Prefix::root(), WatchScope::Subtree);
+    let mut watch = store.remote.watch(request).await.unwrap();
+    assert!(matches!(next(&mut watch).await, WatchItem::Synced(_)));
+    let change = async |registry: &dyn Registry| {
+        registry.put(&key("b"), "1").await.unwrap();
+        registry.put(&key("a"), "2").await.unwrap();
+    };
+    let store = store.miss(change).await;
+    let WatchItem::Changes(events) = next(&mut watch).await else {
+        panic!("nothing was told")
+    };
+    assert!(
+        matches!(&events[..], [Event::Created(first), Event::Created(second)]
+            if first.key == key("b") && second.key == key("a")),
+        "{events:?}"
+    );
+    assert!(matches!(next(&mut watch).await, WatchItem::Synced(_)));
+    drop(watch);
+    store.stop().await;
 }
