@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use registry_api::{Depth, List, Options, Registry, SessionTtl};
 use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 
 use crate::cluster::eventually;
 use crate::history::{self, Answer, Violation};
@@ -210,13 +210,19 @@ pub async fn run(cluster: &impl Members, plan: Plan) -> Arc<Counts> {
     }
     let last = cluster.connect_with(options.clone()).await.expect("the store is back");
     settle(&last, &run, &counter).await;
-    join(&mut readers, &plan).await;
     let (chapters, counts) = (run.chapters.all(), run.counts.clone());
     let judged = tokio::task::spawn_blocking(move || chapters.iter().try_for_each(|chapter| judge(chapter, &counts)));
     let judged = judged.await.expect("the judge does not panic");
+    // Said first: of a write that was lost, the readers were told nothing either.
+    judged.unwrap_or_else(|violation| panic!("seed {}, {}: {violation}", plan.seed, run.counts));
+    let readers = join(&mut readers, &plan).await;
+    last.put(&key(readers::END), readers::TWICE)
+        .await
+        .expect("the store is back");
+    let mut looking: JoinSet<_> = readers.into_iter().map(readers::Reader::look_for_gaps).collect();
+    join(&mut looking, &plan).await;
     println!("seed {}, {:?}: {}", plan.seed, plan.breaks, run.counts);
     soak.check();
-    judged.unwrap_or_else(|violation| panic!("seed {}: {violation}", plan.seed));
     for party in &parties {
         party.registry.close().await.expect("the store is back");
     }
@@ -249,22 +255,23 @@ async fn straight(cluster: &impl Members, options: &Options) -> Party {
 }
 
 /// Waits for all to end. A panic of one is one of the run.
-async fn join(tasks: &mut JoinSet<()>, plan: &Plan) {
+async fn join<T: 'static>(tasks: &mut JoinSet<T>, plan: &Plan) -> Vec<T> {
     let joining = async {
+        let mut all = Vec::new();
         while let Some(ended) = tasks.join_next().await {
-            if let Err(error) = ended {
-                match error.try_into_panic() {
-                    Ok(panic) => {
-                        println!("seed {}: a promise was broken", plan.seed);
-                        std::panic::resume_unwind(panic);
-                    }
-                    Err(error) => panic!("seed {}: {error}", plan.seed),
+            match ended.map_err(JoinError::try_into_panic) {
+                Ok(ended) => all.push(ended),
+                Err(Ok(panic)) => {
+                    println!("seed {}: a promise was broken", plan.seed);
+                    std::panic::resume_unwind(panic);
                 }
+                Err(Err(error)) => panic!("seed {}: {error}", plan.seed),
             }
         }
+        all
     };
     let joined = tokio::time::timeout(PATIENCE, joining).await;
-    joined.unwrap_or_else(|_| panic!("seed {}: not all ended within {PATIENCE:?}", plan.seed));
+    joined.unwrap_or_else(|_| panic!("seed {}: not all ended within {PATIENCE:?}", plan.seed))
 }
 
 /// What is left when all have ended: the last reads of the history, empty queues, no lost update, the mark that tells
@@ -293,5 +300,7 @@ async fn settle(last: &Arc<dyn Registry>, run: &Run, counter: &holders::Counter)
     };
     let entries = last.list_all(all).await.expect("the store is back");
     assert!(entries.len() <= KEYS * chapters.len(), "what nobody put: {entries:?}");
-    last.put(&key(readers::END), "").await.expect("the store is back");
+    last.put(&key(readers::END), readers::ONCE)
+        .await
+        .expect("the store is back");
 }

@@ -10,8 +10,10 @@ use crate::history::{Answer, Call, Request};
 use crate::watch::{Picture, same_as_store};
 use crate::{key, prefix, within};
 
-/// What tells a reader that nothing more comes.
+/// What tells a reader that nothing more comes, and what it says the first time and the second.
 pub(super) const END: &str = "/h/end";
+pub(super) const ONCE: &str = "once";
+pub(super) const TWICE: &str = "twice";
 
 /// A watcher of all keys of the history.
 pub(super) struct Reader {
@@ -47,7 +49,7 @@ impl Reader {
     }
 
     /// Reads to the end, and compares.
-    pub(super) async fn read(mut self) {
+    pub(super) async fn read(mut self) -> Self {
         while !self.run.is_over() {
             // The end comes to those who are not waiting for changes too.
             let mut stop = self.run.stop.clone();
@@ -56,21 +58,31 @@ impl Reader {
                 _ = stop.wait_for(|stop| *stop) => {}
             }
         }
-        let end = key(END);
-        let reading = async {
-            while !self.picture.entries.contains_key(&end) {
-                self.next().await;
-            }
-        };
-        within(PATIENCE, reading).await;
+        self.until_end(ONCE).await;
         let same = same_as_store(&*self.registry, chapters::DIR, &self.picture).await;
         same.expect("the store is back");
+        self
+    }
+
+    /// Looks for what it was not told of, once it is told of the end again: what bridges a gap has `Synced` behind it, and
+    /// the end may have come first with that.
+    pub(super) async fn look_for_gaps(mut self) {
+        self.until_end(TWICE).await;
         if self.synced == 1 && self.registry.capabilities().every_change {
             self.has_no_gap();
             self.run.counts.one("watches without a gap");
         } else {
             self.run.counts.one("watches that bridged gaps");
         }
+    }
+
+    async fn until_end(&mut self, says: &str) {
+        let reading = async {
+            while !self.picture.has(END, says) {
+                self.next().await;
+            }
+        };
+        within(PATIENCE, reading).await;
     }
 
     async fn next(&mut self) {
