@@ -18,24 +18,27 @@ use crate::proto::response::Answer;
 pub(crate) struct Sessions {
     link: Arc<dyn Link>,
     ttl: Duration,
-    /// How long is tried to open or close one, and to keep one alive: a little less than the keeper waits, so that the
+    /// How long is tried to open one, to close it, and to keep it alive: a little less than the keeper waits, so that the
     /// cause is told and not only that time ran out.
-    to_change: Duration,
+    to_open: Duration,
+    to_close: Duration,
     to_keep: Duration,
+    /// How long one try may take.
+    each: Duration,
 }
 
 impl Sessions {
     pub(crate) fn new(link: Arc<dyn Link>, options: &Options) -> Self {
-        let (ttl, timeout) = (
-            options.session_ttl.get(),
-            options.connect_timeout.min(options.request_timeout),
-        );
+        let (ttl, each) = (options.session_ttl.get(), options.request_timeout);
+        let timeout = options.connect_timeout.min(each);
         Self {
             link,
             ttl,
-            to_change: timeout.mul_f64(0.9),
+            to_open: options.connect_timeout.mul_f64(0.9),
+            to_close: timeout.mul_f64(0.9),
             // The keeper's turn is a third of the TTL.
             to_keep: (ttl / 3).min(timeout).mul_f64(0.9),
+            each,
         }
     }
 
@@ -46,7 +49,7 @@ impl Sessions {
         let mut backoff = Duration::from_millis(5);
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            let source = match self.link.call(call.clone(), left).await {
+            let source = match self.link.call(call.clone(), left.min(self.each)).await {
                 Err(Error::Unavailable { source, .. } | Error::OutcomeUnknown { source, .. }) => source,
                 answered => return answered,
             };
@@ -61,8 +64,8 @@ impl Sessions {
         }
     }
 
-    async fn change(&self, change: Change) -> Result<Outcome> {
-        match self.ask(Call::Command(Command::new(change)), self.to_change).await? {
+    async fn change(&self, change: Change, patience: Duration) -> Result<Outcome> {
+        match self.ask(Call::Command(Command::new(change)), patience).await? {
             Answer::Reply(reply) => reply.result.ok_or_else(not_understood),
             _ => Err(not_understood()),
         }
@@ -73,7 +76,10 @@ impl Sessions {
 impl SessionStore for Sessions {
     async fn open(&self) -> Result<Grant> {
         let ttl_ms = u64::try_from(self.ttl.as_millis()).unwrap_or(u64::MAX);
-        match self.change(Change::Open(proto::OpenSession { ttl_ms })).await? {
+        match self
+            .change(Change::Open(proto::OpenSession { ttl_ms }), self.to_open)
+            .await?
+        {
             Outcome::SessionOpened(session) => Ok(Grant {
                 session: SessionId(session),
                 ttl: Duration::from_millis(ttl_ms),
@@ -92,9 +98,8 @@ impl SessionStore for Sessions {
     }
 
     async fn close(&self, session: SessionId) -> Result<()> {
-        self.change(Change::Close(proto::CloseSession { session: session.0 }))
-            .await
-            .map(|_| ())
+        let close = Change::Close(proto::CloseSession { session: session.0 });
+        self.change(close, self.to_close).await.map(|_| ())
     }
 }
 
@@ -157,6 +162,31 @@ mod tests {
         sessions.close(session).await.unwrap();
         let gone = sessions.keep_alive(session).await;
         assert!(matches!(gone, Err(Error::SessionExpired { .. })), "{gone:?}");
+        member.stop().await.unwrap();
+    }
+
+    /// One call may take less than the member needs to come.
+    #[tokio::test]
+    async fn opening_is_tried_until_connect_timeout() {
+        let address = format!("127.0.0.1:{}", registry_tests::process::free_port());
+        let options = Options {
+            request_timeout: Duration::from_millis(200),
+            connect_timeout: Duration::from_secs(30),
+            ..Options::default()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let late = async {
+            tokio::time::sleep(3 * options.request_timeout).await;
+            let config = RaftConfig {
+                data_dir: Some(dir.path().join("data")),
+                listen: Some(address.clone()),
+                ..RaftConfig::default()
+            };
+            Member::start(&config).await.unwrap()
+        };
+        let remote = RaftConfig::remote([address.clone()]);
+        let (opened, member) = tokio::join!(crate::connect(&remote, &options), late);
+        opened.unwrap().close().await.unwrap();
         member.stop().await.unwrap();
     }
 
