@@ -355,7 +355,8 @@ fn revision(answer: &Answer) -> u64 {
         Answer::Page(answer) => answer.revision,
         Answer::Children(answer) => answer.revision,
         Answer::Count(answer) => answer.revision,
-        Answer::Failure(_) | Answer::Reply(_) | Answer::Done(_) | Answer::Status(_) | Answer::Digest(_) => 0,
+        Answer::Failure(_) | Answer::Reply(_) | Answer::Done(_) | Answer::Status(_) => 0,
+        Answer::Digest(_) | Answer::ReadIndex(_) | Answer::Promise(_) => 0,
     }
 }
 

@@ -129,6 +129,13 @@ fn questions() -> Vec<Ask> {
         Call::KeepAlive(proto::KeepAlive { session: 3 }),
         Call::Status(proto::StatusRequest {}),
         Call::Digest(proto::DigestRequest { index: u64::MAX / 3 }),
+        Call::ReadIndex(peer::ReadIndexRequest {
+            header: IDENTITY.header(2),
+            term: Some(u64::MAX),
+        }),
+        Call::Promise(peer::PromiseRequest {
+            header: IDENTITY.header(2),
+        }),
         Call::Members(proto::ChangeMembers {
             name: "a".into(),
             address: "h:1".into(),

@@ -176,6 +176,22 @@ impl Core {
         }
     }
 
+    /// Asks another member what changes nothing, whatever becomes of the question.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if it did not answer, or could not.
+    pub(crate) async fn inquire(&self, id: u64, peer: &Peer, call: Call, patience: Duration) -> Result<Answer> {
+        let asked = self.ask(id, peer, call, patience, std::future::pending());
+        match tokio::time::timeout(patience, asked).await {
+            Ok(Err(Error::OutcomeUnknown { source, .. })) => Err(unavailable(source)),
+            Ok(answer) => answer,
+            Err(_) => Err(unavailable(format!(
+                "{}: no answer within {patience:.1?}",
+                peer.address
+            ))),
+        }
+    }
+
     /// Waits until the local copy has all that was acknowledged before, for a read: a lease will do where it may.
     pub(crate) async fn up_to_date(&self) -> Result<()> {
         if self.is_leased() { Ok(()) } else { self.barrier().await }
@@ -242,10 +258,10 @@ impl Core {
             header: us.header(id),
             term: Some(self.promised()),
         };
-        let lane = self.network().lane(id, &peer.address);
-        let asked = lane.ask(ROUND, |mut client| async move { client.read_index(request).await });
+        let Answer::ReadIndex(answer) = self.inquire(id, &peer, Call::ReadIndex(request), ROUND).await? else {
+            return Err(not_understood());
+        };
         let told = |status: Status| unavailable(status.message().to_owned());
-        let answer = asked.await.map_err(told)?;
         us.check_answer(answer.header.as_ref(), id).map_err(told)?;
         let index = answer.index.map(wire::log_id_from).ok_or_else(not_understood)?;
         self.applied(index).await

@@ -178,33 +178,6 @@ impl Peers for PeerService {
             taken: taken.is_ok(),
         }))
     }
-
-    async fn read_index(
-        &self,
-        request: Request<message::ReadIndexRequest>,
-    ) -> Result<Response<message::ReadIndexAnswer>, Status> {
-        let request = request.into_inner();
-        let (core, sender) = self.checked(request.header.as_ref())?;
-        let index = core
-            .read_index(request.term.map(|term| (sender, term)))
-            .await
-            .map_err(|error| Status::unavailable(error.to_string()))?;
-        Ok(Response::new(message::ReadIndexAnswer {
-            header: core.identity().header(sender),
-            index: Some(wire::log_id_to(&index)),
-        }))
-    }
-
-    async fn promise(
-        &self,
-        request: Request<message::PromiseRequest>,
-    ) -> Result<Response<message::PromiseAnswer>, Status> {
-        let (core, sender) = self.checked(request.into_inner().header.as_ref())?;
-        Ok(Response::new(message::PromiseAnswer {
-            header: core.identity().header(sender),
-            term: core.promised(),
-        }))
-    }
 }
 
 /// A message of the stream of entries, if it is one for this member and from whom the first was.

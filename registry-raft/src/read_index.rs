@@ -18,11 +18,13 @@ use futures_util::stream::FuturesUnordered;
 use openraft::Membership;
 use openraft::async_runtime::WatchReceiver;
 use registry_api::Result;
-use tonic::Status;
 
+use crate::command::not_understood;
 use crate::leader::no_leader;
 use crate::member::{Core, unavailable};
 use crate::proto::registry::peer::v1 as message;
+use crate::proto::request::Call;
+use crate::proto::response::Answer;
 use crate::types::{LogId, Peer};
 
 /// How long the members that are asked first have, before the rest is asked as well.
@@ -142,15 +144,17 @@ impl Core {
     }
 
     /// Which term another has promised itself to.
-    async fn ask_promise(&self, id: u64, peer: Peer) -> (u64, std::result::Result<u64, Status>) {
+    async fn ask_promise(&self, id: u64, peer: Peer) -> (u64, Result<u64>) {
         let us = self.identity();
-        let question = message::PromiseRequest { header: us.header(id) };
-        let lane = self.network().lane(id, &peer.address);
-        let asked = lane.ask(PATIENCE, |mut client| async move { client.promise(question).await });
-        let answer = asked.await.and_then(|answer| {
-            us.check_answer(answer.header.as_ref(), id)?;
-            Ok(answer.term)
-        });
+        let question = Call::Promise(message::PromiseRequest { header: us.header(id) });
+        let answer = match self.inquire(id, &peer, question, PATIENCE).await {
+            Ok(Answer::Promise(answer)) => match us.check_answer(answer.header.as_ref(), id) {
+                Ok(()) => Ok(answer.term),
+                Err(status) => Err(unavailable(status.message().to_owned())),
+            },
+            Ok(_) => Err(not_understood()),
+            Err(error) => Err(error),
+        };
         (id, answer)
     }
 }

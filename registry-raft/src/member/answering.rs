@@ -11,10 +11,12 @@ use super::{Core, GRACE, IN_FLIGHT, unavailable};
 use crate::command::{Change, Command, Outcome, Reply};
 use crate::leader::Leader;
 use crate::proto;
+use crate::proto::registry::peer::v1 as message;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
 use crate::types::Peer;
 use crate::watchers::Target;
+use crate::wire;
 
 /// How long the Raft leader may take to say how the members stand.
 const STATUS: Duration = Duration::from_millis(500);
@@ -101,9 +103,8 @@ impl Core {
         let others = membership.nodes().filter(|(id, _)| **id != self.identity.member);
         let asking = others.map(|(id, peer)| async move {
             let call = Call::Status(proto::StatusRequest {});
-            let asked = self.ask(*id, peer, call, patience, std::future::pending());
-            match tokio::time::timeout(patience, asked).await {
-                Ok(Ok(Answer::Status(status))) => Some(status),
+            match self.inquire(*id, peer, call, patience).await {
+                Ok(Answer::Status(status)) => Some(status),
                 _ => None,
             }
         });
@@ -152,7 +153,28 @@ impl Core {
             }
             Call::Status(_) => Answer::Status(self.status()),
             Call::Digest(digest) => self.digest(digest.index).await?,
+            Call::ReadIndex(request) => {
+                let asker = self.asker(request.header.as_ref())?;
+                let index = self.read_index(request.term.map(|term| (asker, term))).await?;
+                Answer::ReadIndex(message::ReadIndexAnswer {
+                    header: self.identity.header(asker),
+                    index: Some(wire::log_id_to(&index)),
+                })
+            }
+            Call::Promise(request) => {
+                let asker = self.asker(request.header.as_ref())?;
+                Answer::Promise(message::PromiseAnswer {
+                    header: self.identity.header(asker),
+                    term: self.promised(),
+                })
+            }
         })
+    }
+
+    /// Which member asks what only members do.
+    fn asker(&self, header: Option<&message::Header>) -> Result<u64> {
+        let checked = self.identity.check(header);
+        checked.map_err(|status| Error::InvalidRequest(status.message().into()))
     }
 
     /// Waits until the local state holds all that was acknowledged or, for a reader who does not care, what it has seen.

@@ -14,8 +14,11 @@ use tonic::Code;
 
 use super::*;
 use crate::network::Lane;
+use crate::proto;
 use crate::proto::registry::log::v1 as log;
 use crate::proto::registry::peer::v1 as message;
+use crate::proto::request::Call;
+use crate::proto::response::Answer;
 use crate::transport::Transport;
 use message::snapshot_part::Part;
 
@@ -120,6 +123,11 @@ impl Spoken {
             vote,
             ..message::TransferRequest::default()
         };
+        let read_index = message::ReadIndexRequest {
+            header: header.clone(),
+            term: None,
+        };
+        let promise = message::PromiseRequest { header };
         let appended = peer.append(stream::iter([append.clone()])).await.unwrap();
         vec![
             ("append", appended.into_inner().message().await.unwrap_err()),
@@ -128,20 +136,25 @@ impl Spoken {
             ("pre-vote", peer.pre_vote(ask).await.unwrap_err()),
             ("snapshot", peer.snapshot(parts([head])).await.unwrap_err()),
             ("transfer", peer.transfer_leader(transfer).await.unwrap_err()),
-            (
-                "read index",
-                peer.read_index(message::ReadIndexRequest {
-                    header: header.clone(),
-                    term: None,
-                })
-                .await
-                .unwrap_err(),
-            ),
-            (
-                "promise",
-                peer.promise(message::PromiseRequest { header }).await.unwrap_err(),
-            ),
+            ("read index", self.refusal_of(Call::ReadIndex(read_index)).await),
+            ("promise", self.refusal_of(Call::Promise(promise)).await),
         ]
+    }
+
+    /// What is said to a question that goes the way of those of handles.
+    async fn refusal_of(&self, call: Call) -> tonic::Status {
+        let request = proto::Request {
+            patience_ms: 10_000,
+            forwarded: true,
+            call: Some(call),
+        };
+        let answer = self.lane.conversation().await.unwrap().ask(request).await;
+        match answer.unwrap().answer {
+            Some(Answer::Failure(said)) if said.kind() == proto::failure::Kind::Invalid => {
+                tonic::Status::failed_precondition(said.text)
+            }
+            other => panic!("it was not refused: {other:?}"),
+        }
     }
 }
 

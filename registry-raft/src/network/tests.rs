@@ -217,17 +217,6 @@ impl Peers for Other {
         };
         self.answer("transfer", question, answer).await
     }
-
-    async fn read_index(
-        &self,
-        _: Request<message::ReadIndexRequest>,
-    ) -> Result<Response<message::ReadIndexAnswer>, Status> {
-        unreachable!("nobody reads")
-    }
-
-    async fn promise(&self, _: Request<message::PromiseRequest>) -> Result<Response<message::PromiseAnswer>, Status> {
-        unreachable!("nobody reads")
-    }
 }
 
 /// A vote for whoever asks.
