@@ -6,7 +6,8 @@ mod answering;
 mod tests;
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::fmt;
+use std::sync::{Arc, Weak};
 
 use futures_util::{Stream, stream};
 use parking_lot::Mutex;
@@ -44,7 +45,17 @@ struct Waiting {
 #[derive(Debug)]
 enum Waiter {
     Once(oneshot::Sender<Result<proto::Response, Status>>),
-    Items(mpsc::UnboundedSender<Result<proto::WatchResponse, Status>>),
+    Items(Arc<Mutex<Hearing>>),
+}
+
+/// Takes an item of a watch in the task of the connection, and says whether it takes the next.
+type Take = Box<dyn FnMut(proto::WatchResponse) -> bool + Send>;
+
+/// Where the items of a watch go: to what takes them as they come, if there is any, else to who reads them.
+struct Hearing {
+    take: Option<Take>,
+    /// `None` once nothing more is heard.
+    read: Option<mpsc::UnboundedSender<Result<proto::WatchResponse, Status>>>,
 }
 
 impl Conversation {
@@ -74,8 +85,13 @@ impl Conversation {
     /// Begins a watch, which ends when it is dropped.
     pub(crate) fn watch(&self, request: proto::WatchRequest) -> Result<Items, Status> {
         let (tell, told) = mpsc::unbounded_channel();
-        let asked = self.send(Waiter::Items(tell), Ask::Watch(request.into()))?;
-        Ok(Items { told, _asked: asked })
+        let (take, read) = (None, Some(tell));
+        let hearing = Arc::new(Mutex::new(Hearing { take, read }));
+        Ok(Items {
+            told,
+            hearing: Arc::downgrade(&hearing),
+            _asked: self.send(Waiter::Items(hearing), Ask::Watch(request.into()))?,
+        })
     }
 
     fn send(&self, waiter: Waiter, what: Ask) -> Result<Question, Status> {
@@ -114,6 +130,7 @@ impl Drop for Question {
 #[derive(Debug)]
 pub(crate) struct Items {
     told: mpsc::UnboundedReceiver<Result<proto::WatchResponse, Status>>,
+    hearing: Weak<Mutex<Hearing>>,
     _asked: Question,
 }
 
@@ -121,6 +138,39 @@ impl Items {
     /// The next; `None` once it has ended.
     pub(crate) async fn message(&mut self) -> Result<Option<proto::WatchResponse>, Status> {
         self.told.recv().await.transpose()
+    }
+
+    /// Has what comes taken as it comes, in the task of the connection, which has to be quick: it is not read any more.
+    /// The stream ends when it takes no more. Nothing is done as long as something is there to be read, which comes first.
+    pub(crate) fn hear(&self, take: impl FnMut(proto::WatchResponse) -> bool + Send + 'static) {
+        let Some(hearing) = self.hearing.upgrade() else {
+            return;
+        };
+        let mut hearing = hearing.lock();
+        if self.told.is_empty() {
+            hearing.take = Some(Box::new(take));
+        }
+    }
+}
+
+impl Hearing {
+    fn tell(&mut self, item: proto::WatchResponse) {
+        match (&mut self.take, &self.read) {
+            (Some(take), _) => {
+                if !take(item) {
+                    (self.take, self.read) = (None, None);
+                }
+            }
+            (None, Some(read)) => drop(read.send(Ok(item))),
+            (None, None) => {}
+        }
+    }
+}
+
+impl fmt::Debug for Hearing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let taken = self.take.is_some();
+        f.debug_struct("Hearing").field("taken", &taken).finish_non_exhaustive()
     }
 }
 
@@ -134,29 +184,38 @@ impl Waiting {
         Ok(self.next)
     }
 
-    /// Passes on what is told; who gave up waiting is not there any more.
-    fn tell(&mut self, told: proto::Told) {
-        let number = &told.number;
-        match (told.what, self.waiters.get(number)) {
-            (Some(Tell::Item(item)), Some(Waiter::Items(waiter))) => drop(waiter.send(Ok(item))),
-            (Some(Tell::Response(response)), Some(Waiter::Once(_))) => {
-                if let Some(Waiter::Once(waiter)) = self.waiters.remove(number) {
-                    drop(waiter.send(Ok(response)));
-                }
-            }
-            (None, _) => drop(self.waiters.remove(number)),
-            (Some(_), _) => {}
-        }
-    }
-
     fn end(&mut self, status: Status) {
         for (_, waiter) in self.waiters.drain() {
             match waiter {
                 Waiter::Once(waiter) => drop(waiter.send(Err(status.clone()))),
-                Waiter::Items(waiter) => drop(waiter.send(Err(status.clone()))),
+                Waiter::Items(hearing) => {
+                    let read = &hearing.lock().read;
+                    let _ = read.as_ref().map(|read| read.send(Err(status.clone())));
+                }
             }
         }
         self.ended = Some(status);
+    }
+}
+
+/// Passes on what is told; who gave up waiting is not there any more.
+fn tell(waiting: &Mutex<Waiting>, told: proto::Told) {
+    let number = &told.number;
+    let mut waiting = waiting.lock();
+    match (told.what, waiting.waiters.get(number)) {
+        (Some(Tell::Item(item)), Some(Waiter::Items(hearing))) => {
+            let hearing = hearing.clone();
+            // Nobody who asks something else waits for it.
+            drop(waiting);
+            hearing.lock().tell(item);
+        }
+        (Some(Tell::Response(response)), Some(Waiter::Once(_))) => {
+            if let Some(Waiter::Once(waiter)) = waiting.waiters.remove(number) {
+                drop(waiter.send(Ok(response)));
+            }
+        }
+        (None, _) => drop(waiting.waiters.remove(number)),
+        (Some(_), _) => {}
     }
 }
 
@@ -171,10 +230,7 @@ async fn hear(channel: Connection, asked: mpsc::UnboundedReceiver<proto::Asked>,
     };
     loop {
         match told.message().await {
-            Ok(Some(together)) => {
-                let mut waiting = waiting.lock();
-                together.told.into_iter().for_each(|told| waiting.tell(told));
-            }
+            Ok(Some(together)) => together.told.into_iter().for_each(|told| tell(waiting, told)),
             Ok(None) => return gone(),
             Err(status) => return status,
         }

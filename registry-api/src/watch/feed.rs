@@ -46,9 +46,9 @@ impl Feed {
         self.0.push(WatchItem::Reset);
     }
 
-    /// Ends the watch with an error.
-    pub fn fail(self, error: Error) {
-        self.0.lock().error = Some(error);
+    /// Ends the watch with an error, after what was pushed.
+    pub fn fail(&self, error: Error) {
+        self.end(Some(error));
     }
 
     /// Whether the reader is gone.
@@ -56,28 +56,33 @@ impl Feed {
         self.0.lock().reader_gone
     }
 
-    /// Waits until the reader is gone.
+    /// Waits until the reader is gone. One waits at a time.
     ///
     /// # Cancel safety
     /// Leaves nothing behind.
-    pub async fn closed(&self) {
-        std::future::poll_fn(|cx| {
-            let mut state = self.0.lock();
+    pub fn closed(&self) -> impl Future<Output = ()> + Send + use<> {
+        let queue = self.0.clone();
+        std::future::poll_fn(move |cx| {
+            let mut state = queue.lock();
             if state.reader_gone {
                 return Poll::Ready(());
             }
             state.feed_waker = Some(cx.waker().clone());
             Poll::Pending
         })
-        .await;
+    }
+
+    fn end(&self, error: Option<Error>) {
+        let mut state = self.0.lock();
+        state.error = state.error.take().or(error);
+        state.feed_gone = true;
+        wake(&mut state.reader_waker);
     }
 }
 
 impl Drop for Feed {
     fn drop(&mut self) {
-        let mut state = self.0.lock();
-        state.feed_gone = true;
-        wake(&mut state.reader_waker);
+        self.end(None);
     }
 }
 

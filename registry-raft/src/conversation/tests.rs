@@ -19,7 +19,7 @@ use crate::member::Member;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
 use crate::proto::watch_response::Item;
-use crate::remote::Reader;
+use crate::remote::{Reader, pass_on};
 use crate::service::Service;
 use crate::transport::Transport;
 
@@ -341,17 +341,17 @@ fn is_understood(input: &[u8]) -> bool {
     let (once, mut answer) = oneshot::channel();
     conversation.waiting.lock().add(Waiter::Once(once)).unwrap();
     let mut items = conversation.watch(proto::WatchRequest::default()).unwrap();
-    let mut waiting = conversation.waiting.lock();
-    message.told.into_iter().for_each(|told| waiting.tell(told));
-    waiting.end(gone());
-    drop(waiting);
+    message
+        .told
+        .into_iter()
+        .for_each(|told| tell(&conversation.waiting, told));
+    conversation.waiting.lock().end(gone());
 
     let namespace = Namespace::parse("/ns").unwrap();
     let (feed, watch) = registry_api::watch::feed();
     let passed_on = async {
-        let mut reader = Reader::new(namespace.clone());
-        let passed_on = reader.pass_on(&mut items, &feed, &mut None, &mut false).await;
-        drop(feed);
+        let reader = Reader::new(namespace.clone(), feed, Some(Revision::default()));
+        let passed_on = pass_on(&Arc::new(Mutex::new(reader)), &mut items).await;
         (passed_on, watch.count().await)
     };
     let (passed_on, heard) = passed_on.now_or_never().expect("nothing is waited for");
@@ -396,7 +396,8 @@ fn a_part_is_told_with_the_rest_of_it() {
         Item::Changes(proto::Changes { events, more })
     };
     let (feed, watch) = registry_api::watch::feed();
-    let (mut reader, mut told) = (Reader::new(Namespace::parse("/ns").unwrap()), Some(Revision(4)));
+    let reader = Reader::new(Namespace::parse("/ns").unwrap(), feed, Some(Revision(4)));
+    let reader = Arc::new(Mutex::new(reader));
     for parts in [
         vec![part("/ns/a", true)],
         vec![part("/ns/a", true), part("/ns/b", false)],
@@ -406,18 +407,15 @@ fn a_part_is_told_with_the_rest_of_it() {
             waiting: Arc::default(),
         };
         let mut items = conversation.watch(proto::WatchRequest::default()).unwrap();
-        let mut waiting = conversation.waiting.lock();
         for part in parts {
             let what = Some(Tell::Item(proto::WatchResponse { item: Some(part) }));
-            waiting.tell(proto::Told { number: 1, what });
+            tell(&conversation.waiting, proto::Told { number: 1, what });
         }
-        waiting.end(gone());
-        drop(waiting);
-        let mut listing = false;
-        let passed_on = reader.pass_on(&mut items, &feed, &mut told, &mut listing);
-        passed_on.now_or_never().expect("nothing is waited for").unwrap();
+        conversation.waiting.lock().end(gone());
+        let passed_on = pass_on(&reader, &mut items).now_or_never();
+        passed_on.expect("nothing is waited for").unwrap();
     }
-    drop(feed);
+    drop(reader);
     let items: Vec<_> = watch.collect().now_or_never().expect("the feed is gone");
     assert!(
         matches!(&items[..], [Ok(WatchItem::Changes(events))] if events.len() == 2),

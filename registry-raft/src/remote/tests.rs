@@ -1,6 +1,6 @@
 //! Where a handle goes for a hint, and where not.
 
-use registry_api::{Key, Options, Prefix, Registry};
+use registry_api::{Event, Key, Options, Prefix, Registry, WatchFrom, WatchItem, WatchScope};
 use registry_tests::cluster::eventually;
 
 use super::*;
