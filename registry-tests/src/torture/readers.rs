@@ -33,6 +33,10 @@ impl Reader {
     pub(super) async fn start(registry: Arc<dyn Registry>, run: Run) -> Self {
         let request = WatchRequest::new(prefix(chapters::DIR), WatchScope::Subtree);
         let watch = registry.watch(request).await.expect("nothing is broken yet");
+        Self::of(registry, run, watch).await
+    }
+
+    async fn of(registry: Arc<dyn Registry>, run: Run, watch: Watch) -> Self {
         let mut reader = Self {
             registry,
             run,
@@ -123,5 +127,65 @@ impl Reader {
             let changed = (key(&format!("{dir}/{number}")), *revision);
             assert!(self.told.contains(&changed), "{changed:?} was never told: {call}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use registry_api::Options;
+    use registry_api::watch::{Feed, feed};
+    use registry_raft::{Member, RaftConfig};
+
+    use super::*;
+    use crate::history::Write;
+
+    /// A reader that is not told of the first of two puts, and is told of the second and of the end by one item.
+    async fn not_told_of_one(then: impl FnOnce(&Feed, Revision)) -> Arc<super::super::Counts> {
+        let member = Member::start(&RaftConfig::in_memory()).await.unwrap();
+        let registry = member.connect(&Options::default()).await.unwrap();
+        let (_over, stop) = tokio::sync::watch::channel(true);
+        let run = Run {
+            counts: Arc::default(),
+            chapters: Arc::default(),
+            stop,
+        };
+        let (feed, watch) = feed();
+        feed.synced(Revision::default());
+        let reader = Reader::of(registry.clone(), run.clone(), watch).await;
+        let mut client = run.chapters.current().client(&registry, 0);
+        for _ in 0..2 {
+            client.commit(vec![], vec![(0, Write::Put)]).await;
+        }
+        let revision = registry.put(&key(END), ONCE).await.unwrap();
+        let list = registry_api::List {
+            depth: registry_api::Depth::Subtree,
+            ..registry_api::List::new(prefix(chapters::DIR))
+        };
+        let entries = registry.list_all(list).await.unwrap();
+        feed.changes(entries.into_iter().map(Event::Created).collect());
+        then(&feed, revision);
+        let reader = reader.read().await;
+        registry.put(&key(END), TWICE).await.unwrap();
+        let end = registry
+            .get(&key(END), registry_api::Read::Linearizable)
+            .await
+            .unwrap()
+            .unwrap();
+        feed.changes(vec![Event::Updated(end)]);
+        reader.look_for_gaps().await;
+        run.counts
+    }
+
+    #[tokio::test]
+    #[should_panic(expected = "was never told")]
+    async fn a_change_that_is_not_told_is_missed() {
+        not_told_of_one(|_, _| {}).await;
+    }
+
+    /// The end comes with what bridges a gap, before the mark that says so.
+    #[tokio::test]
+    async fn an_end_within_a_gap_does_not_hide_it() {
+        let counts = not_told_of_one(|feed, revision| feed.synced(revision)).await;
+        assert_eq!(counts.of("watches that bridged gaps"), 1);
     }
 }
