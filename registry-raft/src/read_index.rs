@@ -11,6 +11,7 @@
 //! member in common, which would have said so.
 
 use std::collections::BTreeSet;
+use std::pin::pin;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -96,6 +97,7 @@ impl Core {
         of: &Membership<u64, Peer>,
         mut true_to: BTreeSet<u64>,
     ) -> Result<BTreeSet<u64>> {
+        let ask = |(id, peer)| self.ask_promise(id, peer);
         let mut others = self.in_order_of_answers(of, &true_to).into_iter();
         let mut asked = FuturesUnordered::new();
         // As many as it takes, if all of them answer.
@@ -104,15 +106,14 @@ impl Core {
             && let Some((id, peer)) = others.next()
         {
             hoped_for.insert(id);
-            asked.push(self.ask_promise(id, peer));
+            asked.push(ask((id, peer)));
         }
-        let mut patient = Some(Box::pin(tokio::time::sleep(SOON)));
+        let mut late = pin!(tokio::time::sleep(SOON));
         while !is_majority(of, &true_to) {
             let answer = tokio::select! {
                 answer = asked.next() => answer,
-                () = async { patient.as_mut().expect("there is a time").await }, if patient.is_some() => {
-                    patient = None;
-                    asked.extend(others.by_ref().map(|(id, peer)| self.ask_promise(id, peer)));
+                () = &mut late, if others.len() > 0 => {
+                    asked.extend(others.by_ref().map(ask));
                     continue;
                 }
             };
@@ -123,8 +124,7 @@ impl Core {
                 Some((_, Ok(_))) => return Err(no_leader()),
                 Some((_, Err(cause))) => {
                     tracing::debug!(%cause, "a member does not say whether this one leads");
-                    patient = None;
-                    asked.extend(others.by_ref().map(|(id, peer)| self.ask_promise(id, peer)));
+                    asked.extend(others.by_ref().map(ask));
                 }
                 None => return Err(unavailable("no majority answers the Raft leader")),
             }
@@ -135,9 +135,8 @@ impl Core {
 
     /// The other voters, first those that answered last time.
     fn in_order_of_answers(&self, of: &Membership<u64, Peer>, but: &BTreeSet<u64>) -> Vec<(u64, Peer)> {
-        let voters: BTreeSet<_> = of.voter_ids().filter(|id| !but.contains(id)).collect();
-        let nodes = of.nodes().filter(|(id, _)| voters.contains(id));
-        let mut others: Vec<_> = nodes.map(|(id, peer)| (*id, peer.clone())).collect();
+        let voters = of.voter_ids().filter(|id| !but.contains(id));
+        let mut others: Vec<_> = voters.filter_map(|id| Some((id, of.get_node(&id)?.clone()))).collect();
         let answered = self.answered().lock();
         others.sort_by_key(|(id, _)| !answered.contains(id));
         others
