@@ -2,6 +2,7 @@
 
 use registry_tests::Dice;
 
+use super::format::{FORMAT, MAGIC};
 use super::*;
 use crate::bad_input::in_proportion;
 use crate::command::{Change, Command};
