@@ -123,13 +123,37 @@ async fn a_lost_lock_ends_its_command() {
     member.kill().await;
     let ended = within(PATIENCE, holder.wait()).await.unwrap();
     assert_eq!(ended.code(), Some(7));
-    // A process that has ended has no command line, or nothing at all.
-    let ended = || async {
-        std::fs::read(format!("/proc/{deaf}/cmdline"))
-            .unwrap_or_default()
-            .is_empty()
-    };
-    eventually(PATIENCE, ended).await;
+    eventually(PATIENCE, || async { has_ended(&deaf) }).await;
+}
+
+/// A process that has ended has no command line, or nothing at all.
+fn has_ended(pid: &str) -> bool {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline"));
+    line.unwrap_or_default().is_empty()
+}
+
+/// Its command goes before the lock does. Under `nohup` the signal stays ignored.
+#[tokio::test]
+async fn a_terminal_that_is_closed_ends_a_command_with_its_lock() {
+    let shell = Shell::new();
+    let _member = shell.serve().await;
+    let (mut holder, _, command) = shell
+        .starts(&["lock", "/l", "--", "sh", "-c", "echo $$; exec sleep 1000"])
+        .await;
+    signal(&holder, rustix::process::Signal::HUP);
+    within(PATIENCE, holder.wait()).await.unwrap();
+    assert!(has_ended(&command));
+    shell.says(0, &["lock", "/l", "--try", "--", "true"]).await;
+
+    let held = format!("exec '{}' lock /l", env!("CARGO_BIN_EXE_registry"));
+    let mut holder = shell.of("nohup", &["sh", "-c", &held]);
+    let mut holder = holder.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(holder.stdout.take().unwrap()).lines();
+    assert!(line(&mut lines).await.starts_with("holding /l"));
+    let status = std::fs::read_to_string(format!("/proc/{}/status", holder.id().unwrap())).unwrap();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+    assert!(ignored.ends_with(['1', '3', '5', '7', '9', 'b', 'd', 'f']), "{ignored}");
+    assert_eq!(interrupt(&mut holder).await, Some(0));
 }
 
 #[tokio::test]

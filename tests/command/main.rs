@@ -100,9 +100,13 @@ async fn line(lines: &mut tokio::io::Lines<BufReader<tokio::process::ChildStdout
     within(PATIENCE, lines.next_line()).await.unwrap().expect("it goes on")
 }
 
-async fn interrupt(child: &mut Child) -> Option<i32> {
+fn signal(child: &Child, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap()).unwrap();
-    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    rustix::process::kill_process(pid, signal).unwrap();
+}
+
+async fn interrupt(child: &mut Child) -> Option<i32> {
+    signal(child, rustix::process::Signal::INT);
     within(PATIENCE, child.wait()).await.unwrap().code()
 }
 
