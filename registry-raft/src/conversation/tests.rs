@@ -378,10 +378,9 @@ fn is_understood(input: &[u8]) -> bool {
     }
 }
 
-/// The stream breaks between two parts of what belongs together: the next one's whole is told, once.
-#[test]
-fn a_part_is_told_with_the_rest_of_it() {
-    let created = |key: &str| proto::Event {
+/// A key that is created at revision 5, as all of what belongs together or with more of it to come.
+fn part(key: &str, more: bool) -> Item {
+    let created = proto::Event {
         kind: proto::event::Kind::Created.into(),
         entry: Some(proto::Entry {
             key: key.into(),
@@ -391,17 +390,16 @@ fn a_part_is_told_with_the_rest_of_it() {
         }),
         revision: 5,
     };
-    let part = |key, more| {
-        let events = vec![created(key)];
-        Item::Changes(proto::Changes { events, more })
-    };
+    let events = vec![created];
+    Item::Changes(proto::Changes { events, more })
+}
+
+/// What a reader is told who knows of all up to a revision, or of nothing, by streams that break one after the other.
+fn told_by<const N: usize>(knows: Option<Revision>, streams: [Vec<Item>; N]) -> Vec<WatchItem> {
     let (feed, watch) = registry_api::watch::feed();
-    let reader = Reader::new(Namespace::parse("/ns").unwrap(), feed, Some(Revision(4)));
+    let reader = Reader::new(Namespace::parse("/ns").unwrap(), feed, knows);
     let reader = Arc::new(Mutex::new(reader));
-    for parts in [
-        vec![part("/ns/a", true)],
-        vec![part("/ns/a", true), part("/ns/b", false)],
-    ] {
+    for parts in streams {
         let conversation = Conversation {
             asking: mpsc::unbounded_channel().0,
             waiting: Arc::default(),
@@ -416,10 +414,37 @@ fn a_part_is_told_with_the_rest_of_it() {
         passed_on.expect("nothing is waited for").unwrap();
     }
     drop(reader);
-    let items: Vec<_> = watch.collect().now_or_never().expect("the feed is gone");
+    let items = watch.map(Result::unwrap).collect().now_or_never();
+    items.expect("the feed is gone")
+}
+
+/// The stream breaks between two parts of what belongs together: the next one's whole is told, once.
+#[test]
+fn a_part_is_told_with_the_rest_of_it() {
+    let broken = vec![part("/ns/a", true)];
+    let whole = vec![part("/ns/a", true), part("/ns/b", false)];
+    let told = told_by(Some(Revision(4)), [broken, whole]);
     assert!(
-        matches!(&items[..], [Ok(WatchItem::Changes(events))] if events.len() == 2),
-        "{items:?}"
+        matches!(&told[..], [WatchItem::Changes(events)] if events.len() == 2),
+        "{told:?}"
+    );
+}
+
+/// Also of what it was about to be told.
+#[test]
+fn a_reset_leaves_nothing_of_what_was_told_before_it() {
+    let unit = proto::Unit {};
+    let again = vec![
+        part("/ns/a", false),
+        Item::Reset(unit),
+        part("/ns/b", false),
+        Item::Synced(5),
+    ];
+    let told = told_by(None, [Vec::new(), again]);
+    assert!(
+        matches!(&told[..], [WatchItem::Reset, WatchItem::Changes(events), WatchItem::Synced(_)]
+            if events.len() == 1 && events[0].key().as_str() == "/b"),
+        "{told:?}"
     );
 }
 

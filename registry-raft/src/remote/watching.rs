@@ -283,6 +283,7 @@ impl Reader {
         match response.item {
             Some(Item::Reset(_)) => {
                 self.picture = Picture::default();
+                self.current = None;
                 self.told = None;
                 self.listing = true;
                 self.feed.reset();
