@@ -208,7 +208,11 @@ pub async fn run(cluster: &impl Members, plan: Plan) -> Arc<Counts> {
             );
         }
     }
-    let last = cluster.connect_with(options.clone()).await.expect("the store is back");
+    let patient = Options {
+        request_timeout: PATIENCE,
+        ..options.clone()
+    };
+    let last = cluster.connect_with(patient).await.expect("the store is back");
     settle(&last, &run, &counter).await;
     let (chapters, counts) = (run.chapters.all(), run.counts.clone());
     let judged = tokio::task::spawn_blocking(move || chapters.iter().try_for_each(|chapter| judge(chapter, &counts)));

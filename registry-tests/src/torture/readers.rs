@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use registry_api::{Event, Key, Registry, Revision, Watch, WatchItem, WatchRequest, WatchScope};
+use registry_api::{Error, Event, Key, Registry, Revision, Watch, WatchItem, WatchRequest, WatchScope};
 
 use super::{PATIENCE, Run, chapters};
 use crate::history::{Answer, Call, Request};
@@ -32,7 +32,16 @@ impl Reader {
     /// A reader that knows all there is.
     pub(super) async fn start(registry: Arc<dyn Registry>, run: Run) -> Self {
         let request = WatchRequest::new(prefix(chapters::DIR), WatchScope::Subtree);
-        let watch = registry.watch(request).await.expect("nothing is broken yet");
+        let begun = async {
+            loop {
+                match registry.watch(request.clone()).await {
+                    // One call of the run is short, and the machine may be busy.
+                    Err(Error::Unavailable { .. }) => {}
+                    begun => return begun.expect("nothing is broken yet"),
+                }
+            }
+        };
+        let watch = within(PATIENCE, begun).await;
         Self::of(registry, run, watch).await
     }
 
