@@ -16,13 +16,13 @@ mod writers;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use registry_api::{Depth, List, Options, Registry, SessionTtl};
+use registry_api::{Depth, Error, List, Options, Registry, Result, SessionTtl};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 
 use crate::cluster::eventually;
 use crate::history::{self, Answer, Violation};
-use crate::{Dice, Members, Wire, key, prefix};
+use crate::{Dice, Members, Wire, key, prefix, within};
 use chapters::{Chapter, Chapters};
 
 pub use counts::Counts;
@@ -169,8 +169,9 @@ pub async fn run(cluster: &impl Members, plan: Plan) -> Arc<Counts> {
         let candidate = holders::campaign(party.registry.clone(), run.clone(), election.clone(), dice.split());
         work.spawn(candidate);
     }
-    let course = parties[1].registry.election(&key(holders::NAME)).observe().await;
-    work.spawn(holders::observe(course.expect("nothing is broken yet"), run.clone()));
+    let observed = parties[1].registry.election(&key(holders::NAME));
+    let course = begun(|| observed.observe()).await;
+    work.spawn(holders::observe(course, run.clone()));
     work.spawn(writers::ballast(parties[3].registry.clone(), run.clone()));
 
     let sessions: Vec<_> = parties
@@ -232,6 +233,19 @@ pub async fn run(cluster: &impl Members, plan: Plan) -> Arc<Counts> {
     }
     last.close().await.expect("the store is back");
     run.counts
+}
+
+/// What a run begins with. One call of it is short, and the machine may be busy.
+async fn begun<T, F: Future<Output = Result<T>>>(begin: impl Fn() -> F) -> T {
+    let beginning = async {
+        loop {
+            match begin().await {
+                Err(Error::Unavailable { .. }) => {}
+                begun => return begun.expect("nothing is broken yet"),
+            }
+        }
+    };
+    within(PATIENCE, beginning).await
 }
 
 fn judge(chapter: &Chapter, counts: &Counts) -> Result<(), Violation> {

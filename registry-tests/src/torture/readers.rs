@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use registry_api::{Error, Event, Key, Registry, Revision, Watch, WatchItem, WatchRequest, WatchScope};
+use registry_api::{Event, Key, Registry, Revision, Watch, WatchItem, WatchRequest, WatchScope};
 
-use super::{PATIENCE, Run, chapters};
+use super::{PATIENCE, Run, begun, chapters};
 use crate::history::{Answer, Call, Request};
 use crate::watch::{Picture, same_as_store};
 use crate::{key, prefix, within};
@@ -32,16 +32,7 @@ impl Reader {
     /// A reader that knows all there is.
     pub(super) async fn start(registry: Arc<dyn Registry>, run: Run) -> Self {
         let request = WatchRequest::new(prefix(chapters::DIR), WatchScope::Subtree);
-        let begun = async {
-            loop {
-                match registry.watch(request.clone()).await {
-                    // One call of the run is short, and the machine may be busy.
-                    Err(Error::Unavailable { .. }) => {}
-                    begun => return begun.expect("nothing is broken yet"),
-                }
-            }
-        };
-        let watch = within(PATIENCE, begun).await;
+        let watch = begun(|| registry.watch(request.clone())).await;
         Self::of(registry, run, watch).await
     }
 
