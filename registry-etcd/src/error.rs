@@ -16,7 +16,8 @@ pub(crate) enum Verdict {
     NotSent,
     /// It may have been carried out, or may be later.
     Unknown,
-    /// etcd refused it for want of room; nothing happened.
+    /// There is no room. A write whose size the quota did not cover any more when it was applied was carried out, and is
+    /// answered like one that was refused (etcd's `quotaApplierV3`).
     Full,
     /// The lease it names is gone; nothing happened.
     NoLease,
@@ -92,8 +93,8 @@ pub(crate) fn write(operation: &'static str, session: Option<SessionId>, error: 
         (Verdict::NoLease, Some(session)) => Error::SessionExpired { session },
         (Verdict::Denied | Verdict::Refused, _) => denied(error),
         (Verdict::Unsupported, _) => unsupported(operation),
-        (Verdict::NotSent | Verdict::Full, _) => unavailable(error),
-        (Verdict::Unknown | Verdict::NoLease | Verdict::OutOfRange, _) => unknown(operation, error),
+        (Verdict::NotSent, _) => unavailable(error),
+        (Verdict::Unknown | Verdict::Full | Verdict::NoLease | Verdict::OutOfRange, _) => unknown(operation, error),
     }
 }
 
