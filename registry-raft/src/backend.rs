@@ -13,7 +13,7 @@ use registry_api::{
 };
 
 use crate::command::{self, Change, Command, Outcome, not_understood};
-use crate::link::{BACKEND, Link};
+use crate::link::{BACKEND, Link, of_question};
 use crate::member::Member;
 use crate::proto;
 use crate::proto::request::Call;
@@ -94,17 +94,11 @@ impl RaftRegistry {
                 Err(Error::Unavailable { .. } | Error::OutcomeUnknown { .. }) if backoff.within(&deadline) => {
                     backoff.wait().await;
                 }
-                Err(Error::OutcomeUnknown { source, .. }) => {
-                    return Err(Error::Unavailable {
-                        backend: BACKEND,
-                        source,
-                    });
-                }
                 answered => {
                     if let Ok(answer) = &answered {
                         self.seen.fetch_max(revision(answer), Ordering::Relaxed);
                     }
-                    return answered;
+                    return answered.map_err(of_question);
                 }
             }
         }

@@ -17,7 +17,7 @@ use tonic::{Code, Status};
 
 use crate::command::not_understood;
 use crate::directory::removed_for_good;
-use crate::link::{BACKEND, failure};
+use crate::link::{BACKEND, failure, of_question};
 use crate::member::{Core, unavailable};
 use crate::peers::{Appended, refused};
 use crate::proto;
@@ -183,8 +183,7 @@ impl Core {
     pub(crate) async fn inquire(&self, id: u64, peer: &Peer, call: Call, patience: Duration) -> Result<Answer> {
         let asked = self.ask(id, peer, call, patience, std::future::pending());
         match tokio::time::timeout(patience, asked).await {
-            Ok(Err(Error::OutcomeUnknown { source, .. })) => Err(unavailable(source)),
-            Ok(answer) => answer,
+            Ok(answer) => answer.map_err(of_question),
             Err(_) => Err(unavailable(format!(
                 "{}: no answer within {patience:.1?}",
                 peer.address

@@ -67,3 +67,14 @@ pub(crate) fn failure(failure: proto::Failure) -> Error {
         },
     }
 }
+
+/// The error of a question: asking changes nothing, whatever became of it.
+pub(crate) fn of_question(error: Error) -> Error {
+    match error {
+        Error::OutcomeUnknown { source, .. } => Error::Unavailable {
+            backend: BACKEND,
+            source,
+        },
+        error => error,
+    }
+}

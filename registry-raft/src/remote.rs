@@ -16,7 +16,7 @@ use registry_api::{BoxError, Error, Namespace, Result, Watch, WatchRequest};
 use crate::backup::Parts;
 use crate::command::not_understood;
 use crate::conversation::Conversation;
-use crate::link::{BACKEND, Link, failure};
+use crate::link::{BACKEND, Link, failure, of_question};
 use crate::proto;
 use crate::proto::backup_part::Part;
 use crate::proto::registry_client::RegistryClient;
@@ -175,15 +175,10 @@ impl Remote {
 
     /// How the group stands.
     pub(crate) async fn status(&self, patience: Duration) -> Result<Status> {
-        match self.call(Call::Status(proto::StatusRequest {}), patience).await {
-            Ok(Answer::Status(status)) => Ok(status.into()),
-            Ok(_) => Err(not_understood()),
-            // Asking changes nothing, whatever became of the question.
-            Err(Error::OutcomeUnknown { source, .. }) => Err(Error::Unavailable {
-                backend: BACKEND,
-                source,
-            }),
-            Err(error) => Err(error),
+        let answer = self.call(Call::Status(proto::StatusRequest {}), patience).await;
+        match answer.map_err(of_question)? {
+            Answer::Status(status) => Ok(status.into()),
+            _ => Err(not_understood()),
         }
     }
 

@@ -13,7 +13,7 @@ use registry_api::{
 use super::{PAUSE, Reached, Remote};
 use crate::command::{self, not_understood};
 use crate::conversation::Items;
-use crate::link::{BACKEND, Link, failure};
+use crate::link::{BACKEND, Link, failure, of_question};
 use crate::proto;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
@@ -113,13 +113,7 @@ impl WatchStream {
             }
             Err(status) => {
                 self.link.give_up(at);
-                Err(match status_error(status) {
-                    Error::OutcomeUnknown { source, .. } => Error::Unavailable {
-                        backend: BACKEND,
-                        source,
-                    },
-                    error => error,
-                })
+                Err(of_question(status_error(status)))
             }
         }
     }
