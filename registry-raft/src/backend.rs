@@ -131,10 +131,7 @@ impl RaftRegistry {
                 },
                 Err(error) => return Err(error),
             };
-            match self
-                .change_under(session, change.clone(), &deadline, &mut backoff)
-                .await
-            {
+            match self.change_under(session, &change, &deadline, &mut backoff).await {
                 // It was refused for its session alone; what needs none is asked again under the next.
                 Err(Error::SessionExpired { .. }) if !needs_session => {}
                 done => return done,
@@ -145,7 +142,7 @@ impl RaftRegistry {
     async fn change_under(
         &self,
         session: SessionId,
-        change: Change,
+        change: &Change,
         deadline: &Deadline,
         backoff: &mut Backoff,
     ) -> Result<Outcome> {

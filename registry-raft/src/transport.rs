@@ -104,7 +104,8 @@ impl Transport {
                 connected.unwrap_or(Err(Refusal::Silent(CONNECT_TIMEOUT)))
             }
         });
-        let connecting = endpoint.connect_with_connector(connector);
+        // In a place of its own: who asks over a connection that stands would carry the room for it.
+        let connecting = Box::pin(endpoint.connect_with_connector(connector));
         let channel = match tokio::time::timeout(patience, connecting).await {
             Ok(connected) => connected.map_err(|error| refusal::connect_error(&error))?,
             Err(_) => return Err(unavailable(&Refusal::Silent(patience))),

@@ -1,5 +1,6 @@
 //! What a member answers, here or by the Raft leader.
 
+use std::pin::{Pin, pin};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
@@ -27,23 +28,22 @@ const PAUSE: Duration = Duration::from_millis(4);
 impl Core {
     /// Answers a call within `patience`, here or by the Raft leader.
     pub(crate) async fn serve(&self, call: Call, patience: Duration) -> Result<Answer> {
-        let write = matches!(call, Call::Command(_) | Call::Members(_));
-        self.within(patience, write, self.answer(call, Instant::now() + patience))
-            .await
+        let answer = pin!(self.answer(&call, Instant::now() + patience));
+        self.within(patience, &call, answer).await
     }
 
     /// Answers a call that another member has passed on: it goes no further.
     pub(crate) async fn serve_here(&self, call: Call, patience: Duration) -> Result<Answer> {
-        let write = matches!(call, Call::Command(_) | Call::Members(_));
-        self.within(patience, write, self.answer_here(call)).await
+        let answer = pin!(self.answer_here(&call));
+        self.within(patience, &call, answer).await
     }
 
     /// The answer, if it comes in time; if not, why it did not, as far as that is known here.
     async fn within(
         &self,
         patience: Duration,
-        write: bool,
-        answer: impl Future<Output = Result<Answer>>,
+        call: &Call,
+        answer: Pin<&mut impl Future<Output = Result<Answer>>>,
     ) -> Result<Answer> {
         if let Ok(answer) = tokio::time::timeout(patience, answer).await {
             return answer;
@@ -52,21 +52,22 @@ impl Core {
             Some(_) => format!("not done within {patience:?}"),
             None => "the member hears no Raft leader that has a majority".to_owned(),
         };
-        Err(match write {
-            true => Error::OutcomeUnknown {
+        Err(match call {
+            Call::Command(_) | Call::Members(_) => Error::OutcomeUnknown {
                 operation: "a write",
                 source: source.into(),
             },
-            false => unavailable(source),
+            _ => unavailable(source),
         })
     }
 
-    async fn answer(&self, call: Call, until: Instant) -> Result<Answer> {
+    /// What is rare or has far to go has its own place in memory: every call would carry the room for it.
+    async fn answer(&self, call: &Call, until: Instant) -> Result<Answer> {
         match call {
             Call::Command(_) | Call::KeepAlive(_) | Call::Members(_) => self.answer_by_leader(call, until).await,
             Call::Status(_) => {
                 let left = until.saturating_duration_since(Instant::now());
-                Ok(Answer::Status(self.status_of_all(left).await))
+                Ok(Answer::Status(Box::pin(self.status_of_all(left)).await))
             }
             _ => self.answer_here(call).await,
         }
@@ -74,15 +75,15 @@ impl Core {
 
     /// Has it done by whoever leads. One that is about to be followed by another refuses what it is asked, and so does one
     /// that no majority has heard yet: whoever leads in a moment is asked again.
-    async fn answer_by_leader(&self, call: Call, until: Instant) -> Result<Answer> {
+    async fn answer_by_leader(&self, call: &Call, until: Instant) -> Result<Answer> {
         let patience = Instant::now() + SUCCESSION;
         loop {
             let leader = self.leader().await?;
             let done = match leader {
-                Leader::This => self.answer_here(call.clone()).await,
+                Leader::This => self.answer_here(call).await,
                 Leader::Other(..) => {
                     let left = until.saturating_duration_since(Instant::now());
-                    self.forward(&leader, call.clone(), left).await
+                    Box::pin(self.forward(&leader, call.clone(), left)).await
                 }
             };
             let nothing_done = matches!(done, Err(Error::Unavailable { .. }));
@@ -124,7 +125,7 @@ impl Core {
         status
     }
 
-    async fn answer_here(&self, call: Call) -> Result<Answer> {
+    async fn answer_here(&self, call: &Call) -> Result<Answer> {
         Ok(match call {
             Call::Get(get) => {
                 self.fresh(get.stale, get.at_least).await?;
@@ -132,7 +133,7 @@ impl Core {
             }
             Call::List(list) => {
                 self.fresh(list.stale, list.at_least).await?;
-                Answer::Page(self.store.list(&list))
+                Answer::Page(self.store.list(list))
             }
             Call::Children(children) => {
                 self.fresh(children.stale, children.at_least).await?;
@@ -148,14 +149,15 @@ impl Core {
                 Answer::Done(proto::Unit {})
             }
             Call::Members(change) => {
-                self.change_members(change).await?;
+                Box::pin(self.change_members(change.clone())).await?;
                 Answer::Done(proto::Unit {})
             }
             Call::Status(_) => Answer::Status(self.status()),
-            Call::Digest(digest) => self.digest(digest.index).await?,
+            Call::Digest(digest) => Box::pin(self.digest(digest.index)).await?,
             Call::ReadIndex(request) => {
                 let asker = self.asker(request.header.as_ref())?;
-                let index = self.read_index(request.term.map(|term| (asker, term))).await?;
+                let leads = request.term.map(|term| (asker, term));
+                let index = Box::pin(self.read_index(leads)).await?;
                 Answer::ReadIndex(message::ReadIndexAnswer {
                     header: self.identity.header(asker),
                     index: Some(wire::log_id_to(&index)),
@@ -198,11 +200,11 @@ impl Core {
     }
 
     /// Has a command committed and applied.
-    pub(super) async fn propose(&self, command: Command) -> Result<Reply> {
+    pub(super) async fn propose(&self, command: &Command) -> Result<Reply> {
         let proposal = command.encode();
         let size = u32::try_from(proposal.0.len().clamp(1, IN_FLIGHT)).unwrap_or(u32::MAX);
         let _permit = self.in_flight.acquire_many(size).await.map_err(unavailable)?;
-        match self.raft.client_write(proposal).await {
+        match Box::pin(self.raft.client_write(proposal)).await {
             Ok(written) => Ok(written.data),
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => {
                 Err(unavailable("there is no Raft leader"))
@@ -247,7 +249,7 @@ impl Core {
         });
         if noted || silent {
             // In the log before it is promised: another leader would grant it less.
-            let heard = self.propose(Command::new(Change::Heard(session.0))).await?;
+            let heard = self.propose(&Command::new(Change::Heard(session.0))).await?;
             if let Some(Outcome::SessionExpired(_)) = heard.result {
                 return Err(Error::SessionExpired { session });
             }

@@ -60,7 +60,7 @@ impl Core {
             silences: silences.collect(),
         });
         let turn = self.expiry.turn().await;
-        let noted = self.propose(Command::new(silences)).await;
+        let noted = self.propose(&Command::new(silences)).await;
         drop(turn);
         if let Err(error) = noted {
             tracing::debug!(%error, "the next Raft leader will not know that sessions are silent");
@@ -73,7 +73,7 @@ impl Core {
             term,
         });
         let turn = self.expiry.turn().await;
-        let expired = self.propose(Command::new(expire)).await;
+        let expired = self.propose(&Command::new(expire)).await;
         drop(turn);
         match expired {
             Ok(_) => tracing::info!(count = sessions.len(), "sessions have expired"),
