@@ -130,7 +130,14 @@ impl State {
             }
             if answered_below > record.answered_below {
                 record.answered_below = answered_below;
-                record.replies = record.replies.split_off(&answered_below);
+                // Few at a time; `split_off` would count what is left.
+                while let Some(reply) = record
+                    .replies
+                    .first_entry()
+                    .filter(|reply| *reply.key() < answered_below)
+                {
+                    reply.remove();
+                }
             }
             if record.replies.len() >= MAX_REPLIES {
                 return Applied {
@@ -298,39 +305,46 @@ impl State {
 
     fn put(&mut self, session: u64, revision: u64, key: String, put: proto::Put, changes: &mut Vec<KeyChange>) {
         let owner = if put.ephemeral { session } else { 0 };
-        let before = self.tree.get(&key).cloned();
-        let kept = before.as_ref().filter(|before| before.session == owner);
-        if let Some(before) = before.as_ref().filter(|_| kept.is_none()) {
-            // Taken over: the key is made anew.
-            self.delete(&before.key, ChangeKind::Deleted, changes);
-        }
-        let record = Arc::new(Record {
-            key: before.as_ref().map_or_else(|| key.into(), |before| before.key.clone()),
-            value: put.value,
-            create_revision: kept.map_or(revision, |before| before.create_revision),
-            mod_revision: revision,
-            version: kept.map_or(1, |before| before.version + 1),
-            session: owner,
+        let (record, before) = self.tree.put(&key, |before| {
+            let kept = before.filter(|before| before.session == owner);
+            Arc::new(Record {
+                key: before.map_or_else(|| key.as_str().into(), |before| before.key.clone()),
+                value: put.value,
+                create_revision: kept.map_or(revision, |before| before.create_revision),
+                mod_revision: revision,
+                version: kept.map_or(1, |before| before.version + 1),
+                session: owner,
+            })
         });
-        if owner > 0 && kept.is_none() {
+        let kind = match before {
+            Some(before) if before.session == owner => ChangeKind::Updated,
+            Some(before) => {
+                // Taken over: the key is made anew.
+                self.gone(before, ChangeKind::Deleted, changes);
+                ChangeKind::Created
+            }
+            None => ChangeKind::Created,
+        };
+        if owner > 0 && kind == ChangeKind::Created {
             self.ephemeral.insert(record.key.clone());
             if let Some(session) = self.sessions.get_mut(&owner) {
                 Arc::make_mut(session).keys.insert(record.key.clone());
             }
         }
-        let kind = if kept.is_some() {
-            ChangeKind::Updated
-        } else {
-            ChangeKind::Created
-        };
-        self.tree.insert(record.clone());
         changes.push(KeyChange { kind, record });
     }
 
     fn delete(&mut self, key: &str, kind: ChangeKind, changes: &mut Vec<KeyChange>) -> bool {
-        let Some(record) = self.tree.remove(key) else {
-            return false;
-        };
+        let removed = self.tree.remove(key);
+        let was_there = removed.is_some();
+        if let Some(record) = removed {
+            self.gone(record, kind, changes);
+        }
+        was_there
+    }
+
+    /// A record is not in the tree any more.
+    fn gone(&mut self, record: Arc<Record>, kind: ChangeKind, changes: &mut Vec<KeyChange>) {
         if record.session > 0 {
             self.ephemeral.remove(&record.key);
             if let Some(session) = self.sessions.get_mut(&record.session) {
@@ -338,7 +352,6 @@ impl State {
             }
         }
         changes.push(KeyChange { kind, record });
-        true
     }
 }
 

@@ -49,13 +49,13 @@ struct Child {
 }
 
 impl Keyed for Arc<Record> {
-    fn key(&self) -> &str {
+    fn key(&self) -> &Arc<str> {
         &self.key
     }
 }
 
 impl Keyed for Child {
-    fn key(&self) -> &str {
+    fn key(&self) -> &Arc<str> {
         &self.first
     }
 }
@@ -83,12 +83,22 @@ impl Tree {
 
     /// Puts a record and answers the one it replaced.
     pub(crate) fn insert(&mut self, record: Arc<Record>) -> Option<Arc<Record>> {
-        let (old, split) = insert(&mut self.root, record);
+        let key = record.key.clone();
+        self.put(&key, |_| record).1
+    }
+
+    /// Puts a record of that key, made in the light of the one it replaces, and answers both.
+    pub(crate) fn put(
+        &mut self,
+        key: &str,
+        make: impl FnOnce(Option<&Arc<Record>>) -> Arc<Record>,
+    ) -> (Arc<Record>, Option<Arc<Record>>) {
+        let Put { new, old, split } = put(&mut self.root, key, make);
         if let Some(right) = split {
             let left = Child::of(std::mem::take(&mut self.root));
             self.root = Arc::new(Node::Inner(Slots::of(vec![left, right])));
         }
-        old
+        (new, old)
     }
 
     /// Takes a record out.
@@ -187,43 +197,59 @@ fn child_for(children: &Slots<Child>, key: &str) -> usize {
     children.find(key).unwrap_or_else(|at| at.saturating_sub(1))
 }
 
-/// Answers the record that was replaced, and a new right neighbour if the node was split.
-fn insert(node: &mut Arc<Node>, record: Arc<Record>) -> (Option<Arc<Record>>, Option<Child>) {
+/// What came of a put.
+struct Put {
+    new: Arc<Record>,
+    old: Option<Arc<Record>>,
+    /// A new right neighbour of the node, if it was split.
+    split: Option<Child>,
+}
+
+fn put(node: &mut Arc<Node>, key: &str, make: impl FnOnce(Option<&Arc<Record>>) -> Arc<Record>) -> Put {
     let node = Arc::make_mut(node);
-    let mut old = None;
     // Where the last slot was written: a split there leaves the left node full, as keys that come in order need it.
-    let at_end = match node {
-        Node::Leaf(records) => match records.find(&record.key) {
-            Ok(at) => {
-                old = Some(std::mem::replace(&mut records[at], record));
-                false
-            }
-            Err(at) => {
-                records.insert(at, record);
-                at + 1 == records.len()
-            }
-        },
+    let (mut put, at_end) = match node {
+        Node::Leaf(records) => {
+            let found = records.find(key);
+            let new = make(found.ok().map(|at| &records[at]));
+            let mut put = Put {
+                new: new.clone(),
+                old: None,
+                split: None,
+            };
+            let at_end = match found {
+                Ok(at) => {
+                    put.old = Some(std::mem::replace(&mut records[at], new));
+                    false
+                }
+                Err(at) => {
+                    records.insert(at, new);
+                    at + 1 == records.len()
+                }
+            };
+            (put, at_end)
+        }
         Node::Inner(children) => {
-            let at = child_for(children, &record.key);
-            if record.key < children[at].first {
-                children[at].first = record.key.clone();
+            let at = child_for(children, key);
+            let child = &mut children[at];
+            let mut put = put(&mut child.node, key, make);
+            child.len += usize::from(put.old.is_none());
+            if at == 0 && put.new.key < child.first {
+                child.first = put.new.key.clone();
                 children.rekeyed(at);
             }
-            let child = &mut children[at];
-            let (replaced, split) = insert(&mut child.node, record);
-            child.len += usize::from(replaced.is_none());
-            old = replaced;
-            match split {
+            let at_end = match put.split.take() {
                 Some(right) => {
-                    child.len -= right.len;
+                    children[at].len -= right.len;
                     children.insert(at + 1, right);
                     at + 2 == children.len()
                 }
                 None => false,
-            }
+            };
+            (put, at_end)
         }
     };
-    let split = (node.slots() > MAX).then(|| {
+    put.split = (node.slots() > MAX).then(|| {
         let keep = if at_end { MAX } else { node.slots() / 2 };
         let right = match node {
             Node::Leaf(records) => Node::Leaf(records.split_off(keep)),
@@ -231,7 +257,7 @@ fn insert(node: &mut Arc<Node>, record: Arc<Record>) -> (Option<Arc<Record>>, Op
         };
         Child::of(Arc::new(right))
     });
-    (old, split)
+    put
 }
 
 fn remove(node: &mut Arc<Node>, key: &str) -> Option<Arc<Record>> {

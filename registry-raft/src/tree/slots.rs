@@ -6,10 +6,11 @@
 
 use std::cmp::Ordering;
 use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
 
 /// What lies in a slot.
 pub(super) trait Keyed {
-    fn key(&self) -> &str;
+    fn key(&self) -> &Arc<str>;
 }
 
 #[derive(Clone, Debug)]
@@ -17,8 +18,9 @@ pub(super) struct Slots<T> {
     items: Vec<T>,
     /// Of each item the eight bytes of its key after what all share, or as many as there are and then zeros.
     hints: Vec<u64>,
-    /// How many bytes all keys share, at least.
+    /// How many bytes all keys share, at least, and one that begins with them.
     shared: usize,
+    like: Arc<str>,
 }
 
 impl<T> Default for Slots<T> {
@@ -27,6 +29,7 @@ impl<T> Default for Slots<T> {
             items: Vec::new(),
             hints: Vec::new(),
             shared: 0,
+            like: Arc::default(),
         }
     }
 }
@@ -52,7 +55,7 @@ impl<T: Keyed> Slots<T> {
         let mut slots = Self {
             hints: Vec::with_capacity(items.len()),
             items,
-            shared: 0,
+            ..Self::default()
         };
         slots.look();
         slots
@@ -60,10 +63,8 @@ impl<T: Keyed> Slots<T> {
 
     /// Where that key is, or where it would be.
     pub(super) fn find(&self, key: &str) -> Result<usize, usize> {
-        let Some(first) = self.items.first() else { return Err(0) };
-        let (key_bytes, first) = (key.as_bytes(), first.key().as_bytes());
-        let begins = &key_bytes[..key_bytes.len().min(self.shared)];
-        match begins.cmp(&first[..self.shared]) {
+        let begins = &key.as_bytes()[..key.len().min(self.shared)];
+        match begins.cmp(self.all_begin()) {
             Ordering::Less => return Err(0),
             Ordering::Greater => return Err(self.items.len()),
             Ordering::Equal => {}
@@ -71,7 +72,7 @@ impl<T: Keyed> Slots<T> {
         let hint = hint(key, self.shared);
         let from = self.hints.partition_point(|other| *other < hint);
         let alike = self.hints[from..].partition_point(|other| *other == hint);
-        let found = self.items[from..from + alike].binary_search_by(|item| item.key().cmp(key));
+        let found = self.items[from..from + alike].binary_search_by(|item| (**item.key()).cmp(key));
         found.map(|at| from + at).map_err(|at| from + at)
     }
 
@@ -83,9 +84,8 @@ impl<T: Keyed> Slots<T> {
 
     /// The key of that slot is another than before, in the same place of the order.
     pub(super) fn rekeyed(&mut self, at: usize) {
-        let another = if at == 0 { self.items.len() - 1 } else { 0 };
-        let (key, other) = (self.items[at].key(), self.items[another].key().as_bytes());
-        if another != at && key.as_bytes().get(..self.shared) == Some(&other[..self.shared]) {
+        let key = self.items[at].key();
+        if self.items.len() > 1 && key.as_bytes().starts_with(self.all_begin()) {
             self.hints[at] = hint(key, self.shared);
         } else {
             self.look();
@@ -113,8 +113,13 @@ impl<T: Keyed> Slots<T> {
         self.look();
     }
 
+    fn all_begin(&self) -> &[u8] {
+        &self.like.as_bytes()[..self.shared]
+    }
+
     /// Looks at all keys.
     fn look(&mut self) {
+        self.like = self.items.first().map(|first| first.key().clone()).unwrap_or_default();
         // In order, all between two keys share what these do.
         self.shared = match &self.items[..] {
             [first, .., last] => {
