@@ -72,7 +72,13 @@ impl<T: Keyed> Slots<T> {
         let hint = hint(key, self.shared);
         let from = self.hints.partition_point(|other| *other < hint);
         let alike = self.hints[from..].partition_point(|other| *other == hint);
-        let found = self.items[from..from + alike].binary_search_by(|item| (**item.key()).cmp(key));
+        // Of a key that ends within its hint nothing is left to compare but how long it is.
+        let told = key.len() <= self.shared + size_of::<u64>();
+        let compare = |item: &T| match told && item.key().len() == key.len() {
+            true => Ordering::Equal,
+            false => (**item.key()).cmp(key),
+        };
+        let found = self.items[from..from + alike].binary_search_by(compare);
         found.map(|at| from + at).map_err(|at| from + at)
     }
 
