@@ -25,6 +25,10 @@ use std::path::PathBuf;
 use registry_api::BoxError;
 use sample::Samples;
 
+/// As in the `registry` command.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const SECTIONS: [&str; 8] = ["one", "three", "keys", "restart", "watch", "lock", "expiry", "growth"];
 
 /// What is asked for.
