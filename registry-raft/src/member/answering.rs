@@ -320,3 +320,21 @@ impl Core {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::{Member, RaftConfig};
+
+    use super::*;
+
+    /// Each call is allocated and copied as large as the largest thing that any call may do: this was 11 KiB.
+    #[tokio::test]
+    async fn a_call_carries_no_room_for_what_it_does_not_do() {
+        let member = Member::start(&RaftConfig::in_memory()).await.unwrap();
+        let core = member.core();
+        let call = Call::Status(proto::StatusRequest {});
+        assert!(size_of_val(&core.serve(call.clone(), Duration::from_secs(1))) <= 1536);
+        assert!(size_of_val(&core.serve_here(call, Duration::from_secs(1))) <= 1536);
+        member.stop().await.unwrap();
+    }
+}
