@@ -3,6 +3,7 @@
 #[cfg(test)]
 mod alone;
 mod answering;
+mod awake;
 #[cfg(test)]
 mod differing;
 #[cfg(test)]
@@ -46,6 +47,7 @@ use crate::state_machine::StateMachine;
 use crate::status::Status;
 use crate::store::Store;
 use crate::types::TypeConfig;
+use awake::Awake;
 use opening::{in_span_of, start, workers};
 
 /// How long a member may take to read its data and to lead a group of one.
@@ -339,6 +341,7 @@ pub(crate) struct Core {
     heard: Arc<Mutex<Option<(u64, Instant)>>>,
     /// Who answered when this member last asked whether it leads.
     answered: Arc<Mutex<BTreeSet<u64>>>,
+    awake: Arc<Awake>,
 }
 
 impl std::fmt::Debug for Core {

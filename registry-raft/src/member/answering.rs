@@ -28,6 +28,8 @@ const PAUSE: Duration = Duration::from_millis(4);
 impl Core {
     /// Answers a call within `patience`, here or by the Raft leader.
     pub(crate) async fn serve(&self, call: Call, patience: Duration) -> Result<Answer> {
+        // Sessions that are kept alive do not wait for each other.
+        let _calling = (!matches!(call, Call::KeepAlive(_))).then(|| self.awake.call());
         let answer = pin!(self.answer(&call, Instant::now() + patience));
         self.within(patience, &call, answer).await
     }

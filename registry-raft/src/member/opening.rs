@@ -130,7 +130,10 @@ pub(super) async fn start(config: &RaftConfig) -> Result<Started> {
         handing_over: watch::channel(false).0,
         heard: Arc::default(),
         answered: Arc::default(),
+        awake: Arc::default(),
     };
+    let awake = core.awake.clone();
+    tokio::spawn(async move { awake.keep().await });
     tokio::spawn(core.clone().serve_readers(waiting));
     match core.may_elect() {
         Ok(()) => core.raft.runtime_config().elect(true),
