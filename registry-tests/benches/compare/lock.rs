@@ -11,7 +11,7 @@ use zookeeper_client::{Acls, LockOptions, LockPrefix};
 
 use crate::Plan;
 use crate::client::{Client, OPEN, key};
-use crate::measure::Figures;
+use crate::measure::{Figures, turns};
 use crate::sample::Samples;
 use crate::servers::{Kind, Servers};
 
@@ -35,8 +35,8 @@ pub(crate) async fn measure(plan: &Plan) -> Result<Samples, BoxError> {
     let mut samples = Samples::default();
     for round in 0..plan.rounds {
         for count in CLIENTS {
-            for turn in 0..sides.len() {
-                let (kind, _, clients) = &sides[(round + turn) % sides.len()];
+            for turn in turns(sides.len(), round) {
+                let (kind, _, clients) = &sides[turn];
                 let figures = go_round(&clients[..count], plan.seconds).await?;
                 samples.push((HAND_OVER, kind.name(), count, round), figures.latency());
             }

@@ -43,6 +43,16 @@ impl Figures {
     }
 }
 
+/// Whose turn it is, one after the other. Each round begins with another side, and goes round by another step, so that it is
+/// not always the same one that follows another: a server that was just loaded goes on compiling, compacting and flushing.
+pub(crate) fn turns(sides: usize, round: usize) -> impl Iterator<Item = usize> {
+    let reach_all =
+        |step: &usize| (2..=*step).all(|divisor| !(step.is_multiple_of(divisor) && sides.is_multiple_of(divisor)));
+    let steps: Vec<_> = (1..sides.max(2)).filter(reach_all).collect();
+    let step = steps[round % steps.len()];
+    (0..sides).map(move |turn| (round + turn * step) % sides)
+}
+
 /// Each task does it again and again, on key after key.
 pub(crate) async fn run<F>(
     client: &Client,

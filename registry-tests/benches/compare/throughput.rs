@@ -7,7 +7,7 @@ use registry_tests::disk;
 
 use crate::Plan;
 use crate::client::Client;
-use crate::measure::run;
+use crate::measure::{run, turns};
 use crate::sample::Samples;
 use crate::servers::{Kind, Servers};
 
@@ -40,9 +40,8 @@ pub(crate) async fn measure(size: usize, plan: &Plan) -> Result<Samples, BoxErro
                 }
             }
             for work in [PUT, GET] {
-                // Each round begins with another.
-                for turn in 0..sides.len() {
-                    let (kind, _, client) = &sides[(round + turn) % sides.len()];
+                for turn in turns(sides.len(), round) {
+                    let (kind, _, client) = &sides[turn];
                     if *kind == Kind::Leased && work == PUT {
                         continue;
                     }

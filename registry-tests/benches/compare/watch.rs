@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 
 use crate::Plan;
 use crate::client::{Client, TABLE, key};
-use crate::measure::Figures;
+use crate::measure::{Figures, turns};
 use crate::sample::Samples;
 use crate::servers::{Kind, Servers};
 
@@ -25,8 +25,8 @@ pub(crate) async fn measure(plan: &Plan) -> Result<Samples, BoxError> {
     }
     let mut samples = Samples::default();
     for round in 0..plan.rounds {
-        for turn in 0..sides.len() {
-            let (kind, _, client) = &sides[(round + turn) % sides.len()];
+        for turn in turns(sides.len(), round) {
+            let (kind, _, client) = &sides[turn];
             let figures = fan_out(client, plan.seconds).await?;
             samples.push((WATCH, kind.name(), WATCHES, round), figures.latency());
         }
