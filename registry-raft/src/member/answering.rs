@@ -155,7 +155,7 @@ impl Core {
                 Answer::Done(proto::Unit {})
             }
             Call::Status(_) => Answer::Status(self.status()),
-            Call::Digest(digest) => Box::pin(self.digest(digest.index)).await?,
+            Call::Digest(digest) => self.digest(digest.index).await?,
             Call::ReadIndex(request) => {
                 let asker = self.asker(request.header.as_ref())?;
                 let leads = request.term.map(|term| (asker, term));
