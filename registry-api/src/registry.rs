@@ -63,6 +63,35 @@ pub trait Registry: std::fmt::Debug + Send + Sync + 'static {
     /// later. [`Error::InvalidRequest`] and [`Error::TooLarge`]: nothing was sent.
     async fn commit(&self, txn: Txn) -> Result<Committed>;
 
+    /// Applies a transaction, then lists: [`Registry::commit`] and [`Registry::list`] one after the other, and less
+    /// to wait for where the store tells both at once.
+    ///
+    /// The page shows the change, and every one that was acknowledged before it. Without a page the change was made, and
+    /// could not be followed by a listing.
+    ///
+    /// # Errors
+    /// As [`Registry::commit`].
+    async fn commit_and_list(&self, txn: Txn, list: List) -> Result<(Committed, Option<Page>)> {
+        let committed = self.commit(txn).await?;
+        Ok((committed, self.list(list).await.ok()))
+    }
+
+    /// Waits, however long, until a key is gone that was created at that revision, then lists: [`Registry::watch`] and
+    /// [`Registry::list`] one after the other, and less to wait for where the store tells both at once.
+    ///
+    /// The page shows that the key is gone, and every change that was acknowledged before it went.
+    ///
+    /// # Errors
+    /// As [`Registry::watch`] and [`Registry::list`]; [`Error::Closed`] when the handle is closed.
+    ///
+    /// # Cancel safety
+    /// Dropping the future ends the watch.
+    async fn list_once_gone(&self, key: &Key, created: Revision, list: List) -> Result<Page> {
+        let request = WatchRequest::new(key, WatchScope::Key);
+        self.watch(request).await?.gone(created).await?;
+        self.list(list).await
+    }
+
     /// Deletes a key and all below it, whoever owns them, and says how many there were. The root deletes everything in
     /// the user's tree.
     ///

@@ -15,7 +15,7 @@ use futures_util::{Stream, StreamExt};
 pub use feed::{Feed, feed};
 pub use picture::Picture;
 
-use crate::{Entry, Key, Prefix, Result, Revision};
+use crate::{Entry, Error, Key, Prefix, Result, Revision};
 
 /// What to watch, and from when.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -157,6 +157,34 @@ impl Watch {
     /// Loses nothing.
     pub async fn next(&mut self) -> Option<Result<WatchItem>> {
         self.items.next().await
+    }
+
+    /// For a watch of one key: waits until what was created at that revision is gone; a later key may have its name.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] when the handle was closed, and what else ends a watch.
+    ///
+    /// # Cancel safety
+    /// Dropping the future ends the watch.
+    pub async fn gone(mut self, created: Revision) -> Result<()> {
+        let mut there = false;
+        while let Some(item) = self.next().await {
+            match item? {
+                WatchItem::Synced(_) if !there => return Ok(()),
+                WatchItem::Synced(_) => {}
+                WatchItem::Reset => there = false,
+                WatchItem::Changes(events) => {
+                    there = match events.last() {
+                        Some(Event::Created(entry) | Event::Updated(entry)) => entry.create_revision <= created,
+                        Some(Event::Deleted { .. }) | None => false,
+                    };
+                    if !there {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        Err(Error::Closed)
     }
 }
 

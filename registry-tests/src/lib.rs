@@ -46,14 +46,16 @@ macro_rules! properties {
             revisions: revisions_grow, entries_carry_their_revisions, conditions_are_checked,
                 an_old_key_never_passes_for_a_new_one, a_transaction_happens_wholly_or_not_at_all,
                 a_transaction_has_one_revision, bad_transactions_are_refused, conditions_on_children,
-                one_counter_by_many, reads_see_every_acknowledged_write, a_stale_read_never_goes_back;
+                one_counter_by_many, reads_see_every_acknowledged_write, a_stale_read_never_goes_back,
+                a_listing_follows_a_commit;
             session: the_granted_ttl_is_reported, keep_alives_need_no_call, a_dropped_handle_ends_its_session,
                 close_frees_the_keys_before_it_returns, a_closed_handle_refuses_calls, sessions_have_their_own_ids,
                 an_old_sessions_end_leaves_a_newer_key;
             watch: begins_with_the_present_then_follows, a_missing_key_can_be_watched, scopes_cover_what_they_say,
                 a_delete_does_not_end_it_and_carries_the_last_value, an_expiry_is_told_once_with_the_last_value,
                 several_watches_on_one_key, one_transaction_comes_together, every_change_in_order,
-                after_a_revision, a_slow_reader_sees_the_end, a_picture_equals_the_store, ends_with_the_handle;
+                after_a_revision, a_slow_reader_sees_the_end, a_picture_equals_the_store, ends_with_the_handle,
+                a_listing_follows_the_end_of_a_key;
             lock: one_holds_at_a_time, waiters_come_in_their_order, try_acquire_never_waits, a_deadline_leaves_the_queue,
                 a_dropped_wait_leaves_the_queue, tokens_only_grow, a_lost_lock_writes_nothing,
                 one_handle_is_two_contenders, a_reentrant_lock_counts, dropping_releases, closing_releases,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use registry_api::{Error, Expect, Kind, Read, Registry, Result, Revision, Txn};
+use registry_api::{Depth, Error, Expect, Key, Kind, List, Read, Registry, Result, Revision, Txn};
 
 use crate::{Cluster, key};
 
@@ -321,4 +321,52 @@ pub async fn a_stale_read_never_goes_back(cluster: &impl Cluster) -> Result<()> 
     }
     other.close().await?;
     one.close().await
+}
+
+/// R6. The listing that follows a commit shows what it changed, and every change acknowledged before it.
+pub async fn a_listing_follows_a_commit(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let list = List {
+        depth: Depth::Children,
+        ..List::new(key("/a"))
+    };
+    let mut there = Vec::new();
+    // More than a small page holds, and larger.
+    for n in 0..100 {
+        let (before, own) = (key(&format!("/a/{n:03}")), key(&format!("/a/{n:03}/b")));
+        other.put(&before, vec![0; n * 40]).await?;
+        let txn = Txn::new().put(&own, "1").delete(&before);
+        let txn = if n % 2 == 0 { txn } else { Txn::new().put(&own, "1") };
+        let (committed, page) = one.commit_and_list(txn, list.clone()).await?;
+        assert!(committed.changed.iter().all(|changed| *changed));
+        let page = page.expect("the store answers");
+        let mut listed = names(page.entries.iter().map(|entry| &entry.key));
+        if page.next.is_some() {
+            let rest = List {
+                after: page.next,
+                ..list.clone()
+            };
+            let rest = one.list_all(rest).await?;
+            listed.extend(names(rest.iter().map(|entry| &entry.key)));
+        }
+        there.extend((n % 2 == 1).then(|| before.to_string()));
+        assert_eq!(listed, there, "after the commit {n}");
+    }
+    let page = List {
+        limit: 3,
+        ..list.clone()
+    };
+    let (_, page) = one.commit_and_list(Txn::new().put(&key("/b"), "1"), page).await?;
+    let page = page.expect("the store answers");
+    assert!((1..=3).contains(&page.entries.len()) && page.next.is_some());
+    // Nothing is listed of what did not happen.
+    let txn = Txn::new().when(&key("/b"), Expect::Absent).delete(&key("/b"));
+    let refused = one.commit_and_list(txn, list).await;
+    assert!(matches!(refused, Err(Error::Conflict { .. })), "{refused:?}");
+    other.close().await?;
+    one.close().await
+}
+
+fn names<'a>(keys: impl Iterator<Item = &'a Key>) -> Vec<String> {
+    keys.map(Key::to_string).collect()
 }

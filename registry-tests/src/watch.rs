@@ -1,11 +1,13 @@
 //! W: watches.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use registry_api::{
-    DeleteCause, Entry, Error, Event, Key, List, Prefix, Registry, Result, Revision, Txn, Watch, WatchFrom, WatchItem,
-    WatchRequest, WatchScope,
+    DeleteCause, Entry, Error, Event, Key, List, Page, Prefix, Registry, Result, Revision, Txn, Watch, WatchFrom,
+    WatchItem, WatchRequest, WatchScope,
 };
 
 use crate::cluster::prefix;
@@ -461,4 +463,59 @@ pub async fn ends_with_the_handle(cluster: &impl Cluster) -> Result<()> {
     registry.close().await?;
     assert!(within(PATIENCE, watch.next()).await.is_none());
     Ok(())
+}
+
+/// W8. Who waits for the end of a key is told what there is then: not the key, and every change acknowledged before.
+pub async fn a_listing_follows_the_end_of_a_key(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let (ends, stays) = (key("/d/ends"), key("/d/stays"));
+    let list = List::new(key("/d"));
+    let listed = |page: &Page| {
+        page.entries
+            .iter()
+            .map(|e| (e.key.clone(), e.value.clone()))
+            .collect::<Vec<_>>()
+    };
+    let mut created = Revision(0);
+    for n in 0..20 {
+        created = other.put(&ends, "1").await?;
+        let ending = Arc::new(AtomicBool::new(false));
+        let waiting = tokio::spawn({
+            let (one, ends, list, ending) = (one.clone(), ends.clone(), list.clone(), ending.clone());
+            async move {
+                let page = one.list_once_gone(&ends, created, list).await;
+                (page, ending.load(Ordering::SeqCst))
+            }
+        });
+        // No end of it.
+        other.put(&ends, "2").await?;
+        // In every other round the wait has surely begun.
+        if n % 2 == 0 {
+            let (mut watch, mut picture) = Picture::of(&*one).await?;
+            other.put(&ends, "3").await?;
+            picture.until(&mut watch, |picture| picture.has("/d/ends", "3")).await?;
+        }
+        other.put(&stays, n.to_string()).await?;
+        ending.store(true, Ordering::SeqCst);
+        other.delete(&ends).await?;
+        let (page, had_ended) = within(PATIENCE, waiting).await.expect("it does not panic");
+        assert!(had_ended, "it was told before its end");
+        assert_eq!(listed(&page?), [(stays.clone(), n.to_string().into())]);
+    }
+    // A later key of its name is another; what is gone is not waited for.
+    other.put(&ends, "4").await?;
+    let page = within(PATIENCE, one.list_once_gone(&ends, created, list.clone())).await?;
+    assert_eq!(page.entries.len(), 2);
+    other.delete(&ends).await?;
+    within(PATIENCE, one.list_once_gone(&ends, created, list.clone())).await?;
+    // It ends with its handle.
+    let created = other.put(&ends, "5").await?;
+    let waiting = tokio::spawn({
+        let (one, ends) = (one.clone(), ends.clone());
+        async move { one.list_once_gone(&ends, created, list).await }
+    });
+    one.close().await?;
+    let closed = within(PATIENCE, waiting).await.expect("it does not panic");
+    assert!(matches!(closed, Err(Error::Closed)), "{closed:?}");
+    other.close().await
 }

@@ -182,6 +182,7 @@ fn cases() -> Vec<Case> {
         revisions::one_counter_by_many: ConditionsAreIgnored, "80";
         revisions::reads_see_every_acknowledged_write: ReadsAreOld, "left: b";
         revisions::a_stale_read_never_goes_back: StaleReadsGoBack, "mod_revision >= last";
+        revisions::a_listing_follows_a_commit: ListingsComeEarly, "after the commit 0";
 
         session::the_granted_ttl_is_reported: TtlIsAnother, "left: 10s";
         session::keep_alives_need_no_call: SessionsDie, "not within|has expired";
@@ -203,6 +204,7 @@ fn cases() -> Vec<Case> {
         watch::a_slow_reader_sees_the_end: SlowReadersLose, "what was to come did not";
         watch::a_picture_equals_the_store: FirstIsLost, "never created|right";
         watch::ends_with_the_handle: CloseDoesNothing, "not within";
+        watch::a_listing_follows_the_end_of_a_key: ListingsComeEarly, "ends";
 
         lock::one_holds_at_a_time: ConditionsAreIgnored, "two hold it|right: 1";
         lock::waiters_come_in_their_order: QueuesAreTurnedRound, "not within 10s";

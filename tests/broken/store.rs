@@ -44,6 +44,7 @@ pub(crate) enum Fault {
     AnyRevisionWillDo,
     TransactionsAreSplit,
     ReadsAreOld,
+    ListingsComeEarly,
     StaleReadsGoBack,
     // Sessions.
     TtlIsAnother,
@@ -377,6 +378,26 @@ impl Registry for Broken {
             _ => {}
         }
         Ok(committed)
+    }
+
+    async fn commit_and_list(&self, txn: Txn, list: List) -> Result<(Committed, Option<Page>)> {
+        let early = self.list(list.clone()).await.ok();
+        let committed = self.commit(txn).await?;
+        let page = match self.fault {
+            Fault::ListingsComeEarly => early,
+            _ => self.list(list).await.ok(),
+        };
+        Ok((committed, page))
+    }
+
+    async fn list_once_gone(&self, key: &Key, created: Revision, list: List) -> Result<Page> {
+        let early = self.list(list.clone()).await?;
+        let watch = self.watch(WatchRequest::new(key, WatchScope::Key)).await?;
+        watch.gone(created).await?;
+        match self.fault {
+            Fault::ListingsComeEarly => Ok(early),
+            _ => self.list(list).await,
+        }
     }
 
     async fn delete_prefix(&self, prefix: &Prefix) -> Result<u64> {

@@ -16,8 +16,8 @@ use uuid::Uuid;
 
 use super::name::{Names, fresh};
 use crate::{
-    Condition, Depth, Entry, Error, Event, Expect, Key, List, Registry, Result, Revision, SessionId, Txn, WatchItem,
-    WatchRequest, WatchScope,
+    Condition, Depth, Entry, Error, Expect, Key, List, Page, Registry, Result, Revision, SessionId, Txn, WatchRequest,
+    WatchScope,
 };
 
 const MIN_BACKOFF: Duration = Duration::from_millis(10);
@@ -86,24 +86,40 @@ impl Queue {
         &self.dir
     }
 
+    /// What lists the contenders.
+    fn listing(&self) -> List {
+        List {
+            depth: Depth::Children,
+            ..List::new(&self.dir)
+        }
+    }
+
     /// The contenders' entries, first come first.
     pub(super) async fn entries(&self) -> Result<Vec<Entry>> {
-        let mut entries = self
-            .registry
-            .list_all(List {
-                depth: Depth::Children,
-                ..List::new(&self.dir)
-            })
-            .await?;
+        self.entries_from(self.registry.list(self.listing()).await?).await
+    }
+
+    /// The same, with their first page at hand.
+    async fn entries_from(&self, page: Page) -> Result<Vec<Entry>> {
+        let mut entries = page.entries;
+        if page.next.is_some() {
+            let rest = List {
+                after: page.next,
+                ..self.listing()
+            };
+            entries.extend(self.registry.list_all(rest).await?);
+        }
         entries.sort_by_key(|entry| entry.create_revision);
         Ok(entries)
     }
 
     /// Enters the queue and waits for the first place.
     pub(super) async fn wait(&self, value: Bytes) -> Result<Hold> {
-        let (mut place, first) = self.enter(value, Enter::Anyway).await?;
-        if !first {
-            place.wait_first().await?;
+        let (mut place, seen) = self.enter(value, Enter::Anyway).await?;
+        match seen {
+            Seen::First => {}
+            Seen::Page(page) => place.wait_first(Some(page)).await?,
+            Seen::Nothing => place.wait_first(None).await?,
         }
         place.into_hold()
     }
@@ -117,8 +133,7 @@ impl Queue {
         }
     }
 
-    /// The second value says that the place is known to be the first.
-    async fn enter(&self, value: Bytes, enter: Enter) -> Result<(Place, bool)> {
+    async fn enter(&self, value: Bytes, enter: Enter) -> Result<(Place, Seen)> {
         let session = self.registry.session().live()?;
         let name = self.names().map_or_else(fresh, |names| names.take(session));
         let key = Key::of_recipe(&format!("{}/{name}", &self.dir.as_str()[1..]));
@@ -141,9 +156,9 @@ impl Queue {
         let (mut place, entered) = entering.done().await;
         place.settled = !entered.doubt;
         match entered.place {
-            Ok((token, first)) => {
+            Ok((token, seen)) => {
                 place.token = Some(token);
-                Ok((place, first))
+                Ok((place, seen))
             }
             Err(error) => {
                 if !entered.doubt {
@@ -193,24 +208,26 @@ impl Queue {
         session: SessionId,
         enter: Enter,
         doubt: &mut bool,
-    ) -> Result<(Revision, bool)> {
+    ) -> Result<(Revision, Seen)> {
         // An empty queue takes one request: nobody is there, so this place is the first.
         let txn = || Txn::new().when(key, Expect::Absent).put_ephemeral(key, value.clone());
         let mut empty = enter == Enter::IfEmpty || !self.crowded.load(Ordering::Relaxed);
         let mut backoff = Backoff::default();
         loop {
-            let txn = if empty {
-                txn().when(&self.dir, Expect::Childless)
+            let entered = if empty {
+                let committed = self.registry.commit(txn().when(&self.dir, Expect::Childless)).await;
+                committed.map(|committed| (committed.revision, Seen::First))
             } else {
-                txn()
+                let committed = self.registry.commit_and_list(txn(), self.listing()).await;
+                committed.map(|(committed, page)| (committed.revision, page.map_or(Seen::Nothing, Seen::Page)))
             };
-            match self.registry.commit(txn).await {
-                Ok(committed) => return Ok((committed.revision, empty)),
+            match entered {
+                Ok(entered) => return Ok(entered),
                 Err(Error::Conflict { key: conflicting, .. }) if &conflicting == key => {}
                 Err(error @ Error::Conflict { .. }) => {
                     // Somebody is in the queue: perhaps this very contender, by a try of unknown outcome.
                     if *doubt && let Some(token) = self.own(key, session).await? {
-                        return Ok((token, false));
+                        return Ok((token, Seen::Nothing));
                     }
                     if enter == Enter::IfEmpty {
                         return Err(error);
@@ -230,7 +247,7 @@ impl Queue {
                 Err(error) => return Err(error),
             }
             match self.own(key, session).await? {
-                Some(token) => return Ok((token, false)),
+                Some(token) => return Ok((token, Seen::Nothing)),
                 // It was there and is gone: the session it belonged to has ended.
                 None => return Err(Error::SessionExpired { session }),
             }
@@ -261,10 +278,18 @@ enum Enter {
     IfEmpty,
 }
 
+/// What is known of a queue as a place in it was taken.
+enum Seen {
+    /// The place is the first.
+    First,
+    /// The first page of its contenders.
+    Page(Page),
+    Nothing,
+}
+
 /// What became of an entry.
 struct Entered {
-    /// The place, and whether it is known to be the first.
-    place: Result<(Revision, bool)>,
+    place: Result<(Revision, Seen)>,
     /// Whether a key may have been put, whatever `place` says.
     doubt: bool,
 }
@@ -312,28 +337,37 @@ struct Place {
 }
 
 impl Place {
-    /// Waits until every contender before this one is gone, and this one is still there.
-    async fn wait_first(&mut self) -> Result<()> {
+    /// Waits until every contender before this one is gone, and this one is still there. `page` is the first of the
+    /// contenders, no older than the place.
+    async fn wait_first(&mut self, mut page: Option<Page>) -> Result<()> {
         let registry = self.queue.registry.clone();
         let mut backoff = Backoff::default();
         let mut waited = false;
         loop {
+            let known = page.take();
             let next = async {
-                let Some(before) = self.before().await? else {
+                let page = match known {
+                    Some(page) => page,
+                    None => registry.list(self.queue.listing()).await?,
+                };
+                let Some(before) = self.before(page).await? else {
                     self.queue.crowded.store(waited, Ordering::Relaxed);
-                    return Ok(true);
+                    return Ok(None);
                 };
                 waited = true;
-                gone(&*registry, &before.key, before.create_revision).await?;
-                Ok(false)
+                let (key, created) = (&before.key, before.create_revision);
+                registry
+                    .list_once_gone(key, created, self.queue.listing())
+                    .await
+                    .map(Some)
             };
             let step = tokio::select! {
                 step = next => step,
                 () = registry.session().ended(self.session) => return Err(self.session_gone()),
             };
             match step {
-                Ok(true) => return Ok(()),
-                Ok(false) => backoff = Backoff::default(),
+                Ok(None) => return Ok(()),
+                Ok(next) => (page, backoff) = (next, Backoff::default()),
                 // The store can't be asked now; the place is kept as long as the session lives.
                 Err(error @ Error::Unavailable { .. }) => {
                     tracing::debug!(%error, "waiting in a queue");
@@ -345,9 +379,9 @@ impl Place {
     }
 
     /// The entry of the contender just before this one.
-    async fn before(&self) -> Result<Option<Entry>> {
+    async fn before(&self, page: Page) -> Result<Option<Entry>> {
         let mut before = None;
-        for entry in self.queue.entries().await? {
+        for entry in self.queue.entries_from(page).await? {
             if entry.key == self.key {
                 return match entry.session == Some(self.session) {
                     true => Ok(before),
@@ -437,29 +471,6 @@ async fn leave(queue: &Queue, key: &Key, session: SessionId, mut settled: bool) 
     }
 }
 
-/// Waits until the key that was created at that revision is gone; a later one may have its name.
-async fn gone(registry: &dyn Registry, key: &Key, created: Revision) -> Result<()> {
-    let mut watch = registry.watch(WatchRequest::new(key, WatchScope::Key)).await?;
-    let mut there = false;
-    while let Some(item) = watch.next().await {
-        match item? {
-            WatchItem::Synced(_) if !there => return Ok(()),
-            WatchItem::Synced(_) => {}
-            WatchItem::Reset => there = false,
-            WatchItem::Changes(events) => {
-                there = match events.last() {
-                    Some(Event::Created(entry) | Event::Updated(entry)) => entry.create_revision <= created,
-                    Some(Event::Deleted { .. }) | None => false,
-                };
-                if !there {
-                    return Ok(());
-                }
-            }
-        }
-    }
-    Err(Error::Closed)
-}
-
 /// The first place: a lock held, or a leadership.
 #[derive(Debug)]
 pub(super) struct Hold {
@@ -512,7 +523,11 @@ impl Hold {
         let registry = &*self.queue.registry;
         let removed = async {
             let mut backoff = Backoff::default();
-            while gone(registry, &self.key, self.token).await.is_err() {
+            let gone = || async {
+                let request = WatchRequest::new(&self.key, WatchScope::Key);
+                registry.watch(request).await?.gone(self.token).await
+            };
+            while gone().await.is_err() {
                 backoff.wait().await;
             }
         };
