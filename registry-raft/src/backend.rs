@@ -9,11 +9,11 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 use registry_api::{
     Capabilities, Committed, Depth, Entry, Error, Health, Key, List, Namespace, Options, Page, Prefix, Read, Registry,
-    Result, Revision, Session, SessionId, Txn, Watch, WatchRequest,
+    Result, Revision, Session, SessionId, Txn, Watch, WatchRequest, WatchScope,
 };
 
 use crate::command::{self, Change, Command, Outcome, not_understood};
-use crate::link::{BACKEND, Link, of_question};
+use crate::link::{Along, BACKEND, Link, of_question};
 use crate::member::Member;
 use crate::proto;
 use crate::proto::request::Call;
@@ -108,8 +108,62 @@ impl RaftRegistry {
         self.seen.load(Ordering::Relaxed)
     }
 
+    async fn commit_along(&self, txn: Txn, list: Option<proto::List>) -> Result<(Committed, Option<proto::Page>)> {
+        txn.check()?;
+        let change = Change::Txn(command::txn_to_proto(self.namespace(), &txn));
+        let (outcome, page) = self.change(change, list, txn.needs_session()).await?;
+        Ok((command::txn_result(self.namespace(), &txn, outcome)?, page))
+    }
+
+    async fn begin_watch(&self, request: WatchRequest, along: Option<Along>) -> Result<Watch> {
+        self.session.check_open()?;
+        let watch = self
+            .link
+            .watch(self.namespace(), request, along, self.options.request_timeout)
+            .await?;
+        Ok(until_closed(watch, &self.session))
+    }
+
+    fn listing(&self, list: &List) -> Result<proto::List> {
+        if list.limit == 0 {
+            return Err(Error::InvalidRequest("a page of no entries".into()));
+        }
+        Ok(proto::List {
+            prefix: self.qualify(list.prefix.as_str()),
+            children_only: list.depth == Depth::Children,
+            limit: (list.limit as u64).min(MAX_LIMIT),
+            after: list
+                .after
+                .as_ref()
+                .map_or_else(String::new, |key| self.qualify(key.as_str())),
+            stale: list.read == Read::Stale,
+            at_least: self.seen(),
+        })
+    }
+
+    fn page(&self, page: proto::Page) -> Result<Page> {
+        self.seen.fetch_max(page.revision, Ordering::Relaxed);
+        let entries = page
+            .entries
+            .into_iter()
+            .map(|entry| command::entry(self.namespace(), entry));
+        let entries = entries.collect::<Result<Vec<_>>>()?;
+        let next = entries.last().filter(|_| page.more).map(|entry| entry.key.clone());
+        Ok(Page {
+            entries,
+            next,
+            revision: Revision(page.revision),
+        })
+    }
+
     /// Carries out a change once, whatever happens to each try: the members remember what (session, sequence) did.
-    async fn change(&self, change: Change, needs_session: bool) -> Result<Outcome> {
+    /// Lists then, if that can come along.
+    async fn change(
+        &self,
+        change: Change,
+        list: Option<proto::List>,
+        needs_session: bool,
+    ) -> Result<(Outcome, Option<proto::Page>)> {
         self.session.check_open()?;
         let deadline = self.deadline();
         let mut backoff = Backoff::default();
@@ -131,7 +185,10 @@ impl RaftRegistry {
                 },
                 Err(error) => return Err(error),
             };
-            match self.change_under(session, &change, &deadline, &mut backoff).await {
+            match self
+                .change_under(session, &change, list.as_ref(), &deadline, &mut backoff)
+                .await
+            {
                 // It was refused for its session alone; what needs none is asked again under the next.
                 Err(Error::SessionExpired { .. }) if !needs_session => {}
                 done => return done,
@@ -143,9 +200,10 @@ impl RaftRegistry {
         &self,
         session: SessionId,
         change: &Change,
+        list: Option<&proto::List>,
         deadline: &Deadline,
         backoff: &mut Backoff,
-    ) -> Result<Outcome> {
+    ) -> Result<(Outcome, Option<proto::Page>)> {
         let sequence = Sequence::next(&self.sequences);
         let mut unknown = None;
         loop {
@@ -155,8 +213,9 @@ impl RaftRegistry {
                 answered_below: sequence.answered_below(),
                 change: Some(change.clone()),
             };
-            match self.link.command(command, deadline.left()).await {
-                Ok(reply) => match (reply.result.ok_or_else(not_understood)?, unknown) {
+            let asked = self.link.command_then_list(command, list.cloned(), deadline.left());
+            match asked.await {
+                Ok((reply, page)) => match (reply.result.ok_or_else(not_understood)?, unknown) {
                     (Outcome::SessionExpired(_), Some(unknown)) => {
                         // An earlier try may have been carried out before the session went.
                         self.session.told_expired(session);
@@ -171,7 +230,7 @@ impl RaftRegistry {
                         return Err(unknown.unwrap_or_else(|| crowded(most)));
                     }
                     (Outcome::Crowded(_), before) => unknown = before,
-                    (outcome, _) => return Ok(outcome),
+                    (outcome, _) => return Ok((outcome, page)),
                 },
                 Err(error @ Error::OutcomeUnknown { .. }) => unknown = Some(error),
                 Err(error @ Error::Unavailable { .. }) if !backoff.within(deadline) => {
@@ -214,34 +273,10 @@ impl Registry for RaftRegistry {
     }
 
     async fn list(&self, list: List) -> Result<Page> {
-        if list.limit == 0 {
-            return Err(Error::InvalidRequest("a page of no entries".into()));
+        match self.ask(Call::List(self.listing(&list)?)).await? {
+            Answer::Page(page) => self.page(page),
+            _ => Err(not_understood()),
         }
-        let call = proto::List {
-            prefix: self.qualify(list.prefix.as_str()),
-            children_only: list.depth == Depth::Children,
-            limit: (list.limit as u64).min(MAX_LIMIT),
-            after: list
-                .after
-                .as_ref()
-                .map_or_else(String::new, |key| self.qualify(key.as_str())),
-            stale: list.read == Read::Stale,
-            at_least: self.seen(),
-        };
-        let Answer::Page(page) = self.ask(Call::List(call)).await? else {
-            return Err(not_understood());
-        };
-        let entries = page
-            .entries
-            .into_iter()
-            .map(|entry| command::entry(self.namespace(), entry));
-        let entries = entries.collect::<Result<Vec<_>>>()?;
-        let next = entries.last().filter(|_| page.more).map(|entry| entry.key.clone());
-        Ok(Page {
-            entries,
-            next,
-            revision: Revision(page.revision),
-        })
     }
 
     async fn children(&self, prefix: &Prefix, read: Read) -> Result<Vec<String>> {
@@ -281,27 +316,43 @@ impl Registry for RaftRegistry {
     }
 
     async fn commit(&self, txn: Txn) -> Result<Committed> {
-        txn.check()?;
-        let change = Change::Txn(command::txn_to_proto(self.namespace(), &txn));
-        let outcome = self.change(change, txn.needs_session()).await?;
-        command::txn_result(self.namespace(), &txn, outcome)
+        self.commit_along(txn, None).await.map(|(committed, _)| committed)
+    }
+
+    async fn commit_and_list(&self, txn: Txn, list: List) -> Result<(Committed, Option<Page>)> {
+        let (committed, page) = self.commit_along(txn, Some(self.listing(&list)?)).await?;
+        let page = match page {
+            Some(page) => self.page(page),
+            None => self.list(list).await,
+        };
+        Ok((committed, page.ok()))
+    }
+
+    async fn list_once_gone(&self, key: &Key, created: Revision, list: List) -> Result<Page> {
+        let along = Along {
+            list: self.listing(&list)?,
+            page: Arc::default(),
+        };
+        let page = along.page.clone();
+        let request = WatchRequest::new(key, WatchScope::Key);
+        self.begin_watch(request, Some(along)).await?.gone(created).await?;
+        let page = page.lock().take();
+        match page {
+            Some(page) => self.page(page),
+            None => self.list(list).await,
+        }
     }
 
     async fn delete_prefix(&self, prefix: &Prefix) -> Result<u64> {
         let change = Change::DeletePrefix(self.qualify(prefix.as_str()));
-        match self.change(change, false).await? {
-            Outcome::Deleted(count) => Ok(count),
+        match self.change(change, None, false).await? {
+            (Outcome::Deleted(count), _) => Ok(count),
             _ => Err(not_understood()),
         }
     }
 
     async fn watch(&self, request: WatchRequest) -> Result<Watch> {
-        self.session.check_open()?;
-        let watch = self
-            .link
-            .watch(self.namespace(), request, self.options.request_timeout)
-            .await?;
-        Ok(until_closed(watch, &self.session))
+        self.begin_watch(request, None).await
     }
 
     async fn health(&self) -> Result<Health> {
@@ -347,6 +398,7 @@ fn revision(answer: &Answer) -> u64 {
         Answer::Children(answer) => answer.revision,
         Answer::Count(answer) => answer.revision,
         Answer::Failure(_) | Answer::Reply(_) | Answer::Done(_) | Answer::Status(_) => 0,
+        Answer::ReplyThenPage(answer) => answer.page.as_ref().map_or(0, |page| page.revision),
         Answer::Digest(_) | Answer::ReadIndex(_) | Answer::Promise(_) => 0,
     }
 }

@@ -142,7 +142,20 @@ fn questions() -> Vec<Ask> {
             ..proto::ChangeMembers::default()
         }),
     ];
+    let list = proto::List {
+        prefix: "/ns~/lock".into(),
+        children_only: true,
+        limit: 7,
+        ..proto::List::default()
+    };
+    let then_list = |command| {
+        Call::CommandThenList(proto::CommandThenList {
+            command: Some(command),
+            list: Some(list.clone()),
+        })
+    };
     let calls = calls.into_iter().chain(commands().into_iter().map(Call::Command));
+    let calls = calls.chain(commands().into_iter().take(1).map(then_list));
     let request = |call| {
         Ask::Request(
             proto::Request {
@@ -159,6 +172,7 @@ fn questions() -> Vec<Ask> {
                 prefix: "/ns/a".into(),
                 scope: 1,
                 from: Some(from),
+                along: Some(list.clone()),
             }
             .into(),
         )
@@ -196,8 +210,10 @@ fn is_answered(input: &[u8]) -> bool {
         answered |= match asked.what {
             Some(Ask::Request(request)) => request.call.is_some_and(|call| {
                 let good = service::check(&call).is_ok();
-                if let (true, Call::Command(command)) = (good, call) {
-                    apply_twice(&mut state, command);
+                match call {
+                    Call::Command(command) if good => apply_twice(&mut state, command),
+                    Call::CommandThenList(both) if good => apply_twice(&mut state, both.command.unwrap()),
+                    _ => {}
                 }
                 good
             }),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use registry_api::{Error, Namespace, Result, Watch, WatchRequest};
 
 use crate::command::{Command, Reply, not_understood};
@@ -21,8 +22,14 @@ pub(crate) trait Link: std::fmt::Debug + Send + Sync + 'static {
     /// [`Error::Unavailable`] says that nothing was done, [`Error::OutcomeUnknown`] that it may have been.
     async fn call(&self, call: Call, patience: Duration) -> Result<Answer>;
 
-    /// Begins a watch that goes on by itself until its end is dropped.
-    async fn watch(&self, namespace: &Namespace, request: WatchRequest, patience: Duration) -> Result<Watch>;
+    /// Begins a watch that goes on by itself until its end is dropped. With what is told may come a listing.
+    async fn watch(
+        &self,
+        namespace: &Namespace,
+        request: WatchRequest,
+        along: Option<Along>,
+        patience: Duration,
+    ) -> Result<Watch>;
 
     /// Who is asked now.
     fn endpoint(&self) -> String;
@@ -31,11 +38,39 @@ pub(crate) trait Link: std::fmt::Debug + Send + Sync + 'static {
     fn apart(&self) -> Arc<dyn Link>;
 }
 
+/// A listing that may come along with what a watch tells.
+#[derive(Clone, Debug)]
+pub(crate) struct Along {
+    pub(crate) list: proto::List,
+    /// The newest page, which came before what it came along with was told.
+    pub(crate) page: Arc<Mutex<Option<proto::Page>>>,
+}
+
 impl dyn Link {
     /// Carries out a command.
     pub(crate) async fn command(&self, command: Command, patience: Duration) -> Result<Reply> {
         match self.call(Call::Command(command), patience).await? {
             Answer::Reply(reply) => Ok(reply),
+            _ => Err(not_understood()),
+        }
+    }
+
+    /// Carries out a command, and lists then, if the page is small enough to come along.
+    pub(crate) async fn command_then_list(
+        &self,
+        command: Command,
+        list: Option<proto::List>,
+        patience: Duration,
+    ) -> Result<(Reply, Option<proto::Page>)> {
+        let Some(list) = list else {
+            return Ok((self.command(command, patience).await?, None));
+        };
+        let both = proto::CommandThenList {
+            command: Some(command),
+            list: Some(list),
+        };
+        match self.call(Call::CommandThenList(both), patience).await? {
+            Answer::ReplyThenPage(both) => Ok((both.reply.ok_or_else(not_understood)?, both.page)),
             _ => Err(not_understood()),
         }
     }

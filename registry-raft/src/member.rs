@@ -35,7 +35,7 @@ use crate::config::{RaftConfig, Timers};
 use crate::directory::Directory;
 use crate::expiry::Expiry;
 use crate::leader::Readers;
-use crate::link::{BACKEND, Link};
+use crate::link::{Along, BACKEND, Link};
 use crate::log::Identity;
 use crate::log_store::LogStore;
 use crate::members::{self, MemberChange};
@@ -433,7 +433,14 @@ impl Link for Core {
         self.serve(call, patience).await
     }
 
-    async fn watch(&self, namespace: &Namespace, request: WatchRequest, patience: Duration) -> Result<Watch> {
+    /// Nothing comes along: a listing is at hand.
+    async fn watch(
+        &self,
+        namespace: &Namespace,
+        request: WatchRequest,
+        _: Option<Along>,
+        patience: Duration,
+    ) -> Result<Watch> {
         Core::watch(self, namespace, request, patience).await
     }
 

@@ -16,7 +16,7 @@ use registry_api::{BoxError, Error, Namespace, Result, Watch, WatchRequest};
 use crate::backup::Parts;
 use crate::command::not_understood;
 use crate::conversation::Conversation;
-use crate::link::{BACKEND, Link, failure, of_question};
+use crate::link::{Along, BACKEND, Link, failure, of_question};
 use crate::proto;
 use crate::proto::backup_part::Part;
 use crate::proto::registry_client::RegistryClient;
@@ -285,8 +285,14 @@ impl Link for Remote {
         }
     }
 
-    async fn watch(&self, namespace: &Namespace, request: WatchRequest, patience: Duration) -> Result<Watch> {
-        WatchStream::begin(self.clone(), namespace.clone(), request, patience).await
+    async fn watch(
+        &self,
+        namespace: &Namespace,
+        request: WatchRequest,
+        along: Option<Along>,
+        patience: Duration,
+    ) -> Result<Watch> {
+        WatchStream::begin(self.clone(), namespace.clone(), request, along, patience).await
     }
 
     fn endpoint(&self) -> String {

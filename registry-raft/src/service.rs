@@ -62,13 +62,16 @@ impl Service {
     /// The items of a watch; a failure alone if it can't begin.
     pub(crate) async fn watch(&self, request: proto::WatchRequest) -> BoxStream<'static, proto::WatchResponse> {
         let begun = async {
+            let list = request.along.clone();
             let (namespace, request) = watch_request(request)?;
-            let watch = self.core()?.watch(&namespace, request, MAX_PATIENCE).await?;
-            Ok(to_messages(namespace, watch).boxed())
+            let core = self.core()?.clone();
+            let watch = core.watch(&namespace, request, MAX_PATIENCE).await?;
+            let along = move || list.as_ref().and_then(|list| core.list_along(list));
+            Ok(to_messages(namespace, watch, along).boxed())
         };
         begun.await.unwrap_or_else(|error: Error| {
-            let item = Some(proto::watch_response::Item::Failure(said(&error)));
-            stream::iter([proto::WatchResponse { item }]).boxed()
+            let failure = proto::watch_response::Item::Failure(said(&error));
+            stream::iter([failure.into()]).boxed()
         })
     }
 }
@@ -143,24 +146,30 @@ pub(crate) fn check(call: &Call) -> Result<(), Error> {
         Call::Get(get) => qualified_key(&get.key),
         Call::Count(count) => qualified_prefix(&count.prefix).map(|_| ()),
         Call::Children(children) => qualified_prefix(&children.prefix).map(|_| ()),
-        Call::List(list) => {
-            qualified_prefix(&list.prefix)?;
-            if !list.after.is_empty() {
-                qualified_key(&list.after)?;
-            }
-            match (1..=MAX_LIMIT).contains(&list.limit) {
-                true => Ok(()),
-                false => Err(Error::InvalidRequest(format!(
-                    "a page of {} entries, 1 to {MAX_LIMIT} are made",
-                    list.limit
-                ))),
-            }
-        }
+        Call::List(list) => check_list(list),
         Call::Command(command) => check_command(command),
+        Call::CommandThenList(both) => {
+            check_command(both.command.as_ref().unwrap_or(&Command::default()))?;
+            check_list(both.list.as_ref().unwrap_or(&proto::List::default()))
+        }
         Call::Members(change) => check_members(change),
         Call::KeepAlive(_) | Call::Status(_) | Call::Digest(_) => Ok(()),
         // By whom is looked at where it is answered.
         Call::ReadIndex(_) | Call::Promise(_) => Ok(()),
+    }
+}
+
+fn check_list(list: &proto::List) -> Result<(), Error> {
+    qualified_prefix(&list.prefix)?;
+    if !list.after.is_empty() {
+        qualified_key(&list.after)?;
+    }
+    match (1..=MAX_LIMIT).contains(&list.limit) {
+        true => Ok(()),
+        false => Err(Error::InvalidRequest(format!(
+            "a page of {} entries, 1 to {MAX_LIMIT} are made",
+            list.limit
+        ))),
     }
 }
 
@@ -230,6 +239,7 @@ fn check_txn(txn: &proto::Txn) -> Result<(), Error> {
 pub(crate) fn watch_request(request: proto::WatchRequest) -> Result<(Namespace, WatchRequest), Error> {
     use proto::watch_request::{From, Scope};
     let (namespace, prefix) = qualified_prefix(&request.prefix)?;
+    request.along.as_ref().map_or(Ok(()), check_list)?;
     let scope = match request.scope() {
         Scope::Key => WatchScope::Key,
         Scope::Children => WatchScope::Children,

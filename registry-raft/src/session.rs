@@ -111,6 +111,7 @@ mod tests {
     use registry_api::{Key, Namespace, Prefix, Read, SessionState, SessionTtl, Watch, WatchRequest};
 
     use super::*;
+    use crate::link::Along;
     use crate::{Member, RaftConfig};
 
     /// A way to a member on which three calls of four are lost: the member is not reached, or its answer does not come.
@@ -137,8 +138,14 @@ mod tests {
             }
         }
 
-        async fn watch(&self, namespace: &Namespace, request: WatchRequest, patience: Duration) -> Result<Watch> {
-            self.0.watch(namespace, request, patience).await
+        async fn watch(
+            &self,
+            namespace: &Namespace,
+            request: WatchRequest,
+            along: Option<Along>,
+            patience: Duration,
+        ) -> Result<Watch> {
+            self.0.watch(namespace, request, along, patience).await
         }
 
         fn endpoint(&self) -> String {

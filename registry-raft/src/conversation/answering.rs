@@ -283,7 +283,7 @@ async fn items(service: Service, request: proto::WatchRequest, number: u64, tell
 async fn one_watch_too_many(number: u64, telling: &Telling) -> bool {
     let reason = format!("more than {WATCHES} watches of one handle");
     let refusal = proto::watch_response::Item::Failure(said(&Error::InvalidRequest(reason)));
-    let item = Tell::Item(proto::WatchResponse { item: Some(refusal) });
+    let item = Tell::Item(refusal.into());
     let told = |what| telling.tell(proto::Told { number, what });
     told(Some(item)).await && told(None).await
 }

@@ -216,7 +216,7 @@ async fn whatever_was_asked_the_next_is_answered() {
     let watch = proto::WatchRequest {
         prefix: "/registry/a".into(),
         scope: 1,
-        from: None,
+        ..proto::WatchRequest::default()
     };
     let parts = [
         Ask::Request(request.into()),
@@ -319,7 +319,7 @@ fn good() -> Vec<Vec<u8>> {
         Item::Reset(unit),
         Item::Synced(9),
     ];
-    let items = items.map(|item| (2, Some(Tell::Item(proto::WatchResponse { item: Some(item) }))));
+    let items = items.map(|item| (2, Some(Tell::Item(item.into()))));
     messages[0].extend(items.into_iter().chain([(2, None)]));
     let told = |parts: Vec<(u64, Option<Tell>)>| {
         let told = parts.into_iter().map(|(number, what)| proto::Told { number, what });
@@ -406,7 +406,7 @@ fn told_by<const N: usize>(knows: Option<Revision>, streams: [Vec<Item>; N]) -> 
         };
         let mut items = conversation.watch(proto::WatchRequest::default()).unwrap();
         for part in parts {
-            let what = Some(Tell::Item(proto::WatchResponse { item: Some(part) }));
+            let what = Some(Tell::Item(part.into()));
             tell(&conversation.waiting, proto::Told { number: 1, what });
         }
         conversation.waiting.lock().end(gone());
@@ -489,6 +489,7 @@ async fn who_takes_nothing_is_told_nothing_any_more_and_others_are() {
             for told in together.told {
                 let Some(Tell::Item(proto::WatchResponse {
                     item: Some(Item::Changes(changes)),
+                    ..
                 })) = told.what
                 else {
                     continue;
@@ -523,9 +524,10 @@ async fn who_takes_nothing_is_told_nothing_any_more_and_others_are() {
 async fn one_watch_too_many_is_refused_and_ends_no_other() {
     let spoken = Spoken::start().await;
     let begun = async |mut items: Items| match within(PATIENCE, items.message()).await.unwrap() {
-        Some(proto::WatchResponse { item: None }) => Some(items),
+        Some(proto::WatchResponse { item: None, .. }) => Some(items),
         Some(proto::WatchResponse {
             item: Some(Item::Failure(said)),
+            ..
         }) => {
             assert_eq!(said.kind(), proto::failure::Kind::Invalid);
             assert_eq!(items.message().await.unwrap(), None);

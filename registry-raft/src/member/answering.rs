@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{ClientWriteError, RaftError};
+use prost::Message;
 use registry_api::{Error, Namespace, Result, SessionId, Watch, WatchRequest};
 
 use super::{Core, GRACE, IN_FLIGHT, unavailable};
-use crate::command::{Change, Command, Outcome, Reply};
+use crate::command::{Change, Command, Outcome, Reply, not_understood};
 use crate::leader::Leader;
 use crate::proto;
 use crate::proto::registry::peer::v1 as message;
@@ -24,6 +25,9 @@ const STATUS: Duration = Duration::from_millis(500);
 /// For how long who leads is asked again that does not do what it is asked, and the pause before it.
 const SUCCESSION: Duration = Duration::from_millis(100);
 const PAUSE: Duration = Duration::from_millis(4);
+/// How many entries a page has that comes along with something else, and how many bytes.
+const ALONG: u64 = 64;
+const ALONG_BYTES: usize = 4 << 10;
 
 impl Core {
     /// Answers a call within `patience`, here or by the Raft leader.
@@ -55,7 +59,7 @@ impl Core {
             None => "the member hears no Raft leader that has a majority".to_owned(),
         };
         Err(match call {
-            Call::Command(_) | Call::Members(_) => Error::OutcomeUnknown {
+            Call::Command(_) | Call::CommandThenList(_) | Call::Members(_) => Error::OutcomeUnknown {
                 operation: "a write",
                 source: source.into(),
             },
@@ -66,7 +70,9 @@ impl Core {
     /// What is rare or has far to go has its own place in memory: every call would carry the room for it.
     async fn answer(&self, call: &Call, until: Instant) -> Result<Answer> {
         match call {
-            Call::Command(_) | Call::KeepAlive(_) | Call::Members(_) => self.answer_by_leader(call, until).await,
+            Call::Command(_) | Call::CommandThenList(_) | Call::KeepAlive(_) | Call::Members(_) => {
+                self.answer_by_leader(call, until).await
+            }
             Call::Status(_) => {
                 let left = until.saturating_duration_since(Instant::now());
                 Ok(Answer::Status(Box::pin(self.status_of_all(left)).await))
@@ -146,6 +152,14 @@ impl Core {
                 Answer::Count(self.store.count(&count.prefix))
             }
             Call::Command(command) => Answer::Reply(self.propose(command).await?),
+            Call::CommandThenList(proto::CommandThenList { command, list }) => {
+                let (command, list) = (command.as_ref(), list.as_ref());
+                let reply = self.propose(command.ok_or_else(not_understood)?).await?;
+                let committed = matches!(reply.result, Some(Outcome::Committed(_)));
+                let page = list.filter(|_| committed).and_then(|list| self.list_along(list));
+                let reply = Some(reply);
+                Answer::ReplyThenPage(proto::ReplyThenPage { reply, page })
+            }
             Call::KeepAlive(keep_alive) => {
                 self.keep_alive(SessionId(keep_alive.session)).await?;
                 Answer::Done(proto::Unit {})
@@ -173,6 +187,16 @@ impl Core {
                 })
             }
         })
+    }
+
+    /// What comes along with something else that is told: a page of what is applied here, if it is small. Unread, a large one
+    /// would take up memory.
+    pub(crate) fn list_along(&self, list: &proto::List) -> Option<proto::Page> {
+        let list = proto::List {
+            limit: list.limit.min(ALONG),
+            ..list.clone()
+        };
+        Some(self.store.list(&list)).filter(|page| page.encoded_len() <= ALONG_BYTES)
     }
 
     /// Which member asks what only members do.

@@ -1,9 +1,10 @@
-//! Where a handle goes for a hint, and where not.
+//! Where a handle goes for a hint, and where not; what it is told along.
 
-use registry_api::{Event, Key, Options, Prefix, Registry, WatchFrom, WatchItem, WatchScope};
+use registry_api::{Event, Key, Options, Prefix, Registry, Txn, WatchFrom, WatchItem, WatchScope};
 use registry_tests::cluster::eventually;
 
 use super::*;
+use crate::command::{self, Change, Command};
 use crate::{Member, RaftConfig};
 
 /// How long one call may take. A member that is asked answers long before, on a loaded machine too.
@@ -165,6 +166,54 @@ async fn what_bridges_a_gap_is_told_in_the_order_of_revisions() {
         "{events:?}"
     );
     assert!(matches!(next(&mut watch).await, WatchItem::Synced(_)));
+    drop(watch);
+    store.stop().await;
+}
+
+/// A small page comes along with what a commit and a watch tell; for a large one the handle asks.
+#[tokio::test]
+async fn a_small_listing_comes_along() {
+    let store = Alone::start().await;
+    let addresses = vec![store.member.address().unwrap().to_string()];
+    let transport = Transport::new(&RaftConfig::remote(addresses.clone())).unwrap();
+    let link = Remote::new(transport, addresses);
+    let namespace = Namespace::default();
+    let list = proto::List {
+        prefix: namespace.qualify("/d"),
+        limit: 1000,
+        ..proto::List::default()
+    };
+    let names = |page: &proto::Page| page.entries.iter().map(|e| e.key.clone()).collect::<Vec<_>>();
+    let listed = async |name: &str, value: &[u8]| {
+        let txn = Txn::new().put(&key(name), value.to_vec());
+        let command = Command::new(Change::Txn(command::txn_to_proto(&namespace, &txn)));
+        let done = (&link as &dyn Link).command_then_list(command, Some(list.clone()), PATIENCE);
+        done.await.unwrap().1
+    };
+    let page = listed("d/a", b"1").await.expect("it is small");
+    assert_eq!(names(&page), [namespace.qualify("/d/a")]);
+
+    let page = Arc::default();
+    let along = Along {
+        list: list.clone(),
+        page: Arc::clone(&page),
+    };
+    let taken = || page.lock().take().as_ref().map(names);
+    let request = WatchRequest::new(key("d/a"), WatchScope::Key);
+    let mut watch = link.watch(&namespace, request, Some(along), PATIENCE).await.unwrap();
+    assert!(matches!(next(&mut watch).await, WatchItem::Changes(_)));
+    assert!(matches!(next(&mut watch).await, WatchItem::Synced(_)));
+    assert_eq!(taken(), Some(vec![namespace.qualify("/d/a")]));
+    store.remote.put(&key("d/b"), "1").await.unwrap();
+    store.remote.delete(&key("d/a")).await.unwrap();
+    assert!(matches!(next(&mut watch).await, WatchItem::Changes(_)));
+    assert_eq!(taken(), Some(vec![namespace.qualify("/d/b")]));
+
+    assert_eq!(listed("d/large", &[0; 5000]).await, None);
+    assert_eq!(taken(), None);
+    store.remote.put(&key("d/a"), "2").await.unwrap();
+    assert!(matches!(next(&mut watch).await, WatchItem::Changes(_)));
+    assert_eq!(taken(), None);
     drop(watch);
     store.stop().await;
 }

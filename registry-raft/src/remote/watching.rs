@@ -13,7 +13,7 @@ use registry_api::{
 use super::{PAUSE, Reached, Remote};
 use crate::command::{self, not_understood};
 use crate::conversation::Items;
-use crate::link::{BACKEND, Link, failure, of_question};
+use crate::link::{Along, BACKEND, Link, failure, of_question};
 use crate::proto;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
@@ -29,6 +29,7 @@ pub(super) struct WatchStream {
     link: Remote,
     namespace: Namespace,
     request: WatchRequest,
+    along: Option<proto::List>,
     reader: Arc<Mutex<Reader>>,
 }
 
@@ -38,6 +39,7 @@ impl WatchStream {
         link: Remote,
         namespace: Namespace,
         request: WatchRequest,
+        along: Option<Along>,
         patience: Duration,
     ) -> Result<Watch> {
         let (feed, watch) = feed();
@@ -46,11 +48,17 @@ impl WatchStream {
             WatchFrom::Now => None,
             WatchFrom::After(revision) | WatchFrom::AfterOrReset(revision) => Some(revision),
         };
+        let mut reader = Reader::new(namespace.clone(), feed, after);
+        let along = along.map(|along| {
+            reader.page = along.page;
+            along.list
+        });
         let stream = Self {
             link,
-            reader: Arc::new(Mutex::new(Reader::new(namespace.clone(), feed, after))),
+            reader: Arc::new(Mutex::new(reader)),
             namespace,
             request,
+            along,
         };
         let begun = async {
             let items = stream.open(from).await?;
@@ -83,6 +91,7 @@ impl WatchStream {
                 WatchFrom::After(revision) => proto::watch_request::From::After(revision.0),
                 WatchFrom::AfterOrReset(revision) => proto::watch_request::From::AfterOrReset(revision.0),
             }),
+            along: self.along.clone(),
         };
         let opened = async {
             let mut items = conversation.watch(request)?;
@@ -91,10 +100,11 @@ impl WatchStream {
         };
         // The first item says whether the watch could begin; it is an empty one if so.
         match opened.await {
-            Ok((Some(proto::WatchResponse { item: None }), items)) => Ok(items),
+            Ok((Some(proto::WatchResponse { item: None, .. }), items)) => Ok(items),
             Ok((
                 Some(proto::WatchResponse {
                     item: Some(Item::Failure(said)),
+                    ..
                 }),
                 _,
             )) => {
@@ -227,6 +237,8 @@ pub(crate) async fn pass_on(reader: &Arc<Mutex<Reader>>, items: &mut Items) -> R
 pub(crate) struct Reader {
     namespace: Namespace,
     feed: Feed,
+    /// The newest listing that came along.
+    page: Arc<Mutex<Option<proto::Page>>>,
     picture: Picture,
     /// What is told comes after this revision; none as long as the first current entries are not all told.
     told: Option<Revision>,
@@ -247,6 +259,7 @@ impl Reader {
         Self {
             namespace,
             feed,
+            page: Arc::default(),
             picture: Picture::default(),
             told,
             began: false,
@@ -274,6 +287,9 @@ impl Reader {
     }
 
     fn pass_on(&mut self, response: proto::WatchResponse) -> Result<bool> {
+        if response.along.is_some() {
+            *self.page.lock() = response.along;
+        }
         match response.item {
             Some(Item::Reset(_)) => {
                 self.picture = Picture::default();
@@ -353,12 +369,23 @@ impl Reader {
     }
 }
 
-/// The items of a watch, as a stream of messages: an empty one first, which says that the watch has begun.
+impl From<Item> for proto::WatchResponse {
+    fn from(item: Item) -> Self {
+        Self {
+            item: Some(item),
+            along: None,
+        }
+    }
+}
+
+/// The items of a watch, as a stream of messages: an empty one first, which says that the watch has begun. With the last
+/// message of each item comes `along`.
 pub(crate) fn to_messages(
     namespace: Namespace,
     watch: Watch,
+    along: impl Fn() -> Option<proto::Page> + Send,
 ) -> impl futures_util::Stream<Item = proto::WatchResponse> + Send {
-    let begun = futures_util::stream::iter([proto::WatchResponse { item: None }]);
+    let begun = futures_util::stream::iter([proto::WatchResponse::default()]);
     let items = watch.flat_map(move |item| {
         let items = match item {
             Ok(WatchItem::Reset) => vec![Item::Reset(proto::Unit {})],
@@ -366,7 +393,11 @@ pub(crate) fn to_messages(
             Ok(WatchItem::Changes(events)) => messages(&namespace, &events),
             Err(error) => vec![Item::Failure(crate::service::said(&error))],
         };
-        futures_util::stream::iter(items.into_iter().map(|item| proto::WatchResponse { item: Some(item) }))
+        let mut messages: Vec<proto::WatchResponse> = items.into_iter().map(Into::into).collect();
+        if let Some(last) = messages.last_mut() {
+            last.along = along();
+        }
+        futures_util::stream::iter(messages)
     });
     begun.chain(items)
 }
