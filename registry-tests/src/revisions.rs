@@ -331,10 +331,10 @@ pub async fn a_listing_follows_a_commit(cluster: &impl Cluster) -> Result<()> {
         ..List::new(key("/a"))
     };
     let mut there = Vec::new();
-    // More than a small page holds, and larger.
-    for n in 0..100 {
+    // In the end more than may come along with an answer, in number and then in bytes.
+    for n in 0..134 {
         let (before, own) = (key(&format!("/a/{n:03}")), key(&format!("/a/{n:03}/b")));
-        other.put(&before, vec![0; n * 40]).await?;
+        other.put(&before, vec![0; if n == 131 { 5000 } else { 1 }]).await?;
         let txn = Txn::new().put(&own, "1").delete(&before);
         let txn = if n % 2 == 0 { txn } else { Txn::new().put(&own, "1") };
         let (committed, page) = one.commit_and_list(txn, list.clone()).await?;

@@ -217,3 +217,33 @@ async fn a_small_listing_comes_along() {
     drop(watch);
     store.stop().await;
 }
+
+/// A queue that is longer than the page that comes along: who waits for a lock is not taken for the first because it is in
+/// the rest.
+#[tokio::test]
+async fn a_long_queue_is_in_order() {
+    let store = Alone::start().await;
+    let lock = store.remote.lock(&key("l"));
+    let held = lock.acquire().await.unwrap();
+    let (acquired, mut order) = tokio::sync::mpsc::unbounded_channel();
+    for waiter in 1..=100 {
+        let (watched, lock, acquired) = (&lock, lock.clone(), acquired.clone());
+        let waiting = async move {
+            let held = lock.acquire().await.unwrap();
+            acquired.send((waiter, held.token())).unwrap();
+            held.release().await.unwrap();
+        };
+        tokio::spawn(waiting);
+        let entered = || async { watched.contenders().await.unwrap().len() > waiter };
+        eventually(PATIENCE, entered).await;
+    }
+    held.release().await.unwrap();
+    let mut last = None;
+    for waiter in 1..=100 {
+        let (acquired, token) = tokio::time::timeout(PATIENCE, order.recv()).await.unwrap().unwrap();
+        assert_eq!(acquired, waiter);
+        assert!(last < Some(token));
+        last = Some(token);
+    }
+    store.stop().await;
+}
