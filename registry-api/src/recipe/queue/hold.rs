@@ -1,0 +1,165 @@
+//! What the first in a queue has.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+
+use super::{Backoff, PATIENCE, Place, Queue, leave};
+use crate::{Condition, Error, Expect, Key, Result, Revision, SessionId, Txn, WatchRequest, WatchScope};
+
+/// The first place: a lock held, or a leadership.
+#[derive(Debug)]
+pub(in crate::recipe) struct Hold {
+    queue: Queue,
+    key: Key,
+    token: Revision,
+    session: SessionId,
+    /// Whether no put or delete of the key can be under way.
+    settled: AtomicBool,
+    lost: AtomicBool,
+    released: bool,
+    runtime: Handle,
+}
+
+impl Place {
+    pub(super) fn into_hold(mut self) -> Result<Hold> {
+        // The session may have ended between the store's last answer and now.
+        if !self.queue.registry.session().is_valid(self.session) {
+            return Err(self.session_gone());
+        }
+        self.kept = true;
+        Ok(Hold {
+            queue: self.queue.clone(),
+            key: self.key.clone(),
+            token: self.token.expect("a place that was entered has a token"),
+            session: self.session,
+            settled: AtomicBool::new(self.settled),
+            lost: AtomicBool::new(false),
+            released: false,
+            runtime: Handle::current(),
+        })
+    }
+}
+
+impl Hold {
+    pub(in crate::recipe) fn name(&self) -> &Key {
+        &self.queue.name
+    }
+
+    pub(in crate::recipe) fn token(&self) -> Revision {
+        self.token
+    }
+
+    /// What a transaction requires so that the store refuses it once this hold is lost.
+    pub(in crate::recipe) fn condition(&self) -> Condition {
+        Condition {
+            key: self.key.clone(),
+            expect: Expect::CreateRevision(self.token),
+        }
+    }
+
+    pub(in crate::recipe) fn valid_until(&self) -> Option<Instant> {
+        let until = self.queue.registry.session().valid_until(self.session);
+        if until.is_none() {
+            self.lost.store(true, Ordering::Release);
+        }
+        until.filter(|_| !self.lost.load(Ordering::Acquire))
+    }
+
+    /// Once lost, lost for ever.
+    pub(in crate::recipe) fn is_lost(&self) -> bool {
+        self.valid_until().is_none()
+    }
+
+    /// Waits until the session ends or the key is removed by another hand.
+    pub(in crate::recipe) async fn lost(&self) {
+        if self.is_lost() {
+            return;
+        }
+        let registry = &*self.queue.registry;
+        let removed = async {
+            let mut backoff = Backoff::default();
+            let gone = || async {
+                let request = WatchRequest::new(&self.key, WatchScope::Key);
+                registry.watch(request).await?.gone(self.token).await
+            };
+            while gone().await.is_err() {
+                backoff.wait().await;
+            }
+        };
+        tokio::select! {
+            () = removed => {}
+            () = registry.session().ended(self.session) => {}
+        }
+        self.lost.store(true, Ordering::Release);
+    }
+
+    /// Publishes a value under the own key.
+    pub(in crate::recipe) async fn publish(&self, value: Bytes) -> Result<Revision> {
+        if self.is_lost() {
+            return Err(self.hold_lost());
+        }
+        // Not even an answer says that no other put of it is under way.
+        self.settled.store(false, Ordering::Release);
+        let txn = Txn::new().require(self.condition()).put_ephemeral(&self.key, value);
+        match self.queue.registry.commit(txn).await {
+            Ok(committed) => Ok(committed.revision),
+            Err(Error::Conflict { .. } | Error::SessionExpired { .. } | Error::Refused { .. }) => {
+                self.lost.store(true, Ordering::Release);
+                Err(self.hold_lost())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(in crate::recipe) async fn release(mut self) -> Result<()> {
+        if self.is_lost() {
+            // Nothing of it is left, or soon will be: its session is over. What another holds is not touched.
+            return Err(self.hold_lost());
+        }
+        let session = self.queue.registry.session();
+        let settled = self.unsettle();
+        let released = tokio::select! {
+            biased;
+            released = tokio::time::timeout(PATIENCE, leave(&self.queue, &self.key, self.session, settled)) => {
+                // It goes on in the background, as after a drop.
+                released.unwrap_or_else(|elapsed| {
+                    Err(Error::OutcomeUnknown {
+                        operation: "a release",
+                        source: elapsed.into(),
+                    })
+                })
+            }
+            () = session.ended(self.session) => Err(self.hold_lost()),
+        };
+        self.released = released.is_ok();
+        released
+    }
+
+    /// Whether it was settled before this delete: of two, one may be late.
+    fn unsettle(&self) -> bool {
+        self.settled.swap(false, Ordering::AcqRel)
+    }
+
+    fn hold_lost(&self) -> Error {
+        Error::HoldLost {
+            key: self.queue.name.clone(),
+        }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if self.released {
+            return;
+        }
+        let (queue, key, session) = (self.queue.clone(), self.key.clone(), self.session);
+        let settled = self.unsettle();
+        self.runtime.spawn(async move {
+            // On failure the session has ended, and the key with it.
+            let _ = leave(&queue, &key, session, settled).await;
+        });
+    }
+}
