@@ -67,7 +67,7 @@ pub trait Registry: std::fmt::Debug + Send + Sync + 'static {
     /// to wait for where the store tells both at once.
     ///
     /// The page shows the change, and every one that was acknowledged before it. Without a page the change was made, and
-    /// could not be followed by a listing.
+    /// could not be followed by a listing. Each of the two ends within the `request_timeout`.
     ///
     /// # Errors
     /// As [`Registry::commit`].

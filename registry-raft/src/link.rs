@@ -42,7 +42,7 @@ pub(crate) trait Link: std::fmt::Debug + Send + Sync + 'static {
 #[derive(Clone, Debug)]
 pub(crate) struct Along {
     pub(crate) list: proto::List,
-    /// The newest page, which came before what it came along with was told.
+    /// The page that came with the newest message, before that is told.
     pub(crate) page: Arc<Mutex<Option<proto::Page>>>,
 }
 

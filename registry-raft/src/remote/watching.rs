@@ -287,9 +287,8 @@ impl Reader {
     }
 
     fn pass_on(&mut self, response: proto::WatchResponse) -> Result<bool> {
-        if response.along.is_some() {
-            *self.page.lock() = response.along;
-        }
+        // Without one, the last is older than what is told now.
+        *self.page.lock() = response.along;
         match response.item {
             Some(Item::Reset(_)) => {
                 self.picture = Picture::default();
