@@ -23,6 +23,9 @@ pub struct Capabilities {
     pub fresh_create_revision: bool,
     /// Stale reads are answered without the quorum (R4, F6).
     pub stale_without_quorum: bool,
+    /// A commit and the listing that follows it take one round trip, as long as the page is small
+    /// ([`crate::Registry::commit_and_list`]). Otherwise they are two.
+    pub lists_along: bool,
     /// The most children one key may have, where there is a bound (K8).
     pub max_children: Option<u64>,
 }

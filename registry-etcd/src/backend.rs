@@ -32,6 +32,7 @@ const CAPABILITIES: Capabilities = Capabilities {
     atomic_delete_prefix: true,
     fresh_create_revision: true,
     stale_without_quorum: true,
+    lists_along: false,
     max_children: None,
 };
 

@@ -28,6 +28,7 @@ const CAPABILITIES: Capabilities = Capabilities {
     atomic_delete_prefix: true,
     fresh_create_revision: true,
     stale_without_quorum: false,
+    lists_along: false,
     max_children: None,
 };
 

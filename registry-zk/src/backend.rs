@@ -30,6 +30,7 @@ const CAPABILITIES: Capabilities = Capabilities {
     atomic_delete_prefix: false,
     fresh_create_revision: false,
     stale_without_quorum: false,
+    lists_along: false,
     max_children: None,
 };
 

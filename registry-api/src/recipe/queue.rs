@@ -210,9 +210,11 @@ impl Queue {
         enter: Enter,
         doubt: &mut bool,
     ) -> Result<(Revision, Seen)> {
-        // An empty queue takes one request: nobody is there, so this place is the first.
+        // An empty queue takes one request: nobody is there, so this place is the first. Where the queue is told along, so
+        // does any.
         let txn = || Txn::new().when(key, Expect::Absent).put_ephemeral(key, value.clone());
-        let mut empty = enter == Enter::IfEmpty || !self.crowded.load(Ordering::Relaxed);
+        let told_along = self.registry.capabilities().lists_along;
+        let mut empty = enter == Enter::IfEmpty || !(told_along || self.crowded.load(Ordering::Relaxed));
         let mut backoff = Backoff::default();
         loop {
             let entered = if empty {
