@@ -38,7 +38,7 @@ pub(crate) trait Link: std::fmt::Debug + Send + Sync + 'static {
     fn apart(&self) -> Arc<dyn Link>;
 }
 
-/// A listing that may come along with what a watch tells.
+/// A listing that may come along when a watch tells that a key is gone, or not there.
 #[derive(Clone, Debug)]
 pub(crate) struct Along {
     pub(crate) list: proto::List,

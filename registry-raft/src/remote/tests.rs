@@ -193,28 +193,41 @@ async fn a_small_listing_comes_along() {
     let page = listed("d/a", b"1").await.expect("it is small");
     assert_eq!(names(&page), [namespace.qualify("/d/a")]);
 
-    let page = Arc::default();
-    let along = Along {
-        list: list.clone(),
-        page: Arc::clone(&page),
+    let watched = async |name: &str| {
+        let along = Along {
+            list: list.clone(),
+            page: Arc::default(),
+        };
+        let page = along.page.clone();
+        let request = WatchRequest::new(key(name), WatchScope::Key);
+        let watch = link.watch(&namespace, request, Some(along), PATIENCE).await.unwrap();
+        (watch, move || page.lock().take().as_ref().map(names))
     };
-    let taken = || page.lock().take().as_ref().map(names);
-    let request = WatchRequest::new(key("d/a"), WatchScope::Key);
-    let mut watch = link.watch(&namespace, request, Some(along), PATIENCE).await.unwrap();
-    assert!(matches!(next(&mut watch).await, WatchItem::Changes(_)));
+    let (mut watch, taken) = watched("missing").await;
     assert!(matches!(next(&mut watch).await, WatchItem::Synced(_)));
     assert_eq!(taken(), Some(vec![namespace.qualify("/d/a")]));
-    store.remote.put(&key("d/b"), "1").await.unwrap();
-    store.remote.delete(&key("d/a")).await.unwrap();
-    assert!(matches!(next(&mut watch).await, WatchItem::Changes(_)));
-    assert_eq!(taken(), Some(vec![namespace.qualify("/d/b")]));
-    store.remote.put(&key("d/a"), "2").await.unwrap();
-    assert!(matches!(next(&mut watch).await, WatchItem::Changes(_)));
 
-    assert_eq!(listed("d/large", &[0; 5000]).await, None);
-    store.remote.put(&key("d/a"), "3").await.unwrap();
+    let (mut watch, taken) = watched("d/a").await;
     assert!(matches!(next(&mut watch).await, WatchItem::Changes(_)));
+    assert!(matches!(next(&mut watch).await, WatchItem::Synced(_)));
+    assert_eq!(taken(), None, "nothing is gone");
+    let mut put = async |value: Option<&str>| {
+        match value {
+            Some(value) => drop(store.remote.put(&key("d/a"), value.to_owned()).await.unwrap()),
+            None => assert!(store.remote.delete(&key("d/a")).await.unwrap()),
+        }
+        assert!(matches!(next(&mut watch).await, WatchItem::Changes(_)));
+    };
+    store.remote.put(&key("d/b"), "1").await.unwrap();
+    put(None).await;
+    assert_eq!(taken(), Some(vec![namespace.qualify("/d/b")]));
+    put(Some("2")).await;
+    put(None).await;
+    put(Some("3")).await;
     assert_eq!(taken(), None, "it is older than what was told");
+    assert_eq!(listed("d/large", &[0; 5000]).await, None);
+    put(None).await;
+    assert_eq!(taken(), None, "it is large");
     drop(watch);
     store.stop().await;
 }

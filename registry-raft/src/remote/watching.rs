@@ -377,15 +377,21 @@ impl From<Item> for proto::WatchResponse {
     }
 }
 
-/// The items of a watch, as a stream of messages: an empty one first, which says that the watch has begun. With the last
-/// message of each item comes `along`.
+/// The items of a watch, as a stream of messages: an empty one first, which says that the watch has begun. Whenever what was
+/// told last is not there, or is gone, `along` comes with it.
 pub(crate) fn to_messages(
     namespace: Namespace,
     watch: Watch,
     along: impl Fn() -> Option<proto::Page> + Send,
 ) -> impl futures_util::Stream<Item = proto::WatchResponse> + Send {
     let begun = futures_util::stream::iter([proto::WatchResponse::default()]);
+    let mut there = false;
     let items = watch.flat_map(move |item| {
+        match &item {
+            Ok(WatchItem::Changes(events)) => there = !matches!(events.last(), Some(Event::Deleted { .. })),
+            Ok(WatchItem::Reset) => there = false,
+            Ok(WatchItem::Synced(_)) | Err(_) => {}
+        }
         let items = match item {
             Ok(WatchItem::Reset) => vec![Item::Reset(proto::Unit {})],
             Ok(WatchItem::Synced(revision)) => vec![Item::Synced(revision.0)],
@@ -393,7 +399,7 @@ pub(crate) fn to_messages(
             Err(error) => vec![Item::Failure(crate::service::said(&error))],
         };
         let mut messages: Vec<proto::WatchResponse> = items.into_iter().map(Into::into).collect();
-        if let Some(last) = messages.last_mut() {
+        if let Some(last) = messages.last_mut().filter(|_| !there) {
             last.along = along();
         }
         futures_util::stream::iter(messages)
