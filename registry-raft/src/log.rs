@@ -5,6 +5,7 @@
 //! no linger; what comes while the disk works is the next batch. The first error that the disk gives is the last thing
 //! the log does: after a failed sync, what the page cache says about the data is worth nothing.
 
+mod company;
 #[cfg(test)]
 mod damage;
 #[cfg(test)]

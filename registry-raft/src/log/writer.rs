@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use super::company::{self, Company};
 use super::record::{self, Record};
 use super::recovery::Segments;
 use super::reserve::Reserve;
@@ -58,6 +59,7 @@ pub(super) struct Writer {
     removing: bool,
     /// Whether the last wait was shorter than [`SPIN`].
     busy: bool,
+    company: Company,
 }
 
 /// The newest of the records that older segments hold alone.
@@ -132,6 +134,7 @@ impl Writer {
             headed: false,
             removing: false,
             busy: false,
+            company: Company::default(),
         };
         writer.segments.largest.entry(sequence).or_default();
         Ok(writer)
@@ -159,17 +162,7 @@ impl Writer {
                     Err(RecvTimeoutError::Disconnected) => return self.carry_out(&[]),
                 },
             };
-            let mut bytes = 0;
-            while bytes < MAX_BATCH {
-                let Ok(job) = queue.try_recv() else { break };
-                if let Job::Append(entries, _) = &job {
-                    bytes += entries
-                        .iter()
-                        .map(|entry| record::entry_bytes(entry) as usize)
-                        .sum::<usize>();
-                }
-                batch.push(job);
-            }
+            self.gather(&mut batch, queue);
             let done = self.carry_out(&batch);
             let (batch, done) = match done {
                 Ok(()) => {
@@ -189,6 +182,37 @@ impl Writer {
                 }
                 return Err(error);
             }
+        }
+    }
+
+    /// Adds what else there is to be written, and what comes soon if that is likely.
+    fn gather(&mut self, batch: &mut Vec<Job>, queue: &Receiver<Job>) {
+        // Whoever votes does not wait, nor the writer's own work.
+        let patient = |job: &Job| matches!(job, Job::Append(..));
+        let mut may_wait = !batch.is_empty() && batch.iter().all(patient);
+        let (mut entries, mut bytes) = sizes(batch);
+        // There when it began to wait, and until when it does.
+        let mut waits = None::<(usize, Instant)>;
+        while bytes < MAX_BATCH {
+            if let Ok(job) = queue.try_recv() {
+                let (more, larger) = sizes(std::slice::from_ref(&job));
+                (entries, bytes) = (entries + more, bytes + larger);
+                may_wait &= patient(&job);
+                batch.push(job);
+                continue;
+            }
+            if !may_wait || entries >= self.company.expected() {
+                break;
+            }
+            let most = || self.state.lock().last_sync.min(company::MOMENT);
+            let (_, until) = *waits.get_or_insert_with(|| (entries, Instant::now() + most()));
+            if Instant::now() >= until {
+                break;
+            }
+            std::thread::yield_now();
+        }
+        if entries > 0 {
+            self.company.note(waits.map(|(first, _)| first), entries);
         }
     }
 
@@ -371,6 +395,17 @@ impl Writer {
         self.state.lock().files.remove(&sequence);
         Ok(())
     }
+}
+
+/// How many entries there are to be appended, and their bytes.
+fn sizes(jobs: &[Job]) -> (usize, usize) {
+    let appended = jobs.iter().filter_map(|job| match job {
+        Job::Append(entries, _) => Some(entries),
+        _ => None,
+    });
+    appended.flatten().fold((0, 0), |(entries, bytes), entry| {
+        (entries + 1, bytes + record::entry_bytes(entry) as usize)
+    })
 }
 
 pub(super) fn succeed(job: Job) {

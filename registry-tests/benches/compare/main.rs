@@ -87,7 +87,7 @@ async fn measured(section: &str, plan: &Plan) -> Result<Samples, BoxError> {
 
 fn plan(arguments: &[String]) -> Result<Plan, BoxError> {
     let mut plan = Plan {
-        rounds: 5,
+        rounds: 9,
         seconds: 1.0,
         keys: 1_000_000,
         sessions: expiry::SESSIONS,
