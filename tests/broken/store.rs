@@ -88,6 +88,7 @@ pub(crate) enum Fault {
 #[derive(Debug)]
 pub(crate) struct Broken {
     whole: Arc<dyn Registry>,
+    capabilities: Capabilities,
     fault: Fault,
     first: Mutex<HashMap<Key, Entry>>,
     children: Mutex<BTreeSet<String>>,
@@ -113,6 +114,11 @@ impl Broken {
             });
         }
         Self {
+            // A listing that follows is a call of its own here.
+            capabilities: Capabilities {
+                lists_along: false,
+                ..whole.capabilities().clone()
+            },
             whole,
             fault,
             first: Mutex::default(),
@@ -196,7 +202,7 @@ impl Broken {
 #[async_trait]
 impl Registry for Broken {
     fn capabilities(&self) -> &Capabilities {
-        self.whole.capabilities()
+        &self.capabilities
     }
 
     fn session(&self) -> &Session {
