@@ -258,16 +258,24 @@ impl dyn Registry {
     ///
     /// # Errors
     /// As [`Registry::list`].
-    pub async fn list_all(&self, mut list: List) -> Result<Vec<Entry>> {
-        let mut entries = Vec::new();
-        loop {
+    pub async fn list_all(&self, list: List) -> Result<Vec<Entry>> {
+        let first = self.list(list.clone()).await?;
+        self.list_on(list, first).await
+    }
+
+    /// The same, with a page of the listing at hand: its entries, and those of all that follow.
+    ///
+    /// # Errors
+    /// As [`Registry::list`].
+    pub async fn list_on(&self, mut list: List, page: Page) -> Result<Vec<Entry>> {
+        let (mut entries, mut next) = (page.entries, page.next);
+        while next.is_some() {
+            list.after = next;
             let page = self.list(list.clone()).await?;
             entries.extend(page.entries);
-            match page.next {
-                Some(next) => list.after = Some(next),
-                None => return Ok(entries),
-            }
+            next = page.next;
         }
+        Ok(entries)
     }
 
     /// The lock of that name. Lock names and keys are apart: a lock on `/a` stores nothing in the user's tree.

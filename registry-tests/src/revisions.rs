@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use registry_api::{Depth, Error, Expect, Key, Kind, List, Read, Registry, Result, Revision, Txn};
+use registry_api::{Depth, Error, Expect, Kind, List, Read, Registry, Result, Revision, Txn};
 
 use crate::{Cluster, key};
 
@@ -340,15 +340,8 @@ pub async fn a_listing_follows_a_commit(cluster: &impl Cluster) -> Result<()> {
         let (committed, page) = one.commit_and_list(txn, list.clone()).await?;
         assert!(committed.changed.iter().all(|changed| *changed));
         let page = page.expect("the store answers");
-        let mut listed = names(page.entries.iter().map(|entry| &entry.key));
-        if page.next.is_some() {
-            let rest = List {
-                after: page.next,
-                ..list.clone()
-            };
-            let rest = one.list_all(rest).await?;
-            listed.extend(names(rest.iter().map(|entry| &entry.key)));
-        }
+        let listed = one.list_on(list.clone(), page).await?;
+        let listed: Vec<_> = listed.iter().map(|entry| entry.key.to_string()).collect();
         there.extend((n % 2 == 1).then(|| before.to_string()));
         assert_eq!(listed, there, "after the commit {n}");
     }
@@ -365,8 +358,4 @@ pub async fn a_listing_follows_a_commit(cluster: &impl Cluster) -> Result<()> {
     assert!(matches!(refused, Err(Error::Conflict { .. })), "{refused:?}");
     other.close().await?;
     one.close().await
-}
-
-fn names<'a>(keys: impl Iterator<Item = &'a Key>) -> Vec<String> {
-    keys.map(Key::to_string).collect()
 }

@@ -102,14 +102,7 @@ impl Queue {
 
     /// The same, with their first page at hand.
     async fn entries_from(&self, page: Page) -> Result<Vec<Entry>> {
-        let mut entries = page.entries;
-        if page.next.is_some() {
-            let rest = List {
-                after: page.next,
-                ..self.listing()
-            };
-            entries.extend(self.registry.list_all(rest).await?);
-        }
+        let mut entries = self.registry.list_on(self.listing(), page).await?;
         entries.sort_by_key(|entry| entry.create_revision);
         Ok(entries)
     }
@@ -117,10 +110,8 @@ impl Queue {
     /// Enters the queue and waits for the first place.
     pub(super) async fn wait(&self, value: Bytes) -> Result<Hold> {
         let (mut place, seen) = self.enter(value, Enter::Anyway).await?;
-        match seen {
-            Seen::First => {}
-            Seen::Page(page) => place.wait_first(Some(page)).await?,
-            Seen::Nothing => place.wait_first(None).await?,
+        if let Seen::Queue(page) = seen {
+            place.wait_first(page).await?;
         }
         place.into_hold()
     }
@@ -222,7 +213,7 @@ impl Queue {
                 committed.map(|committed| (committed.revision, Seen::First))
             } else {
                 let committed = self.registry.commit_and_list(txn(), self.listing()).await;
-                committed.map(|(committed, page)| (committed.revision, page.map_or(Seen::Nothing, Seen::Page)))
+                committed.map(|(committed, page)| (committed.revision, Seen::Queue(page)))
             };
             match entered {
                 Ok(entered) => return Ok(entered),
@@ -230,7 +221,7 @@ impl Queue {
                 Err(error @ Error::Conflict { .. }) => {
                     // Somebody is in the queue: perhaps this very contender, by a try of unknown outcome.
                     if *doubt && let Some(token) = self.own(key, session).await? {
-                        return Ok((token, Seen::Nothing));
+                        return Ok((token, Seen::Queue(None)));
                     }
                     if enter == Enter::IfEmpty {
                         return Err(error);
@@ -250,7 +241,7 @@ impl Queue {
                 Err(error) => return Err(error),
             }
             match self.own(key, session).await? {
-                Some(token) => return Ok((token, Seen::Nothing)),
+                Some(token) => return Ok((token, Seen::Queue(None))),
                 // It was there and is gone: the session it belonged to has ended.
                 None => return Err(Error::SessionExpired { session }),
             }
@@ -285,9 +276,8 @@ enum Enter {
 enum Seen {
     /// The place is the first.
     First,
-    /// The first page of its contenders.
-    Page(Page),
-    Nothing,
+    /// The first page of its contenders, if they were listed.
+    Queue(Option<Page>),
 }
 
 /// What became of an entry.
