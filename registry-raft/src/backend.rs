@@ -399,8 +399,7 @@ fn revision(answer: &Answer) -> u64 {
         Answer::Children(answer) => answer.revision,
         Answer::Count(answer) => answer.revision,
         Answer::Failure(_) | Answer::Reply(_) | Answer::Done(_) | Answer::Status(_) => 0,
-        Answer::ReplyThenPage(answer) => answer.page.as_ref().map_or(0, |page| page.revision),
-        Answer::Digest(_) | Answer::ReadIndex(_) | Answer::Promise(_) => 0,
+        Answer::Digest(_) | Answer::ReadIndex(_) | Answer::Promise(_) | Answer::ReplyThenPage(_) => 0,
     }
 }
 

@@ -189,7 +189,7 @@ impl Writer {
     fn gather(&mut self, batch: &mut Vec<Job>, queue: &Receiver<Job>) {
         // Whoever votes does not wait, nor the writer's own work.
         let patient = |job: &Job| matches!(job, Job::Append(..));
-        let mut may_wait = !batch.is_empty() && batch.iter().all(patient);
+        let mut may_wait = batch.first().is_some_and(patient);
         let (mut entries, mut bytes) = sizes(batch);
         // There when it began to wait, and until when it does.
         let mut waits = None::<(usize, Instant)>;

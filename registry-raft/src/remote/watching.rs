@@ -49,16 +49,13 @@ impl WatchStream {
             WatchFrom::After(revision) | WatchFrom::AfterOrReset(revision) => Some(revision),
         };
         let mut reader = Reader::new(namespace.clone(), feed, after);
-        let along = along.map(|along| {
-            reader.page = along.page;
-            along.list
-        });
+        reader.page = along.as_ref().map(|along| along.page.clone());
         let stream = Self {
             link,
             reader: Arc::new(Mutex::new(reader)),
             namespace,
             request,
-            along,
+            along: along.map(|along| along.list),
         };
         let begun = async {
             let items = stream.open(from).await?;
@@ -237,8 +234,8 @@ pub(crate) async fn pass_on(reader: &Arc<Mutex<Reader>>, items: &mut Items) -> R
 pub(crate) struct Reader {
     namespace: Namespace,
     feed: Feed,
-    /// The newest listing that came along.
-    page: Arc<Mutex<Option<proto::Page>>>,
+    /// Where the listing goes that comes along, if one is asked for.
+    page: Option<Arc<Mutex<Option<proto::Page>>>>,
     picture: Picture,
     /// What is told comes after this revision; none as long as the first current entries are not all told.
     told: Option<Revision>,
@@ -259,7 +256,7 @@ impl Reader {
         Self {
             namespace,
             feed,
-            page: Arc::default(),
+            page: None,
             picture: Picture::default(),
             told,
             began: false,
@@ -287,8 +284,10 @@ impl Reader {
     }
 
     fn pass_on(&mut self, response: proto::WatchResponse) -> Result<bool> {
-        // Without one, the last is older than what is told now.
-        *self.page.lock() = response.along;
+        if let Some(page) = &self.page {
+            // Without one, the last is older than what is told now.
+            *page.lock() = response.along;
+        }
         match response.item {
             Some(Item::Reset(_)) => {
                 self.picture = Picture::default();
