@@ -1,9 +1,10 @@
 //! The write-ahead log: one ordered stream of records (entries, votes, commits, truncations, purges) in segment files.
 //!
 //! A segment is written with zeros ahead of its use, so that appending to it changes data only and one `fdatasync` costs
-//! no journal commit. One thread writes: it takes what has come, writes it at once, syncs once, then answers all. There is
-//! no linger; what comes while the disk works is the next batch. The first error that the disk gives is the last thing
-//! the log does: after a failed sync, what the page cache says about the data is worth nothing.
+//! no journal commit. One thread writes: it takes what has come, writes it at once, syncs once, then answers all. It
+//! waits for no more, but for a moment where entries came together of late; what comes while the disk works is the next
+//! batch. The first error that the disk gives is the last thing the log does: after a failed sync, what the page cache says
+//! about the data is worth nothing.
 
 mod company;
 #[cfg(test)]
