@@ -19,12 +19,13 @@ use tokio::process::{Child, ChildStdout, Command};
 const PATIENCE: Duration = Duration::from_secs(30);
 
 struct Served {
-    dir: TempDir,
     port: u16,
     /// What every request has besides.
     with: Vec<String>,
     scheme: &'static str,
     member: Process,
+    /// Removed last, when nobody writes to it any more.
+    dir: TempDir,
 }
 
 struct Answer {

@@ -73,9 +73,10 @@ impl Cluster for InProcess {
 
 /// Handles over gRPC on a member in a process of its own, with its data on disk.
 pub(crate) struct Served {
-    dir: TempDir,
     port: u16,
     process: Mutex<Process>,
+    /// Removed last, when nobody writes to it any more.
+    dir: TempDir,
 }
 
 impl Served {

@@ -33,9 +33,10 @@ fn code<'a>(page: &'a str, heading: &str, language: &str) -> Vec<&'a str> {
 
 /// The machines of the book, 10.0.0.1 to 10.0.0.5: each a port and a directory of this one.
 struct Site {
-    dir: TempDir,
     ports: [u16; 5],
     members: BTreeMap<String, Process>,
+    /// Removed last, when nobody writes to it any more.
+    dir: TempDir,
 }
 
 impl Site {

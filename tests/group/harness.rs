@@ -16,11 +16,12 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(40);
 pub(crate) const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
 
 pub(crate) struct Group {
-    dir: TempDir,
     pub(crate) net: Arc<Net>,
     pub(crate) listen: Vec<SocketAddr>,
     processes: Vec<Option<Process>>,
     program: fn(&Path) -> Command,
+    /// Removed last, when nobody writes to it any more.
+    dir: TempDir,
 }
 
 impl Group {

@@ -18,10 +18,11 @@ const TOKEN: &str = "a-word-that-nobody-guesses";
 
 /// A member with its files, for as long as the test runs.
 struct Fixture {
-    directory: tempfile::TempDir,
     authority: Authority,
     tls: Tls,
     member: Member,
+    /// Removed last, when nobody writes to it any more.
+    directory: tempfile::TempDir,
 }
 
 impl Fixture {

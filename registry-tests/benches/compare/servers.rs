@@ -22,11 +22,12 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// One server or an ensemble, killed when it is dropped.
 pub(crate) struct Servers {
     kind: Kind,
-    dir: TempDir,
     ports: Vec<[u16; 3]>,
     processes: Vec<Process>,
     /// The member that leads, where it lives in this process.
     member: Option<Member>,
+    /// Removed last, when nobody writes to it any more.
+    dir: TempDir,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
