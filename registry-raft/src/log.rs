@@ -1,7 +1,7 @@
 //! The write-ahead log: one ordered stream of records (entries, votes, commits, truncations, purges) in segment files.
 //!
-//! A segment is written with zeros ahead of its use, so that appending to it changes data only and one `fdatasync` costs
-//! no journal commit. One thread writes: it takes what has come, writes it at once, syncs once, then answers all. It
+//! A segment's file is written before its use, with zeros or in an earlier use, so that appending to it changes data only
+//! and one `fdatasync` costs no journal commit. One thread writes: it takes what has come, writes it at once, syncs once, then answers all. It
 //! waits for no more, but for a moment where entries came together of late; what comes while the disk works is the next
 //! batch. The first error that the disk gives is the last thing the log does: after a failed sync, what the page cache says
 //! about the data is worth nothing.
@@ -36,11 +36,12 @@ use tokio::sync::oneshot;
 use crate::directory::storage;
 use crate::types::{LogEntry, LogId, TypeConfig, Vote};
 
-use crate::disk::{Disk, DiskFile};
+use crate::disk::Disk;
 use reserve::Reserve;
 use writer::Writer;
 
 pub(crate) use reader::{Place, read};
+pub(crate) use segment::Segment;
 
 /// Whose log it is: in the head of every segment, so that no file of another member or cluster is taken for its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +77,7 @@ impl Identity {
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Options {
-    /// The size of a segment. The next one is always there, zeroed: so much space is kept in reserve for a full disk.
+    /// The size of a segment. The file of the next one is always there: so much space is kept in reserve for a full disk.
     pub(crate) segment_bytes: u64,
     /// How many bytes of entries are kept in memory; older ones are read back from the segments.
     pub(crate) cache_bytes: usize,
@@ -112,7 +113,7 @@ pub(crate) struct State {
     /// How many slots from the front are not in memory.
     evicted: usize,
     /// The segments by their number, open: who reads an entry does so though it is purged meanwhile.
-    files: BTreeMap<u64, Arc<dyn DiskFile>>,
+    segments: BTreeMap<u64, Segment>,
     last_sync: Duration,
 }
 
@@ -136,8 +137,8 @@ impl State {
     }
 
     /// The segment of a place.
-    pub(crate) fn file(&self, place: Place) -> Option<Arc<dyn DiskFile>> {
-        self.files.get(&place.sequence).cloned()
+    pub(crate) fn segment(&self, place: Place) -> Option<Segment> {
+        self.segments.get(&place.sequence).cloned()
     }
 
     pub(crate) fn last(&self) -> Option<LogId> {
@@ -261,21 +262,13 @@ impl Log {
         let state = Arc::new(Mutex::new(recovered.state));
         let (jobs, queue) = channel();
         let failed = |error: io::Error| storage(&disk.path(""), format!("can't be written: {error}"));
-        let reserve = Reserve::start(disk.clone(), options.segment_bytes).map_err(failed)?;
-        let started = Writer::new(
-            disk.clone(),
-            identity,
-            options,
-            recovered.segments,
-            state.clone(),
-            reserve.clone(),
-            on_fatal,
-        )
-        .and_then(|writer| {
-            std::thread::Builder::new()
-                .name("registry-log".into())
-                .spawn(move || writer.run(&queue))
-        });
+        let reserve = Reserve::start(disk.clone(), identity, options.segment_bytes).map_err(failed)?;
+        let started =
+            Writer::new(options, recovered.segments, state.clone(), reserve.clone(), on_fatal).and_then(|writer| {
+                std::thread::Builder::new()
+                    .name("registry-log".into())
+                    .spawn(move || writer.run(&queue))
+            });
         let thread = started.map_err(|error| {
             reserve.stop();
             failed(error)
@@ -328,8 +321,8 @@ impl Log {
         let (_, reserve) = self.disk.as_ref()?;
         let state = self.state.lock();
         Some(Stats {
-            segments: state.files.len(),
-            disk_bytes: state.files.values().filter_map(|file| file.size().ok()).sum(),
+            segments: state.segments.len(),
+            disk_bytes: (state.segments.values().filter_map(|segment| segment.file.size().ok())).sum(),
             last_sync: state.last_sync,
             reserve: reserve.is_ready(),
         })

@@ -12,15 +12,15 @@ use registry_api::Result;
 use tokio::sync::oneshot;
 
 use crate::alone::Alone;
-use crate::disk::{Disk, DiskFile, Folder};
-use crate::log::{self, Identity, Job, Log, OnFatal, Options, Place};
+use crate::disk::{Disk, Folder};
+use crate::log::{self, Identity, Job, Log, OnFatal, Options, Place, Segment};
 use crate::types::{LogEntry, LogId, TypeConfig, Vote};
 
 /// The most bytes of entries that are read for one message to another member.
 const READ_BYTES: u64 = 2 << 20;
 
 /// An entry that is to be read: from memory, or from its file.
-type Found = (LogId, Option<LogEntry>, Option<(Place, Arc<dyn DiskFile>)>);
+type Found = (LogId, Option<LogEntry>, Option<(Place, Segment)>);
 
 /// A member's log, and whether by it the member is alone. Cloning shares both.
 #[derive(Clone, Debug)]
@@ -71,14 +71,14 @@ impl LogStore {
                     break;
                 }
                 bytes += u64::from(slot.bytes);
-                let place = slot.place.and_then(|place| Some((place, state.file(place)?)));
+                let place = slot.place.and_then(|place| Some((place, state.segment(place)?)));
                 found.push((slot.id, slot.entry.clone(), place));
             }
         }
         // Files are read without the lock.
         let read = |(id, entry, place): Found| match (entry, place) {
             (Some(entry), _) => Ok(entry),
-            (None, Some((place, file))) => log::read(&*file, id, place),
+            (None, Some((place, segment))) => log::read(&segment, id, place),
             (None, None) => Err(io::Error::other(format!(
                 "entry {} is neither in memory nor on disk",
                 id.index
@@ -526,8 +526,8 @@ mod tests {
         );
         let files = segments(dir.path());
         let good = fs::read(&files[0]).unwrap();
-        fs::write(&files[0], [&good[..8], &2_u32.to_le_bytes(), &good[12..]].concat()).unwrap();
-        assert!(refusal(IDENTITY).contains("its format is 2"));
+        fs::write(&files[0], [&good[..8], &3_u32.to_le_bytes(), &good[12..]].concat()).unwrap();
+        assert!(refusal(IDENTITY).contains("its format is 3"));
         fs::write(&files[0], &good).unwrap();
         let aside = dir.path().join("aside");
         for (at, why) in [(0, "are missing"), (1, "segment is missing")] {

@@ -19,6 +19,8 @@ const IDENTITY: Identity = Identity {
     member: 1,
 };
 
+const SALT: u64 = 0x7361_6c74_2121_0a00;
+
 /// What a start finds in the log.
 #[derive(Debug, PartialEq)]
 struct Found {
@@ -49,10 +51,14 @@ fn found(file: &[u8]) -> Option<Found> {
 }
 
 fn file(records: &[Record]) -> Vec<u8> {
-    let mut file = segment::header(1, IDENTITY);
+    salted(records, SALT)
+}
+
+fn salted(records: &[Record], salt: u64) -> Vec<u8> {
+    let mut file = segment::header(1, IDENTITY, salt);
     for record in records {
-        let synced = u32::try_from(file.len()).unwrap();
-        record::write(&mut file, 1, synced, record).unwrap();
+        let at = u32::try_from(file.len()).unwrap();
+        record::write(&mut file, salt, at.into(), at, record).unwrap();
     }
     file
 }
@@ -77,7 +83,7 @@ fn is_taken(input: &[u8]) -> bool {
     let mut log = [file(&[]), input.to_vec()].concat();
     let mut ends = vec![HEADER];
     let mut end = HEADER;
-    while let Some(length) = record::mend(&mut log[end..], 1) {
+    while let Some(length) = record::mend(&mut log[end..], SALT, end as u64) {
         end += length;
         ends.push(end);
     }
@@ -149,7 +155,8 @@ fn good() -> Vec<Vec<u8>> {
         vec![blank(0), truncate(None), normal(0)],
         vec![purged(far), blank(far + 1), normal(far + 2), committed(far), vote(far)],
     ]
-    .map(|records| file(&records)[HEADER..].to_vec())
+    // Of another salt: no record that the test did not make one is one, whatever becomes of it.
+    .map(|records| salted(&records, !SALT)[HEADER..].to_vec())
     .to_vec()
 }
 
@@ -161,6 +168,34 @@ fn whatever_its_records_say_a_log_is_kept_or_refused_and_no_damage_is_served() {
         .for_each(|input: &[u8]| {
             is_taken(input);
         });
+}
+
+/// Another of the same length may be written where one was torn. What was cut off after it must not follow it then.
+#[test]
+fn what_is_cut_off_is_gone_for_good() {
+    let entry = |index| {
+        let payload = EntryPayload::Normal(Proposal(vec![b'x'; 6_000].into()));
+        Record::Entry(wire::entry_to(&LogEntry::new(LogId::new_term_index(3, index), payload)))
+    };
+    let mut bytes = file(&[entry(0)]);
+    let torn = bytes.len();
+    // Two that were written together, and a part of the first is lost.
+    for index in 1..3 {
+        let place = bytes.len() as u64;
+        record::write(&mut bytes, SALT, place, u32::try_from(torn).unwrap(), &entry(index)).unwrap();
+    }
+    bytes[torn + 1_000] = 0;
+    bytes.resize(bytes.len() + 9_000, 0);
+    let marks = |bytes: &[u8]| record::marks(&bytes[HEADER..], SALT).count();
+    assert_eq!(marks(&bytes), 3);
+
+    let disk = Faulty::default();
+    let segment = disk.create(&segment::name(1)).unwrap();
+    segment.write_at(&bytes, 0).unwrap();
+    let recovered = recovery::recover(&disk, IDENTITY, Options::default()).unwrap();
+    assert_eq!(recovered.state.slots.len(), 1);
+    let disk = disk.without_power(&mut Dice(1));
+    assert_eq!(marks(&disk.files()[&segment::name(1)]), 1);
 }
 
 /// No log is so long: what would follow the last index, or the last segment, is refused as any damage.

@@ -144,6 +144,83 @@ async fn a_full_disk_takes_the_reserve_then_ends_and_is_recovered_from() {
     assert_eq!(log.log().stats().unwrap().segments, 2);
 }
 
+/// Appends so many entries of those from `next` on, and purges what was there before.
+async fn move_on(log: &mut LogStore, next: &mut u64, entries: u64) {
+    let before = *next;
+    for index in before..before + entries {
+        append(log, index).await.await.unwrap().unwrap();
+    }
+    *next += entries;
+    log.purge(id(before)).await.unwrap();
+    // The writer lets go of segments when nobody waits for it any more.
+    until(|| log.log().stats().unwrap().segments <= 3 && has_reserve(log));
+}
+
+#[tokio::test]
+async fn a_log_that_is_purged_needs_no_more_room() {
+    let disk = Faulty::default();
+    let (mut log, fatal) = open(&disk);
+    let mut next = 0;
+    for _ in 0..10 {
+        move_on(&mut log, &mut next, 50).await;
+    }
+    disk.limit(disk.used());
+    for _ in 0..50 {
+        move_on(&mut log, &mut next, 50).await;
+    }
+    assert_eq!((held(&mut log).await, fatal.load(Ordering::SeqCst)), (49, 0));
+}
+
+#[tokio::test]
+async fn what_an_earlier_use_left_is_not_served_and_is_no_damage() {
+    let mut disk = Faulty::default();
+    let (mut next, mut left) = (0, 0);
+    for life in 1..=40 {
+        let before = disk.files();
+        let (mut log, _) = open(&disk);
+        if life > 1 {
+            assert_eq!(held(&mut log).await, 49, "life {life}");
+            // A start finds no fault with it, and leaves it.
+            let after = disk.files();
+            let mut segments = before.iter().filter(|(name, _)| name.ends_with(".log"));
+            assert!(
+                segments.clone().all(|(name, bytes)| after[name] == *bytes),
+                "life {life}"
+            );
+            let (_, newest) = segments.next_back().unwrap();
+            left += u32::from(
+                newest[OPTIONS.segment_bytes as usize / 2..]
+                    .iter()
+                    .any(|&byte| byte != 0),
+            );
+        }
+        move_on(&mut log, &mut next, 50 + life % 7).await;
+        log.purge(id(next - 50)).await.unwrap();
+        log.log().close().unwrap();
+        disk = disk.killed();
+    }
+    assert!(left > 10, "{left}");
+}
+
+#[tokio::test]
+async fn who_reads_a_purged_entry_does_not_find_it_written_over() {
+    let disk = Faulty::default();
+    let (mut log, _) = open(&disk);
+    let mut next = 0;
+    move_on(&mut log, &mut next, 50).await;
+    let (first, place, segment) = {
+        let state = log.log().state.lock();
+        let slot = &state.slots[0];
+        let place = slot.place.unwrap();
+        (slot.id, place, state.segment(place).unwrap())
+    };
+    for _ in 0..10 {
+        move_on(&mut log, &mut next, 50).await;
+    }
+    assert!(log.log().state.lock().segment(place).is_none());
+    assert_eq!(super::read(&segment, first, place).unwrap(), entry(first.index));
+}
+
 #[tokio::test]
 async fn what_a_stop_left_half_made_is_removed() {
     let disk = Faulty::default();
@@ -153,7 +230,7 @@ async fn what_a_stop_left_half_made_is_removed() {
     let names = |disk: &Faulty| disk.files().into_keys().collect::<Vec<_>>();
     let (log, _) = open(&half);
     until(|| has_reserve(&log));
-    assert_eq!(names(&half), ["wal-0000000000000001.log", "wal-next.zero"]);
+    assert_eq!(names(&half), ["wal-0000000000000001.log", "wal-next"]);
 }
 
 /// The disk after a kill, with another byte in a file.
@@ -168,18 +245,36 @@ fn with_byte(disk: &Faulty, name: &str, at: usize, byte: u8) -> Faulty {
 async fn a_flipped_bit_at_the_end_is_cut_and_never_served() {
     let disk = Faulty::default();
     let (mut log, _) = open(&disk);
-    for index in 0..3 {
+    let name = "wal-0000000000000001.log";
+    let end = |disk: &Faulty| disk.files()[name].iter().rposition(|&byte| byte != 0).unwrap() + 1;
+    for index in 0..2 {
         append(&mut log, index).await.await.unwrap().unwrap();
     }
+    let cut = end(&disk);
+    append(&mut log, 2).await.await.unwrap().unwrap();
     log.log().close().unwrap();
-    let name = "wal-0000000000000001.log";
-    let good = disk.files()[name].clone();
-    let end = good.iter().rposition(|&byte| byte != 0).unwrap() + 1;
-    for (at, byte) in good.iter().enumerate().take(end).skip(end - 200) {
-        let (mut log, _) = open(&with_byte(&disk, name, at, byte ^ 1));
+    let (good, end_before) = (disk.files()[name].clone(), end(&disk));
+    for (at, byte) in good.iter().enumerate().take(end_before).skip(cut) {
+        let bad = with_byte(&disk, name, at, byte ^ 1);
+        let (mut log, _) = open(&bad);
         // It can't be told from a torn one: nothing follows that proves it was acknowledged.
         assert_eq!(log.try_get_log_entries(..).await.unwrap(), [entry(0), entry(1)]);
+        assert_eq!(end(&bad), cut, "byte {at}");
     }
+}
+
+#[test]
+fn a_file_that_is_used_again_begins_with_a_head_and_an_end() {
+    let disk = Faulty::default();
+    let spare = crate::disk::Disk::create(&disk, "wal-spare-0000000000000007").unwrap();
+    spare.write_at(&[b'x'; 8192], 0).unwrap();
+    let reserve = super::Reserve::start(Arc::new(disk.clone()), IDENTITY, 8192).unwrap();
+    let segment = reserve.take(9).unwrap();
+    let bytes = disk.files()["wal-0000000000000009.log"].clone();
+    assert_eq!(super::segment::salt(&bytes, 9, IDENTITY), Ok(segment.salt));
+    assert_eq!(bytes[512..528], [0; 16]);
+    assert!(bytes[528..].iter().all(|&byte| byte == b'x'));
+    reserve.stop();
 }
 
 /// Whatever bit of whatever file is another: the log is refused, or what is cut is at its very end, where nothing proves

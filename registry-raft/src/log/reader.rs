@@ -4,7 +4,7 @@ use std::io;
 
 use super::invalid;
 use super::record::{self, Record};
-use crate::disk::DiskFile;
+use super::segment::Segment;
 use crate::types::{LogEntry, LogId};
 use crate::wire;
 
@@ -16,10 +16,10 @@ pub(crate) struct Place {
     pub(super) length: u32,
 }
 
-pub(crate) fn read(file: &dyn DiskFile, id: LogId, place: Place) -> io::Result<LogEntry> {
+pub(crate) fn read(segment: &Segment, id: LogId, place: Place) -> io::Result<LogEntry> {
     let mut bytes = vec![0; place.length as usize];
-    file.read_at(&mut bytes, place.offset)?;
-    match record::read(&bytes, place.sequence).map(|read| read.record) {
+    segment.file.read_at(&mut bytes, place.offset)?;
+    match record::read(&bytes, segment.salt, place.offset).map(|read| read.record) {
         Some(Record::Entry(entry)) => {
             let entry = wire::entry_from(entry)?;
             match entry.log_id == id {

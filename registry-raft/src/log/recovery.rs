@@ -10,7 +10,7 @@ use std::path::Path;
 use registry_api::{Error, Result};
 
 use super::record::{self, Record};
-use super::segment::{self, HEADER, Head};
+use super::segment::{self, HEADER, Segment};
 use super::{Identity, Options, Place, State, invalid, reserve};
 use crate::directory::storage;
 use crate::disk::{Disk, DiskFile};
@@ -74,7 +74,8 @@ pub(super) fn recover(disk: &dyn Disk, identity: Identity, options: Options) -> 
                 .map_err(|error| storage(&path, format!("its end can't be made sure: {error}")))?;
             recovered.segments.end = Some((tail.end as u64, bytes.len() as u64));
         }
-        recovered.state.files.insert(*sequence, file);
+        let segment = Segment { file, salt: tail.salt };
+        recovered.state.segments.insert(*sequence, segment);
         recovered.state.evict(options.cache_bytes);
     }
     recovered.check_whole(&directory)?;
@@ -83,18 +84,24 @@ pub(super) fn recover(disk: &dyn Disk, identity: Identity, options: Options) -> 
 
 /// Where the records of a segment end, and how far they were surely on disk.
 struct Tail {
+    salt: u64,
     synced: usize,
     end: usize,
 }
 
-/// Writes once more what may be only in the page cache (after a failed sync it looks written and is not), and zeros over
-/// what was torn, so that what is served is on disk.
+/// Writes once more what may be only in the page cache (after a failed sync it looks written and is not), so that what is
+/// served is on disk; and zeros over what was torn, so that no record that was cut off follows one that is written later.
 fn settle(file: &dyn DiskFile, bytes: &mut [u8], tail: &Tail) -> io::Result<()> {
     let end = tail.end.min(bytes.len());
-    let torn = bytes[end..].iter().rposition(|&byte| byte != 0).map_or(0, |at| at + 1);
-    bytes[end..].fill(0);
+    let size = bytes.len() as u64;
+    let zeros = match record::marks(&bytes[end..], tail.salt).next() {
+        Some(_) => size,
+        None => segment::zeros_to(end as u64, size),
+    };
+    let zeros = usize::try_from(zeros).map_err(io::Error::other)?;
+    bytes[end..zeros].fill(0);
     let from = tail.synced.clamp(HEADER.min(end), end);
-    file.write_at(&bytes[from..end + torn], from as u64)?;
+    file.write_at(&bytes[from..zeros], from as u64)?;
     file.sync()
 }
 
@@ -112,14 +119,8 @@ impl Recovered {
         let mut largest = None;
         let mut offset = HEADER;
         let mut synced = HEADER;
-        match segment::head(bytes, sequence, identity) {
-            Head::Own => {}
-            // Renamed, and nothing written before the power went.
-            Head::Blank if newest && bytes[HEADER..].iter().all(|&byte| byte == 0) => {}
-            Head::Blank => return Err(storage(path, format!("its head is gone; {MEND}"))),
-            Head::Refused(why) => return Err(storage(path, format!("{why}; {MEND}"))),
-        }
-        while let Some(read) = record::read(&bytes[offset.min(bytes.len())..], sequence) {
+        let salt = segment::salt(bytes, sequence, identity).map_err(|why| storage(path, format!("{why}; {MEND}")))?;
+        while let Some(read) = record::read(&bytes[offset.min(bytes.len())..], salt, offset as u64) {
             let length = u32::try_from(read.length).unwrap_or(u32::MAX);
             let place = Place {
                 sequence,
@@ -134,13 +135,14 @@ impl Recovered {
             offset += read.length;
         }
         let rest = &bytes[offset.min(bytes.len())..];
-        if rest.iter().any(|&byte| byte != 0) {
-            if !newest {
-                return Err(damaged(path, offset, "later segments follow it"));
-            }
-            if let Some(later) = proof_of_damage(rest, sequence, offset) {
-                return Err(damaged(path, offset, &format!("a good record follows at byte {later}")));
-            }
+        if !newest && rest.iter().any(|&byte| byte != 0) {
+            return Err(damaged(path, offset, "later segments follow it"));
+        }
+        if let Some(later) = proof_of_damage(rest, salt, offset) {
+            return Err(damaged(path, offset, &format!("a good record follows at byte {later}")));
+        }
+        // Zeros follow whatever is written.
+        if rest.iter().take(record::HEAD).any(|&byte| byte != 0) {
             tracing::warn!(
                 file = %path.display(),
                 offset,
@@ -148,7 +150,11 @@ impl Recovered {
             );
         }
         self.segments.largest.insert(sequence, largest);
-        Ok(Tail { synced, end: offset })
+        Ok(Tail {
+            salt,
+            synced,
+            end: offset,
+        })
     }
 
     /// Applies a record; answers the index of an entry.
@@ -191,17 +197,11 @@ impl Recovered {
 }
 
 /// A record in `rest` that says it was written after the bad place, at `bad`, had been synced.
-fn proof_of_damage(rest: &[u8], sequence: u64, bad: usize) -> Option<usize> {
-    let mut at = 1;
-    while at + record::HEAD < rest.len() {
-        // Looked at first, because few bytes pass for it and a checksum at every byte takes for ever.
-        let proves = record::synced(&rest[at..]).is_some_and(|synced| (bad + 1..=bad + at).contains(&synced));
-        if proves && record::read(&rest[at..], sequence).is_some() {
-            return Some(bad + at);
-        }
-        at += 1;
-    }
-    None
+fn proof_of_damage(rest: &[u8], salt: u64, bad: usize) -> Option<usize> {
+    record::marks(rest, salt).map(|at| bad + at).find(|at| {
+        record::read(&rest[at - bad..], salt, *at as u64)
+            .is_some_and(|read| (bad + 1..=*at).contains(&(read.synced as usize)))
+    })
 }
 
 fn damaged(path: &Path, offset: usize, why: &str) -> Error {

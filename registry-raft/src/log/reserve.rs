@@ -1,5 +1,7 @@
-//! Keeps one segment of zeros ahead of its use, so that a segment costs the writer a rename, and a full disk leaves the
-//! room of one.
+//! Keeps one file ahead of its use, so that a segment costs the writer a rename, and a full disk leaves the room of one.
+//!
+//! A file whose records nobody needs any more is used again, as PostgreSQL and RocksDB do with theirs: to fill a new one
+//! with zeros is to write everything twice.
 
 use std::io;
 use std::sync::Arc;
@@ -8,11 +10,17 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
+use super::Identity;
+use super::record;
+use super::segment::{self, Segment};
 use crate::disk::Disk;
 
 /// The reserve's name while it waits, and while it is made.
-const NAME: &str = "wal-next.zero";
+const NAME: &str = "wal-next";
 const MAKING: &str = "wal-next.tmp";
+/// How files begin that wait to be used again, and how many there are at the most: about as many as a purge sets free.
+const SPARE: &str = "wal-spare-";
+const SPARES: usize = 2;
 /// What is written and synced at a time: more would delay the log's own syncs.
 const ZEROS: &[u8] = &[0; 1 << 20];
 /// How long after a failure, a full disk most likely, it is tried again.
@@ -21,6 +29,7 @@ const AGAIN: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Reserve {
     disk: Arc<dyn Disk>,
+    identity: Identity,
     bytes: u64,
     state: Mutex<State>,
     changed: Condvar,
@@ -39,9 +48,10 @@ enum State {
 
 impl Reserve {
     /// Begins to make the first, or finds the one that was left.
-    pub(super) fn start(disk: Arc<dyn Disk>, bytes: u64) -> io::Result<Arc<Self>> {
+    pub(super) fn start(disk: Arc<dyn Disk>, identity: Identity, bytes: u64) -> io::Result<Arc<Self>> {
         let reserve = Arc::new(Self {
             disk,
+            identity,
             bytes,
             state: Mutex::new(State::Wanted),
             changed: Condvar::new(),
@@ -58,14 +68,11 @@ impl Reserve {
         matches!(*self.state.lock(), State::Ready)
     }
 
-    /// Makes the reserve the segment of that name, durably, and has the next one made. Waits for one that is being made;
+    /// Makes the reserve the segment of that number, durably, and has the next one made. Waits for one that is being made;
     /// if that failed, tries once more.
-    pub(super) fn take(&self, name: &str) -> io::Result<()> {
+    pub(super) fn take(&self, sequence: u64) -> io::Result<Segment> {
         let mut state = self.state.lock();
-        if matches!(*state, State::Failed(_)) {
-            *state = State::Wanted;
-            self.changed.notify_all();
-        }
+        self.try_again(&mut state);
         loop {
             match &*state {
                 State::Ready => break,
@@ -75,11 +82,41 @@ impl Reserve {
             }
         }
         *state = State::Taken;
-        self.disk.rename(NAME, name)?;
+        let file = self.disk.open(NAME)?;
+        let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
+        let salt = high ^ low;
+        // With an end after it. Before it has its name: a segment without a head is damaged.
+        let end = [0; record::HEAD];
+        file.write_at(&[&segment::header(sequence, self.identity, salt)[..], &end].concat(), 0)?;
+        file.sync()?;
+        self.disk.rename(NAME, &segment::name(sequence))?;
         self.disk.sync()?;
         *state = State::Wanted;
         self.changed.notify_all();
+        Ok(Segment { file, salt })
+    }
+
+    /// Takes a segment out of the log, durably: to be used again, if that may be, or removed.
+    pub(super) fn retire(&self, sequence: u64, segment: Segment) -> io::Result<()> {
+        // Who still reads it must not find it written anew.
+        let unread = Arc::strong_count(&segment.file) == 1;
+        let spares = self.disk.list()?.iter().filter(|name| name.starts_with(SPARE)).count();
+        let name = segment::name(sequence);
+        match unread && spares < SPARES && segment.file.size()? == self.bytes {
+            true => self.disk.rename(&name, &format!("{SPARE}{sequence:016}"))?,
+            false => self.disk.remove(&name)?,
+        }
+        self.disk.sync()?;
+        // There is room now, if there was none.
+        self.try_again(&mut self.state.lock());
         Ok(())
+    }
+
+    fn try_again(&self, state: &mut State) {
+        if matches!(state, State::Failed(_)) {
+            *state = State::Wanted;
+            self.changed.notify_all();
+        }
     }
 
     /// Ends the thread. What is half made is made anew by the next start.
@@ -123,10 +160,20 @@ impl Reserve {
     }
 
     fn make(&self) -> io::Result<()> {
-        // One of a run before is as good: it got this name when its zeros were on disk.
         let names = self.disk.list()?;
-        if names.iter().any(|name| name == NAME) && self.disk.open(NAME)?.size()? == self.bytes {
+        let fits = |name: &String| Ok::<_, io::Error>(self.disk.open(name)?.size()? == self.bytes);
+        // One of a run before is as good: it got this name when it was on disk.
+        if let Some(name) = names.iter().find(|name| *name == NAME)
+            && fits(name)?
+        {
             return Ok(());
+        }
+        for spare in names.iter().filter(|name| name.starts_with(SPARE)) {
+            if fits(spare)? {
+                // With the segment that it becomes, it is durable.
+                return self.disk.rename(spare, NAME);
+            }
+            self.disk.remove(spare)?;
         }
         let file = self.disk.create(MAKING)?;
         let mut at = 0;

@@ -1,17 +1,25 @@
 //! Segment files: named by their number, headed by whose they are.
 
-use std::io;
+use std::sync::Arc;
 
 use prost::Message;
 
-use super::Identity;
+use super::{Identity, record};
 use crate::disk::DiskFile;
 use crate::proto::registry::log::v1::SegmentHeader;
 
 const MAGIC: &[u8; 8] = b"REGWAL\0\0";
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Where the records begin.
 pub(super) const HEADER: usize = 512;
+
+/// An open segment.
+#[derive(Clone, Debug)]
+pub(crate) struct Segment {
+    pub(super) file: Arc<dyn DiskFile>,
+    /// What its records are told by from all else that is in the file.
+    pub(super) salt: u64,
+}
 
 pub(super) fn name(sequence: u64) -> String {
     format!("wal-{sequence:016}.log")
@@ -22,17 +30,20 @@ pub(super) fn sequence(name: &str) -> Option<u64> {
     name.strip_prefix("wal-")?.strip_suffix(".log")?.parse().ok()
 }
 
-/// Writes the head of a segment, and syncs it: a record must not outlive the head of its file.
-pub(super) fn write_head(file: &dyn DiskFile, sequence: u64, identity: Identity) -> io::Result<()> {
-    file.write_at(&header(sequence, identity), 0)?;
-    file.sync()
+/// The page cache's pages: what ends where one of them does is written without reading what is not in the cache.
+const PAGE: u64 = 4 << 10;
+
+/// Up to where zeros are written after records that end at `end`: they tell the end from what is torn.
+pub(super) fn zeros_to(end: u64, size: u64) -> u64 {
+    (end + record::HEAD as u64).next_multiple_of(PAGE).min(size).max(end)
 }
 
-pub(super) fn header(sequence: u64, identity: Identity) -> Vec<u8> {
+pub(super) fn header(sequence: u64, identity: Identity, salt: u64) -> Vec<u8> {
     let header = SegmentHeader {
         cluster: bytes::Bytes::copy_from_slice(&identity.cluster),
         member: identity.member,
         sequence,
+        salt,
     };
     let header = header.encode_length_delimited_to_vec();
     let crc = crc32fast::hash(&header);
@@ -41,45 +52,34 @@ pub(super) fn header(sequence: u64, identity: Identity) -> Vec<u8> {
     bytes
 }
 
-/// What the head of a segment says.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Head {
-    /// It is of this log.
-    Own,
-    /// Nothing was written yet.
-    Blank,
-    /// Why it can't be used.
-    Refused(String),
-}
-
-pub(super) fn head(bytes: &[u8], sequence: u64, identity: Identity) -> Head {
-    let refused = |reason: &str| Head::Refused(reason.into());
+/// The salt of a segment, from its head; or why it can't be used.
+pub(super) fn salt(bytes: &[u8], sequence: u64, identity: Identity) -> Result<u64, String> {
     let Some(head) = bytes.get(..HEADER) else {
-        return refused("it is cut short");
+        return Err("it is cut short".into());
     };
-    if head.iter().all(|&byte| byte == 0) {
-        return Head::Blank;
-    }
     let number = |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+    if head.iter().all(|&byte| byte == 0) {
+        return Err("its head is gone".into());
+    }
     if head[..8] != *MAGIC {
-        return refused("its head is damaged, or it is no log");
+        return Err("its head is damaged, or it is no log".into());
     }
     if number(8) != FORMAT {
-        return Head::Refused(format!(
+        return Err(format!(
             "its format is {}, this version reads {FORMAT}; use the version that wrote it",
             number(8)
         ));
     }
     let Ok(header) = SegmentHeader::decode_length_delimited(&head[16..]) else {
-        return refused("its head is damaged");
+        return Err("its head is damaged".into());
     };
     if crc32fast::hash(&header.encode_length_delimited_to_vec()) != number(12) {
-        return refused("its head is damaged");
+        return Err("its head is damaged".into());
     }
     match () {
-        () if *header.cluster != identity.cluster => refused("it is another cluster's"),
-        () if header.member != identity.member => Head::Refused(format!("it is member {}'s", header.member)),
-        () if header.sequence != sequence => Head::Refused(format!("it is segment {}", header.sequence)),
-        () => Head::Own,
+        () if *header.cluster != identity.cluster => Err("it is another cluster's".into()),
+        () if header.member != identity.member => Err(format!("it is member {}'s", header.member)),
+        () if header.sequence != sequence => Err(format!("it is segment {}", header.sequence)),
+        () => Ok(header.salt),
     }
 }

@@ -11,9 +11,8 @@ use super::company::{self, Company};
 use super::record::{self, Record};
 use super::recovery::Segments;
 use super::reserve::Reserve;
-use super::segment::{self, HEADER};
-use super::{Identity, Job, OnFatal, Options, Place, State};
-use crate::disk::{Disk, DiskFile};
+use super::segment::{self, HEADER, Segment};
+use super::{Job, OnFatal, Options, Place, State};
 use crate::proto::registry::log::v1::Truncate;
 use crate::types::LogId;
 use crate::wire;
@@ -33,14 +32,12 @@ const SPIN: Duration = Duration::from_micros(150);
 const MAX_BATCH: usize = 4 << 20;
 
 pub(super) struct Writer {
-    disk: Arc<dyn Disk>,
-    identity: Identity,
     options: Options,
     state: Arc<Mutex<State>>,
     on_fatal: OnFatal,
     reserve: Arc<Reserve>,
     segments: Segments,
-    file: Arc<dyn DiskFile>,
+    segment: Segment,
     sequence: u64,
     /// Where the next record goes, how much is synced, and the size of the file.
     offset: u64,
@@ -81,8 +78,6 @@ impl Heads {
 
 impl Writer {
     pub(super) fn new(
-        disk: Arc<dyn Disk>,
-        identity: Identity,
         options: Options,
         segments: Segments,
         state: Arc<Mutex<State>>,
@@ -98,29 +93,19 @@ impl Writer {
                 last: state.last().map(|last| last.index),
             }
         };
-        let newest = segments.largest.keys().next_back().copied();
-        let (sequence, (offset, size)) = match (newest, segments.end) {
-            (Some(sequence), Some(end)) => (sequence, end),
-            _ => {
-                reserve.take(&segment::name(1))?;
-                (1, (HEADER as u64, options.segment_bytes))
-            }
+        let newest = (state.lock().segments.last_key_value()).map(|(sequence, segment)| (*sequence, segment.clone()));
+        let ((sequence, segment), (offset, size)) = match (newest, segments.end) {
+            (Some(newest), Some(end)) => (newest, end),
+            _ => ((1, reserve.take(1)?), (HEADER as u64, options.segment_bytes)),
         };
-        let file = disk.open(&segment::name(sequence))?;
-        // Without records it may be without its head as well.
-        if offset == HEADER as u64 {
-            segment::write_head(&*file, sequence, identity)?;
-        }
-        state.lock().files.insert(sequence, file.clone());
+        state.lock().segments.insert(sequence, segment.clone());
         let mut writer = Self {
-            disk,
-            identity,
             options,
             state,
             on_fatal,
             reserve,
             segments,
-            file,
+            segment,
             sequence,
             offset,
             synced: offset,
@@ -297,7 +282,7 @@ impl Writer {
     fn put(&mut self, record: &Record) -> io::Result<Place> {
         let synced = u32::try_from(self.synced).map_err(io::Error::other)?;
         let start = self.buffer.len();
-        let length = record::write(&mut self.buffer, self.sequence, synced, record)? as u64;
+        let length = record::write(&mut self.buffer, self.segment.salt, self.offset, synced, record)? as u64;
         let margin = match record {
             Record::Entry(_) => MARGIN.min(self.size / 8),
             _ => 0,
@@ -318,30 +303,38 @@ impl Writer {
 
     fn write(&mut self) -> io::Result<()> {
         if !self.buffer.is_empty() {
-            self.file
-                .write_at(&self.buffer, self.offset - self.buffer.len() as u64)?;
+            let at = self.offset - self.buffer.len() as u64;
+            self.fill_to(segment::zeros_to(self.offset, self.size))?;
+            self.segment.file.write_at(&self.buffer, at)?;
             self.buffer.clear();
         }
         Ok(())
     }
 
+    /// Adds zeros, up to that place in the file.
+    fn fill_to(&mut self, end: u64) -> io::Result<()> {
+        let zeros = usize::try_from(end.saturating_sub(self.offset)).map_err(io::Error::other)?;
+        self.buffer.resize(self.buffer.len() + zeros, 0);
+        Ok(())
+    }
+
     fn sync(&mut self) -> io::Result<()> {
         let start = Instant::now();
-        self.file.sync()?;
+        self.segment.file.sync()?;
         self.synced = self.offset;
         self.state.lock().last_sync = start.elapsed();
         Ok(())
     }
 
     fn next_segment(&mut self) -> io::Result<()> {
+        // To its end, or what an earlier use left there would look like damage.
+        self.fill_to(self.size)?;
+        self.offset = self.offset.max(self.size);
         self.write()?;
         self.sync()?;
         self.sequence += 1;
-        let name = segment::name(self.sequence);
-        self.reserve.take(&name)?;
-        self.file = self.disk.open(&name)?;
-        segment::write_head(&*self.file, self.sequence, self.identity)?;
-        self.state.lock().files.insert(self.sequence, self.file.clone());
+        self.segment = self.reserve.take(self.sequence)?;
+        self.state.lock().segments.insert(self.sequence, self.segment.clone());
         self.segments.largest.insert(self.sequence, None);
         (self.offset, self.synced, self.size) = (HEADER as u64, HEADER as u64, self.options.segment_bytes);
         self.put_heads()?;
@@ -389,11 +382,9 @@ impl Writer {
         }
         self.write()?;
         self.sync()?;
-        self.disk.remove(&segment::name(sequence))?;
-        self.disk.sync()?;
         self.segments.largest.remove(&sequence);
-        self.state.lock().files.remove(&sequence);
-        Ok(())
+        let segment = self.state.lock().segments.remove(&sequence);
+        segment.map_or(Ok(()), |segment| self.reserve.retire(sequence, segment))
     }
 }
 

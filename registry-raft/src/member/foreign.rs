@@ -74,7 +74,8 @@ impl Spoken {
         for folder in ["log", "snapshots", ""] {
             let folder = self.dir.path().join("data").join(folder);
             for file in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
-                let reserved = file.file_name().to_string_lossy().starts_with("wal-next");
+                let name = file.file_name().to_string_lossy().into_owned();
+                let reserved = ["wal-next", "wal-spare"].iter().any(|begins| name.starts_with(begins));
                 if file.path().is_file() && !reserved {
                     found.insert(file.path().display().to_string(), std::fs::read(file.path()).unwrap());
                 }
