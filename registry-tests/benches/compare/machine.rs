@@ -1,14 +1,12 @@
 //! The machine and the versions, as the page says them.
 
-use std::path::Path;
 use std::process::Command;
 
 use registry_api::BoxError;
 
 use crate::servers::jars;
 
-/// Writes them beside the samples.
-pub(crate) fn describe(kept: &Path) -> Result<(), BoxError> {
+pub(crate) fn describe() -> Result<String, BoxError> {
     let processor = read("/proc/cpuinfo", "model name");
     let memory: f64 = read("/proc/meminfo", "MemTotal")
         .trim_end_matches("kB")
@@ -22,7 +20,7 @@ pub(crate) fn describe(kept: &Path) -> Result<(), BoxError> {
         .find(|version| version.starts_with(|first: char| first.is_ascii_digit()))
         .unwrap_or("of an unknown version")
         .to_owned();
-    let text = format!(
+    Ok(format!(
         "{processor}, {cores} cores, {:.0} GiB, Linux {}; {}, ZooKeeper {zookeeper} on {}, {}; {}",
         memory / f64::from(1 << 20),
         first_line("uname", &["-r"]),
@@ -30,8 +28,7 @@ pub(crate) fn describe(kept: &Path) -> Result<(), BoxError> {
         first_line("java", &["--version"]),
         first_line("rustc", &["--version"]),
         first_line("date", &["+%-d %B %Y"]),
-    );
-    Ok(std::fs::write(kept.join("machine.txt"), text)?)
+    ))
 }
 
 fn read(file: &str, name: &str) -> String {

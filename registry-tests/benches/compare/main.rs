@@ -2,8 +2,8 @@
 //!
 //! `cargo bench -p registry-tests --bench compare -- [--rounds N] [--seconds S] [--keys N]
 //! [--sessions N] [SECTION]...` starts servers of
-//! its own on loopback and measures; a section's samples are kept in `target/compare/`, and the page is written from all
-//! that are there. `scripts/compare` installs what it needs.
+//! its own on loopback and measures; a section's samples are kept in `docs/performance/samples/`, and the page is written
+//! from all that are there. `scripts/compare` installs what it needs.
 
 mod client;
 mod expiry;
@@ -53,22 +53,26 @@ async fn main() -> Result<(), BoxError> {
         Some("--test") => return Ok(()),
         Some("member") => return servers::member(&arguments[1..]).await,
         Some("work") => return throughput::work(&arguments[1..]).await,
+        Some("machine") => {
+            println!("{}", machine::describe()?);
+            return Ok(());
+        }
         Some("holders") => return expiry::holders(&arguments[1..]).await,
         _ => {}
     }
     let plan = plan(&arguments)?;
     registry_tests::process::take_open_files();
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
-    let kept = root.join("target/compare");
+    let docs = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../docs");
+    let kept = docs.join("performance/samples");
     std::fs::create_dir_all(&kept)?;
-    machine::describe(&kept)?;
     for section in &plan.sections {
         println!("== {section}");
-        let samples = measured(section, &plan).await?;
+        let mut samples = measured(section, &plan).await?;
+        samples.machine = machine::describe()?;
         samples.store(&kept.join(format!("{section}.json")))?;
         samples.print();
     }
-    page::write(&kept, &root.join("docs"))
+    page::write(&kept, &docs)
 }
 
 async fn measured(section: &str, plan: &Plan) -> Result<Samples, BoxError> {

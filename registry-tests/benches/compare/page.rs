@@ -129,8 +129,6 @@ pub(crate) fn write(kept: &Path, docs: &Path) -> Result<(), BoxError> {
     let pictures = docs.join("performance");
     std::fs::create_dir_all(&pictures)?;
     let mut page = String::from(HEAD);
-    let machine = std::fs::read_to_string(kept.join("machine.txt"))?;
-    writeln!(page, "{machine}.\n")?;
     let mut sections = Vec::new();
     for name in SECTIONS {
         sections.extend(Samples::load(&kept.join(format!("{name}.json")))?.map(|samples| (name, samples)));
@@ -149,7 +147,11 @@ pub(crate) fn write(kept: &Path, docs: &Path) -> Result<(), BoxError> {
     }
     for (name, samples) in &sections {
         let (title, text) = about(name);
-        write!(page, "\n## {title}\n\n{text}\n\n`scripts/compare {name}`\n\n")?;
+        write!(
+            page,
+            "\n## {title}\n\n{text}\n\n`scripts/compare {name}`; {}\n\n",
+            samples.machine
+        )?;
         page.push_str(samples.table().trim_end());
         page.push('\n');
         for picture in draw(name, samples, &pictures)? {
@@ -157,6 +159,10 @@ pub(crate) fn write(kept: &Path, docs: &Path) -> Result<(), BoxError> {
         }
     }
     page.push_str(COSTS);
+    let machine = kept.join("costs.txt");
+    if machine.exists() {
+        write!(page, "\n`scripts/compare costs`; {}", std::fs::read_to_string(machine)?)?;
+    }
     for (backend, title) in [("etcd", "etcd"), ("zk", "ZooKeeper"), ("mysql", "MariaDB")] {
         let path = kept.join(format!("{backend}.txt"));
         if path.exists() {
@@ -308,11 +314,12 @@ const HEAD: &str = "# Performance
 
 <!-- Written by `scripts/compare`; edit registry-tests/benches/compare/page.rs. -->
 
-`scripts/compare` starts etcd, ZooKeeper and members of the embedded store on this machine, each with the durability that it is
+`scripts/compare` starts etcd, ZooKeeper and members of the embedded store on one machine, each with the durability that it is
 shipped with, has them do the same work in turn, round by round, and writes this page: medians of the rounds, and the median of
-the rounds' ratios. `scripts/compare SECTION` measures one section anew. Where the time goes is in [Profile](profile.md).
+the rounds' ratios. `scripts/compare SECTION` measures one section anew; beside its name is where that was last done. What each
+round measured is in `performance/samples/`. Where the time goes is in [Profile](profile.md).
 
-Measured on: ";
+";
 
 const AIMS: &str = "## What was to be reached
 

@@ -20,7 +20,11 @@ pub(crate) struct Sample {
 
 /// All of a section.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(crate) struct Samples(Vec<Sample>);
+pub(crate) struct Samples {
+    /// Where and when it was measured.
+    pub(crate) machine: String,
+    samples: Vec<Sample>,
+}
 
 impl Samples {
     pub(crate) fn push(
@@ -28,7 +32,7 @@ impl Samples {
         (work, side, at, round): (&str, &str, usize, usize),
         figures: impl IntoIterator<Item = (&'static str, f64)>,
     ) {
-        self.0.push(Sample {
+        self.samples.push(Sample {
             work: work.into(),
             side: side.into(),
             at,
@@ -41,7 +45,7 @@ impl Samples {
     }
 
     pub(crate) fn store(&self, path: &Path) -> Result<(), BoxError> {
-        Ok(std::fs::write(path, serde_json::to_string_pretty(self)?)?)
+        Ok(std::fs::write(path, serde_json::to_string(self)? + "\n")?)
     }
 
     /// Nothing if this section was not measured.
@@ -55,7 +59,7 @@ impl Samples {
     /// The pieces of work, the sides, or the numbers of tasks, in the order they were measured.
     pub(crate) fn distinct<T: PartialEq>(&self, of: impl Fn(&Sample) -> T) -> Vec<T> {
         let mut found = Vec::new();
-        for sample in &self.0 {
+        for sample in &self.samples {
             let one = of(sample);
             if !found.contains(&one) {
                 found.push(one);
@@ -66,7 +70,7 @@ impl Samples {
 
     fn rounds(&self, work: &str, side: &str, at: usize, figure: &str) -> BTreeMap<usize, f64> {
         let wanted = |sample: &&Sample| sample.work == work && sample.side == side && sample.at == at;
-        let wanted = self.0.iter().filter(wanted);
+        let wanted = self.samples.iter().filter(wanted);
         wanted
             .filter_map(|sample| Some((sample.round, *sample.figures.get(figure)?)))
             .collect()
@@ -97,19 +101,24 @@ impl Samples {
         let sides = self.distinct(|sample| sample.side.clone());
         let mut table = String::new();
         for work in self.distinct(|sample| sample.work.clone()) {
-            let of_work = Self(self.0.iter().filter(|sample| sample.work == work).cloned().collect());
-            let figures: Vec<String> = of_work.0.iter().flat_map(|sample| sample.figures.keys().cloned()).fold(
-                Vec::new(),
-                |mut all, figure| {
+            let of_work = self.samples.iter().filter(|sample| sample.work == work);
+            let of_work = Self {
+                samples: of_work.cloned().collect(),
+                ..Self::default()
+            };
+            let figures: Vec<String> = of_work
+                .samples
+                .iter()
+                .flat_map(|sample| sample.figures.keys().cloned())
+                .fold(Vec::new(), |mut all, figure| {
                     if !all.contains(&figure) {
                         all.push(figure);
                     }
                     all
-                },
-            );
+                });
             let sides: Vec<_> = sides
                 .iter()
-                .filter(|side| of_work.0.iter().any(|sample| sample.side == **side))
+                .filter(|side| of_work.samples.iter().any(|sample| sample.side == **side))
                 .collect();
             let _ = write!(table, "| {work} | |");
             for side in &sides {
