@@ -10,9 +10,8 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use super::Identity;
-use super::record;
 use super::segment::{self, Segment};
+use super::{Identity, record};
 use crate::disk::Disk;
 
 /// The reserve's name while it waits, and while it is made.
