@@ -71,7 +71,8 @@ impl LogStore {
                     break;
                 }
                 bytes += u64::from(slot.bytes);
-                let place = slot.place.and_then(|place| Some((place, state.segment(place)?)));
+                let place = slot.place.filter(|_| slot.entry.is_none());
+                let place = place.and_then(|place| Some((place, state.segment(place)?)));
                 found.push((slot.id, slot.entry.clone(), place));
             }
         }

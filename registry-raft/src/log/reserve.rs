@@ -160,11 +160,9 @@ impl Reserve {
 
     fn make(&self) -> io::Result<()> {
         let names = self.disk.list()?;
-        let fits = |name: &String| Ok::<_, io::Error>(self.disk.open(name)?.size()? == self.bytes);
+        let fits = |name: &str| Ok::<_, io::Error>(self.disk.open(name)?.size()? == self.bytes);
         // One of a run before is as good: it got this name when it was on disk.
-        if let Some(name) = names.iter().find(|name| *name == NAME)
-            && fits(name)?
-        {
+        if names.iter().any(|name| name == NAME) && fits(NAME)? {
             return Ok(());
         }
         for spare in names.iter().filter(|name| name.starts_with(SPARE)) {
