@@ -11,6 +11,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         // A message may say that it has millions of them, in two bytes each.
         .boxed(".registry.v1.Asked.what.request")
         .boxed(".registry.v1.Asked.what.watch")
+        .boxed(".registry.v1.Asked.what.once_gone")
         .compile_fds(descriptors)?;
     Ok(())
 }

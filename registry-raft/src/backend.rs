@@ -6,14 +6,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use futures_util::StreamExt;
 use parking_lot::Mutex;
 use registry_api::{
     Capabilities, Committed, Depth, Entry, Error, Health, Key, List, Namespace, Options, Page, Prefix, Read, Registry,
-    Result, Revision, Session, SessionId, Txn, Watch, WatchRequest, WatchScope,
+    Result, Revision, Session, SessionId, Txn, Watch, WatchRequest,
 };
 
 use crate::command::{self, Change, Command, Outcome, not_understood};
-use crate::link::{Along, BACKEND, Link, of_question};
+use crate::link::{BACKEND, Gone, Link, of_question};
 use crate::member::Member;
 use crate::proto;
 use crate::proto::request::Call;
@@ -105,6 +106,21 @@ impl RaftRegistry {
         }
     }
 
+    /// Lists once that is gone; `None` if the page is too large to come along. A wait that breaks off goes on with whoever
+    /// answers.
+    async fn once_gone(&self, gone: Gone) -> Result<Option<proto::Page>> {
+        self.session.check_open()?;
+        let (mut deadline, mut backoff) = (self.deadline(), Backoff::default());
+        loop {
+            match self.link.once_gone(gone.clone(), deadline.left()).await {
+                Err(Error::OutcomeUnknown { .. }) => (deadline, backoff) = (self.deadline(), Backoff::default()),
+                Err(Error::Unavailable { .. }) if backoff.within(&deadline) => {}
+                done => return done,
+            }
+            backoff.wait().await;
+        }
+    }
+
     fn seen(&self) -> u64 {
         self.seen.load(Ordering::Relaxed)
     }
@@ -114,15 +130,6 @@ impl RaftRegistry {
         let change = Change::Txn(command::txn_to_proto(self.namespace(), &txn));
         let (outcome, page) = self.change(change, list, txn.needs_session()).await?;
         Ok((command::txn_result(self.namespace(), &txn, outcome)?, page))
-    }
-
-    async fn begin_watch(&self, request: WatchRequest, along: Option<Along>) -> Result<Watch> {
-        self.session.check_open()?;
-        let watch = self
-            .link
-            .watch(self.namespace(), request, along, self.options.request_timeout)
-            .await?;
-        Ok(until_closed(watch, &self.session))
     }
 
     fn listing(&self, list: &List) -> Result<proto::List> {
@@ -330,14 +337,16 @@ impl Registry for RaftRegistry {
     }
 
     async fn list_once_gone(&self, key: &Key, created: Revision, list: List) -> Result<Page> {
-        let along = Along {
+        let gone = Gone {
+            namespace: self.namespace().clone(),
+            key: key.clone(),
+            created,
             list: self.listing(&list)?,
-            page: Arc::default(),
         };
-        let page = along.page.clone();
-        let request = WatchRequest::new(key, WatchScope::Key);
-        self.begin_watch(request, Some(along)).await?.gone(created).await?;
-        let page = page.lock().take();
+        let page = tokio::select! {
+            page = self.once_gone(gone) => page?,
+            () = closed(&self.session) => return Err(Error::Closed),
+        };
         match page {
             Some(page) => self.page(page),
             None => self.list(list).await,
@@ -353,7 +362,11 @@ impl Registry for RaftRegistry {
     }
 
     async fn watch(&self, request: WatchRequest) -> Result<Watch> {
-        self.begin_watch(request, None).await
+        self.session.check_open()?;
+        let patience = self.options.request_timeout;
+        let watch = self.link.watch(self.namespace(), request, patience).await?;
+        // The watch ends with the handle.
+        Ok(Watch::new(watch.take_until(closed(&self.session))))
     }
 
     async fn health(&self) -> Result<Health> {
@@ -403,17 +416,15 @@ fn revision(answer: &Answer) -> u64 {
     }
 }
 
-/// The watch ends with the handle.
-fn until_closed(watch: Watch, session: &Session) -> Watch {
-    use futures_util::StreamExt;
+/// Waits until the handle is closed.
+fn closed(session: &Session) -> impl Future<Output = ()> + Send + use<> {
     let mut states = session.states();
-    let closed = async move {
+    async move {
         // An error says that the keeper is gone, and the handle with it.
         let _ = states
             .wait_for(|state| matches!(state, registry_api::SessionState::Closed(_)))
             .await;
-    };
-    Watch::new(watch.take_until(closed))
+    }
 }
 
 #[derive(Debug)]

@@ -172,14 +172,20 @@ fn questions() -> Vec<Ask> {
                 prefix: "/ns/a".into(),
                 scope: 1,
                 from: Some(from),
-                along: Some(list.clone()),
             }
             .into(),
         )
     };
+    let once_gone = proto::OnceGone {
+        patience_ms: 1000,
+        key: key(),
+        created: 7,
+        list: Some(list.clone()),
+    };
     let watches = [
         watch(proto::watch_request::From::Now(UNIT)),
         watch(proto::watch_request::From::AfterOrReset(u64::MAX)),
+        Ask::OnceGone(once_gone.into()),
     ];
     calls.map(request).chain(watches).collect()
 }
@@ -219,6 +225,10 @@ fn is_answered(input: &[u8]) -> bool {
             }),
             Some(Ask::Watch(request)) => service::watch_request(*request.clone()).is_ok_and(|(namespace, taken)| {
                 assert_eq!(namespace.qualify(taken.prefix.as_str()), request.prefix);
+                true
+            }),
+            Some(Ask::OnceGone(gone)) => service::wait(*gone.clone()).is_ok_and(|taken| {
+                assert_eq!(taken.namespace.qualify(taken.key.as_str()), gone.key);
                 true
             }),
             Some(Ask::Cancel(_)) | None => false,

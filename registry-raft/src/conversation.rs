@@ -42,9 +42,13 @@ struct Waiting {
     ended: Option<Status>,
 }
 
+type Tells = oneshot::Sender<Result<proto::Response, Status>>;
+
 #[derive(Debug)]
 enum Waiter {
-    Once(oneshot::Sender<Result<proto::Response, Status>>),
+    Once(Tells),
+    /// The other side is told when nobody waits any more.
+    Gone(Tells),
     Items(Arc<Mutex<Hearing>>),
 }
 
@@ -77,8 +81,17 @@ impl Conversation {
 
     /// Asks, and waits however long. Dropping the future leaves open what becomes of the request.
     pub(crate) async fn ask(&self, request: proto::Request) -> Result<proto::Response, Status> {
+        self.once(Waiter::Once, Ask::Request(request.into())).await
+    }
+
+    /// Waits until a key is gone, and for what is listed then. Dropping the future ends the wait.
+    pub(crate) async fn once_gone(&self, gone: proto::OnceGone) -> Result<proto::Response, Status> {
+        self.once(Waiter::Gone, Ask::OnceGone(gone.into())).await
+    }
+
+    async fn once(&self, waiter: fn(Tells) -> Waiter, what: Ask) -> Result<proto::Response, Status> {
         let (tell, told) = oneshot::channel();
-        let _asked = self.send(Waiter::Once(tell), Ask::Request(request.into()))?;
+        let _asked = self.send(waiter(tell), what)?;
         told.await.unwrap_or_else(|_| Err(gone()))
     }
 
@@ -118,7 +131,7 @@ impl Drop for Question {
     fn drop(&mut self) {
         let Self { number, conversation } = self;
         let waiter = conversation.waiting.lock().waiters.remove(number);
-        if let Some(Waiter::Items(_)) = waiter {
+        if let Some(Waiter::Items(_) | Waiter::Gone(_)) = waiter {
             let (number, what) = (*number, Some(Ask::Cancel(proto::Unit {})));
             // It may have ended.
             let _ = conversation.asking.send(proto::Asked { number, what });
@@ -187,7 +200,7 @@ impl Waiting {
     fn end(&mut self, status: Status) {
         for (_, waiter) in self.waiters.drain() {
             match waiter {
-                Waiter::Once(waiter) => drop(waiter.send(Err(status.clone()))),
+                Waiter::Once(waiter) | Waiter::Gone(waiter) => drop(waiter.send(Err(status.clone()))),
                 Waiter::Items(hearing) => {
                     let read = &hearing.lock().read;
                     let _ = read.as_ref().map(|read| read.send(Err(status.clone())));
@@ -209,8 +222,8 @@ fn tell(waiting: &Mutex<Waiting>, told: proto::Told) {
             drop(waiting);
             hearing.lock().tell(item);
         }
-        (Some(Tell::Response(response)), Some(Waiter::Once(_))) => {
-            if let Some(Waiter::Once(waiter)) = waiting.waiters.remove(number) {
+        (Some(Tell::Response(response)), Some(Waiter::Once(_) | Waiter::Gone(_))) => {
+            if let Some(Waiter::Once(waiter) | Waiter::Gone(waiter)) = waiting.waiters.remove(number) {
                 drop(waiter.send(Ok(response)));
             }
         }

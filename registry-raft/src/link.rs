@@ -4,8 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use parking_lot::Mutex;
-use registry_api::{Error, Namespace, Result, Watch, WatchRequest};
+use registry_api::{Error, Key, Namespace, Result, Revision, Watch, WatchRequest};
 
 use crate::command::{Command, Reply, not_understood};
 use crate::proto;
@@ -22,14 +21,14 @@ pub(crate) trait Link: std::fmt::Debug + Send + Sync + 'static {
     /// [`Error::Unavailable`] says that nothing was done, [`Error::OutcomeUnknown`] that it may have been.
     async fn call(&self, call: Call, patience: Duration) -> Result<Answer>;
 
-    /// Begins a watch that goes on by itself until its end is dropped. With what is told may come a listing.
-    async fn watch(
-        &self,
-        namespace: &Namespace,
-        request: WatchRequest,
-        along: Option<Along>,
-        patience: Duration,
-    ) -> Result<Watch>;
+    /// Begins a watch that goes on by itself until its end is dropped.
+    async fn watch(&self, namespace: &Namespace, request: WatchRequest, patience: Duration) -> Result<Watch>;
+
+    /// Lists once that is gone which was created at that revision; `None` if the page is too large to come along. The
+    /// patience is that until the wait has begun.
+    ///
+    /// [`Error::Unavailable`] says that it did not begin, [`Error::OutcomeUnknown`] that it broke off.
+    async fn once_gone(&self, gone: Gone, patience: Duration) -> Result<Option<proto::Page>>;
 
     /// Who is asked now.
     fn endpoint(&self) -> String;
@@ -38,12 +37,13 @@ pub(crate) trait Link: std::fmt::Debug + Send + Sync + 'static {
     fn apart(&self) -> Arc<dyn Link>;
 }
 
-/// A listing that may come along when a watch tells that a key is gone, or not there.
+/// What is waited for, and what is listed then.
 #[derive(Clone, Debug)]
-pub(crate) struct Along {
+pub(crate) struct Gone {
+    pub(crate) namespace: Namespace,
+    pub(crate) key: Key,
+    pub(crate) created: Revision,
     pub(crate) list: proto::List,
-    /// The page that came with the newest message, before that is told.
-    pub(crate) page: Arc<Mutex<Option<proto::Page>>>,
 }
 
 impl dyn Link {

@@ -35,11 +35,12 @@ use crate::config::{RaftConfig, Timers};
 use crate::directory::Directory;
 use crate::expiry::Expiry;
 use crate::leader::Readers;
-use crate::link::{Along, BACKEND, Link};
+use crate::link::{BACKEND, Gone, Link};
 use crate::log::Identity;
 use crate::log_store::LogStore;
 use crate::members::{self, MemberChange};
 use crate::network::Network;
+use crate::proto;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
 use crate::snapshot::Snapshots;
@@ -433,15 +434,12 @@ impl Link for Core {
         self.serve(call, patience).await
     }
 
-    /// Nothing comes along: a listing is at hand.
-    async fn watch(
-        &self,
-        namespace: &Namespace,
-        request: WatchRequest,
-        _: Option<Along>,
-        patience: Duration,
-    ) -> Result<Watch> {
+    async fn watch(&self, namespace: &Namespace, request: WatchRequest, patience: Duration) -> Result<Watch> {
         Core::watch(self, namespace, request, patience).await
+    }
+
+    async fn once_gone(&self, gone: Gone, patience: Duration) -> Result<Option<proto::Page>> {
+        Core::once_gone(self, gone, patience).await
     }
 
     fn endpoint(&self) -> String {

@@ -16,7 +16,7 @@ use registry_api::{BoxError, Error, Namespace, Result, Watch, WatchRequest};
 use crate::backup::Parts;
 use crate::command::not_understood;
 use crate::conversation::Conversation;
-use crate::link::{Along, BACKEND, Link, failure, of_question};
+use crate::link::{BACKEND, Gone, Link, failure, of_question};
 use crate::proto;
 use crate::proto::backup_part::Part;
 use crate::proto::registry_client::RegistryClient;
@@ -165,6 +165,36 @@ impl Remote {
         }
     }
 
+    /// How long one member is asked: one that hangs is left while there is time to ask another.
+    fn with_one(&self, patience: Duration) -> Duration {
+        match self.addresses.len() {
+            1 => patience,
+            _ => patience.mul_f64(0.4),
+        }
+    }
+
+    /// The answer that a member has told; one that failed is not asked next, if there are others.
+    fn answered(&self, at: usize, told: Result<proto::Response, tonic::Status>) -> Result<Answer> {
+        let response = told.map_err(|status| {
+            self.give_up(at);
+            self.naming(at, status_error(status))
+        })?;
+        match self.led(response).ok_or_else(not_understood)? {
+            Answer::Failure(said) => {
+                let error = failure(said);
+                match error {
+                    _ if self.addresses.len() == 1 => {}
+                    Error::Unavailable { .. } => self.pass_by(at),
+                    // It may be cut off from the others, and go on to take itself for the Raft leader.
+                    Error::OutcomeUnknown { .. } => self.give_up(at),
+                    _ => {}
+                }
+                Err(error)
+            }
+            answer => Ok(answer),
+        }
+    }
+
     /// The answer, once the hint that comes with it is taken.
     fn led(&self, response: proto::Response) -> Option<Answer> {
         if !response.leader.is_empty() {
@@ -238,14 +268,9 @@ impl Remote {
 #[async_trait]
 impl Link for Remote {
     async fn call(&self, call: Call, patience: Duration) -> Result<Answer> {
-        // One that hangs is left while there is time to ask another.
-        let patience = if self.addresses.len() > 1 {
-            patience.mul_f64(0.4)
-        } else {
-            patience
-        };
+        let patience = self.with_one(patience);
         // The member says what is wrong before nobody waits for it any more.
-        let patience_ms = u32::try_from(patience.mul_f64(0.9).as_millis()).unwrap_or(u32::MAX);
+        let patience_ms = millis(patience.mul_f64(0.9));
         let request = proto::Request {
             patience_ms,
             forwarded: false,
@@ -256,24 +281,7 @@ impl Link for Remote {
         let Reached { at, conversation, .. } = self.connect(patience).await?;
         let left = until.saturating_duration_since(Instant::now());
         match tokio::time::timeout(left, conversation.ask(request)).await {
-            Ok(Ok(response)) => match self.led(response).ok_or_else(not_understood)? {
-                Answer::Failure(said) => {
-                    let error = failure(said);
-                    match error {
-                        _ if self.addresses.len() == 1 => {}
-                        Error::Unavailable { .. } => self.pass_by(at),
-                        // It may be cut off from the others, and go on to take itself for the Raft leader.
-                        Error::OutcomeUnknown { .. } => self.give_up(at),
-                        _ => {}
-                    }
-                    Err(error)
-                }
-                answer => Ok(answer),
-            },
-            Ok(Err(status)) => {
-                self.give_up(at);
-                Err(self.naming(at, status_error(status)))
-            }
+            Ok(told) => self.answered(at, told),
             Err(_) => {
                 self.give_up(at);
                 let error = Error::OutcomeUnknown {
@@ -285,14 +293,24 @@ impl Link for Remote {
         }
     }
 
-    async fn watch(
-        &self,
-        namespace: &Namespace,
-        request: WatchRequest,
-        along: Option<Along>,
-        patience: Duration,
-    ) -> Result<Watch> {
-        WatchStream::begin(self.clone(), namespace.clone(), request, along, patience).await
+    async fn watch(&self, namespace: &Namespace, request: WatchRequest, patience: Duration) -> Result<Watch> {
+        WatchStream::begin(self.clone(), namespace.clone(), request, patience).await
+    }
+
+    async fn once_gone(&self, gone: Gone, patience: Duration) -> Result<Option<proto::Page>> {
+        let patience = self.with_one(patience);
+        let Reached { at, conversation, .. } = self.connect(patience).await?;
+        let told = conversation.once_gone(proto::OnceGone {
+            patience_ms: millis(patience),
+            key: gone.namespace.qualify(gone.key.as_str()),
+            created: gone.created.0,
+            list: Some(gone.list),
+        });
+        match self.answered(at, told.await)? {
+            Answer::Page(page) => Ok(Some(page)),
+            Answer::Done(_) => Ok(None),
+            _ => Err(not_understood()),
+        }
     }
 
     fn endpoint(&self) -> String {
@@ -306,4 +324,9 @@ impl Link for Remote {
             current: Arc::default(),
         })
     }
+}
+
+/// As a message says it: a time too long for that is none that anybody waits.
+fn millis(time: Duration) -> u32 {
+    u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
 }

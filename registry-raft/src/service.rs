@@ -14,7 +14,7 @@ use crate::backup;
 use crate::command::{Change, Command};
 use crate::conversation;
 use crate::founding::Door;
-use crate::link::BACKEND;
+use crate::link::{BACKEND, Gone};
 use crate::member::Core;
 use crate::proto;
 use crate::proto::failure::Kind;
@@ -59,15 +59,26 @@ impl Service {
         proto::Response { leader, answer }
     }
 
+    /// What is listed once a key is gone.
+    pub(crate) async fn once_gone(&self, gone: proto::OnceGone) -> proto::Response {
+        let listed = async {
+            let patience = Duration::from_millis(gone.patience_ms.into()).min(MAX_PATIENCE);
+            self.core()?.once_gone(wait(gone)?, patience).await
+        };
+        let answer = match listed.await {
+            Ok(Some(page)) => Answer::Page(page),
+            Ok(None) => Answer::Done(proto::Unit {}),
+            Err(error) => Answer::Failure(said(&error)),
+        };
+        answer.into()
+    }
+
     /// The items of a watch; a failure alone if it can't begin.
     pub(crate) async fn watch(&self, request: proto::WatchRequest) -> BoxStream<'static, proto::WatchResponse> {
         let begun = async {
-            let list = request.along.clone();
             let (namespace, request) = watch_request(request)?;
-            let core = self.core()?.clone();
-            let watch = core.watch(&namespace, request, MAX_PATIENCE).await?;
-            let along = move || list.as_ref().and_then(|list| core.list_along(list));
-            Ok(to_messages(namespace, watch, along).boxed())
+            let watch = self.core()?.watch(&namespace, request, MAX_PATIENCE).await?;
+            Ok(to_messages(namespace, watch).boxed())
         };
         begun.await.unwrap_or_else(|error: Error| {
             let failure = proto::watch_response::Item::Failure(said(&error));
@@ -97,6 +108,15 @@ impl Registry for Service {
         };
         let parts = parts.unwrap_or_else(|error| stream::iter([Err(error)]).boxed());
         Ok(Response::new(parts.map(|part| Ok(backup::message(part))).boxed()))
+    }
+}
+
+impl From<Answer> for proto::Response {
+    fn from(answer: Answer) -> Self {
+        Self {
+            leader: String::new(),
+            answer: Some(answer),
+        }
     }
 }
 
@@ -239,7 +259,6 @@ fn check_txn(txn: &proto::Txn) -> Result<(), Error> {
 pub(crate) fn watch_request(request: proto::WatchRequest) -> Result<(Namespace, WatchRequest), Error> {
     use proto::watch_request::{From, Scope};
     let (namespace, prefix) = qualified_prefix(&request.prefix)?;
-    request.along.as_ref().map_or(Ok(()), check_list)?;
     let scope = match request.scope() {
         Scope::Key => WatchScope::Key,
         Scope::Children => WatchScope::Children,
@@ -251,6 +270,18 @@ pub(crate) fn watch_request(request: proto::WatchRequest) -> Result<(Namespace, 
         Some(From::Now(_)) | None => WatchFrom::Now,
     };
     Ok((namespace, WatchRequest { prefix, scope, from }))
+}
+
+pub(crate) fn wait(gone: proto::OnceGone) -> Result<Gone, Error> {
+    let (namespace, key) = split(&gone.key)?;
+    let list = gone.list.unwrap_or_default();
+    check_list(&list)?;
+    Ok(Gone {
+        key: Key::from_store(key)?,
+        namespace,
+        created: Revision(gone.created),
+        list,
+    })
 }
 
 fn qualified_key(qualified: &str) -> Result<(), Error> {

@@ -111,7 +111,7 @@ mod tests {
     use registry_api::{Key, Namespace, Prefix, Read, SessionState, SessionTtl, Watch, WatchRequest};
 
     use super::*;
-    use crate::link::Along;
+    use crate::link::Gone;
     use crate::{Member, RaftConfig};
 
     /// A way to a member on which three calls of four are lost: the member is not reached, or its answer does not come.
@@ -138,14 +138,12 @@ mod tests {
             }
         }
 
-        async fn watch(
-            &self,
-            namespace: &Namespace,
-            request: WatchRequest,
-            along: Option<Along>,
-            patience: Duration,
-        ) -> Result<Watch> {
-            self.0.watch(namespace, request, along, patience).await
+        async fn watch(&self, namespace: &Namespace, request: WatchRequest, patience: Duration) -> Result<Watch> {
+            self.0.watch(namespace, request, patience).await
+        }
+
+        async fn once_gone(&self, gone: Gone, patience: Duration) -> Result<Option<proto::Page>> {
+            self.0.once_gone(gone, patience).await
         }
 
         fn endpoint(&self) -> String {

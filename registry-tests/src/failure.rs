@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use registry_api::{
-    Error, Options, Prefix, Read, Registered, Registry, Result, SessionState, WatchRequest, WatchScope,
+    Error, List, Options, Prefix, Read, Registered, Registry, Result, SessionState, WatchRequest, WatchScope,
 };
 
 use crate::cluster::eventually;
@@ -293,7 +293,7 @@ pub async fn a_dead_holder_is_replaced_in_time(cluster: &impl Cluster) -> Result
     other.close().await
 }
 
-/// W3. A watch goes on over a restart of the store, and loses no final state.
+/// W3, W8. A watch goes on over a restart of the store, and loses no final state; so does who waits for the end of a key.
 pub async fn a_watch_goes_on_over_a_restart(cluster: &impl Cluster) -> Result<()> {
     let registry = cluster.connect().await?;
     for n in 0..20 {
@@ -304,9 +304,16 @@ pub async fn a_watch_goes_on_over_a_restart(cluster: &impl Cluster) -> Result<()
         .await?;
     let mut picture = Picture::default();
     picture.until(&mut watch, |picture| picture.synced.is_some()).await?;
+    let waited_for = key("/w/0");
+    let created = picture.entries[&waited_for].create_revision;
+    let waiting = tokio::spawn({
+        let (registry, key) = (registry.clone(), waited_for.clone());
+        async move { registry.list_once_gone(&key, created, List::new(key.clone())).await }
+    });
     cluster.kill().await;
     cluster.restart().await;
     let other = cluster.connect().await?;
+    assert!(!waiting.is_finished(), "it is still there");
     for n in 0..10 {
         other.delete(&key(&format!("/w/{n}"))).await?;
         other.put(&key(&format!("/w/{}", n + 10)), "after").await?;
@@ -317,6 +324,8 @@ pub async fn a_watch_goes_on_over_a_restart(cluster: &impl Cluster) -> Result<()
         .until(&mut watch, |picture| picture.entries.contains_key(&end))
         .await?;
     same_as_store(&*other, "/w", &picture).await?;
+    let page = within(PATIENCE, waiting).await.expect("it does not panic")?;
+    assert_eq!(page.entries, [], "it is gone");
     other.close().await
 }
 

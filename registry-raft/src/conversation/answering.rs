@@ -19,13 +19,15 @@ use tonic::Status;
 use super::{Ask, TOGETHER, Tell, together};
 use crate::proto;
 use crate::proto::request::Call;
+use crate::proto::response::Answer;
+use crate::proto::watch_response::Item;
 use crate::service::{Service, said};
 
 /// How many requests of one conversation are worked on at once; the next are not read meanwhile.
 const AT_ONCE: u32 = 1024;
 /// For how many a list counts, whose answer may be as large as those of so many others.
 const LIST: u32 = AT_ONCE / 32;
-/// How many watches one conversation has at the most; one more is refused.
+/// How many watches and waits one conversation has at the most; one more is refused.
 pub(super) const WATCHES: usize = 4096;
 /// How much that is told waits for the connection to take it, in parts and in bytes. A part that is larger waits alone.
 const TOLD: usize = 256;
@@ -151,6 +153,12 @@ fn room_for(told: &proto::Told) -> u32 {
     u32::try_from(told.encoded_len().min(TOLD_BYTES)).unwrap_or(u32::MAX)
 }
 
+/// What is done with a question that is no watch.
+enum Work {
+    Answer(Box<proto::Request>),
+    Refuse(Tell),
+}
+
 /// Works on what is asked.
 async fn read(
     service: Service,
@@ -171,21 +179,26 @@ async fn read(
             () = watches.ended() => continue,
         };
         for proto::Asked { number, what } in together.asked {
-            let request = match what {
+            let work = match what {
                 Some(Ask::Watch(request)) if watches.have_room_for(number) => {
                     watches.begin(number, items(service.clone(), *request, number, telling.clone()));
+                    continue;
+                }
+                Some(Ask::OnceGone(gone)) if watches.have_room_for(number) => {
+                    watches.begin(number, once_gone(service.clone(), *gone, number, telling.clone()));
                     continue;
                 }
                 Some(Ask::Cancel(_)) => {
                     watches.cancel(number);
                     continue;
                 }
-                Some(Ask::Watch(_)) => None,
-                Some(Ask::Request(request)) => Some(*request),
-                None => Some(proto::Request::default()),
+                Some(Ask::Watch(_)) => Work::Refuse(Tell::Item(Item::Failure(one_watch_too_many()).into())),
+                Some(Ask::OnceGone(_)) => Work::Refuse(Tell::Response(Answer::Failure(one_watch_too_many()).into())),
+                Some(Ask::Request(request)) => Work::Answer(request),
+                None => Work::Answer(Box::default()),
             };
-            let counts_for = match request.as_ref().and_then(|request| request.call.as_ref()) {
-                Some(Call::List(_)) => LIST,
+            let counts_for = match &work {
+                Work::Answer(request) if matches!(request.call, Some(Call::List(_))) => LIST,
                 _ => 1,
             };
             let Ok(place) = room.clone().acquire_many_owned(counts_for).await else {
@@ -194,9 +207,9 @@ async fn read(
             let (service, telling) = (service.clone(), telling.clone());
             tokio::spawn(async move {
                 // Nobody may hear it any more.
-                let _ = match request {
-                    Some(request) => one(&service, request, number, &telling).await,
-                    None => one_watch_too_many(number, &telling).await,
+                let _ = match work {
+                    Work::Answer(request) => one(&service, *request, number, &telling).await,
+                    Work::Refuse(what) => refuse(what, number, &telling).await,
                 };
                 drop(place);
             });
@@ -204,7 +217,7 @@ async fn read(
     }
 }
 
-/// The watches of a conversation, by the numbers that the other side gives them.
+/// The watches of a conversation, and the waits, by the numbers that the other side gives them.
 #[derive(Default)]
 struct Watches {
     tasks: JoinSet<u64>,
@@ -280,10 +293,21 @@ async fn items(service: Service, request: proto::WatchRequest, number: u64, tell
     }
 }
 
-async fn one_watch_too_many(number: u64, telling: &Telling) -> bool {
+/// Tells what is listed once a key is gone; its number is left.
+async fn once_gone(service: Service, gone: proto::OnceGone, number: u64, telling: Telling) -> u64 {
+    let what = Some(Tell::Response(service.once_gone(gone).await));
+    // Nobody may hear it any more.
+    telling.tell(proto::Told { number, what }).await;
+    number
+}
+
+fn one_watch_too_many() -> proto::Failure {
     let reason = format!("more than {WATCHES} watches of one handle");
-    let refusal = proto::watch_response::Item::Failure(said(&Error::InvalidRequest(reason)));
-    let item = Tell::Item(refusal.into());
+    said(&Error::InvalidRequest(reason))
+}
+
+/// Tells a refusal, and that nothing follows it.
+async fn refuse(what: Tell, number: u64, telling: &Telling) -> bool {
     let told = |what| telling.tell(proto::Told { number, what });
-    told(Some(item)).await && told(None).await
+    told(Some(what)).await && told(None).await
 }

@@ -94,6 +94,22 @@ impl Spoken {
         (Asking { asking, _stop: stop }, told)
     }
 
+    /// Waits for the end of a key.
+    async fn once_gone(&self, key: &str) -> Result<Option<Answer>, Status> {
+        let list = proto::List {
+            prefix: "/registry/a".into(),
+            limit: 10,
+            ..proto::List::default()
+        };
+        let gone = proto::OnceGone {
+            patience_ms: 10_000,
+            key: format!("/registry{key}"),
+            created: u64::MAX,
+            list: Some(list),
+        };
+        self.conversation.once_gone(gone).await.map(|told| told.answer)
+    }
+
     fn waiters(&self) -> usize {
         self.conversation.waiting.lock().waiters.len()
     }
@@ -170,6 +186,31 @@ async fn a_watch_ends_on_the_member_when_nobody_reads_it_any_more() {
     } = spoken;
     drop((kept, conversation));
     eventually(PATIENCE, || async { member.status().watches == 0 }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wait_ends_on_the_member_when_nobody_waits_any_more() {
+    let spoken = Spoken::start().await;
+    let key = Key::parse("/a").unwrap();
+    spoken.registry.put(&key, "1").await.unwrap();
+    let watches = async |many| eventually(PATIENCE, || async { spoken.member.status().watches == many }).await;
+    for _ in 0..10 {
+        tokio::select! {
+            answer = spoken.once_gone("/a") => panic!("{answer:?}"),
+            () = watches(1) => {}
+        }
+        watches(0).await;
+    }
+    let end = async {
+        watches(1).await;
+        spoken.registry.delete(&key).await.unwrap()
+    };
+    let (answer, _) = tokio::join!(within(PATIENCE, spoken.once_gone("/a")), end);
+    assert!(matches!(answer, Ok(Some(Answer::Page(_)))), "{answer:?}");
+    watches(0).await;
+    assert_eq!(spoken.waiters(), 0);
+    let bad = within(PATIENCE, spoken.once_gone("/a/../b")).await;
+    assert!(matches!(bad, Ok(Some(Answer::Failure(_)))), "{bad:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -540,6 +581,8 @@ async fn one_watch_too_many_is_refused_and_ends_no_other() {
         watches.push(begun(spoken.watch()).await.unwrap());
     }
     assert!(begun(spoken.watch()).await.is_none());
+    let refused = within(PATIENCE, spoken.once_gone("/missing")).await;
+    assert!(matches!(refused, Ok(Some(Answer::Failure(said))) if said.kind() == proto::failure::Kind::Invalid));
     assert_eq!(spoken.member.status().watches, WATCHES as u64);
     watches.pop();
     eventually(PATIENCE, || async { begun(spoken.watch()).await.is_some() }).await;

@@ -7,11 +7,12 @@ use futures_util::future::join_all;
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{ClientWriteError, RaftError};
 use prost::Message;
-use registry_api::{Error, Namespace, Result, SessionId, Watch, WatchRequest};
+use registry_api::{Error, Namespace, Result, SessionId, Watch, WatchRequest, WatchScope};
 
 use super::{Core, GRACE, IN_FLIGHT, unavailable};
 use crate::command::{Change, Command, Outcome, Reply, not_understood};
 use crate::leader::Leader;
+use crate::link::Gone;
 use crate::proto;
 use crate::proto::registry::peer::v1 as message;
 use crate::proto::request::Call;
@@ -191,7 +192,7 @@ impl Core {
 
     /// What comes along with something else that is told: a page of what is applied here, if it is small. Unread, a large one
     /// would take up memory.
-    pub(crate) fn list_along(&self, list: &proto::List) -> Option<proto::Page> {
+    fn list_along(&self, list: &proto::List) -> Option<proto::Page> {
         let list = proto::List {
             limit: list.limit.min(ALONG),
             ..list.clone()
@@ -299,6 +300,19 @@ impl Core {
             request,
             after: 0,
         })
+    }
+
+    /// Waits until that is gone, then lists.
+    pub(crate) async fn once_gone(&self, gone: Gone, patience: Duration) -> Result<Option<proto::Page>> {
+        let request = WatchRequest::new(&gone.key, WatchScope::Key);
+        let watch = self.watch(&gone.namespace, request, patience).await?;
+        // The member stops, or its state has jumped: another tells how it is now.
+        let broke_off = |error: Error| Error::OutcomeUnknown {
+            operation: "a wait",
+            source: error.into(),
+        };
+        watch.gone(gone.created).await.map_err(broke_off)?;
+        Ok(self.list_along(&gone.list))
     }
 
     pub(super) fn status(&self) -> proto::StatusAnswer {

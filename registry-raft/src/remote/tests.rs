@@ -1,6 +1,6 @@
 //! Where a handle goes for a hint, and where not; what it is told along.
 
-use registry_api::{Event, Key, Options, Prefix, Registry, Txn, WatchFrom, WatchItem, WatchScope};
+use registry_api::{Event, Key, Options, Prefix, Registry, Revision, Txn, WatchFrom, WatchItem, WatchScope};
 use registry_tests::cluster::eventually;
 
 use super::*;
@@ -170,7 +170,7 @@ async fn what_bridges_a_gap_is_told_in_the_order_of_revisions() {
     store.stop().await;
 }
 
-/// A small page comes along with what a commit and a watch tell; for a large one the handle asks.
+/// A small page comes along with a commit, and with the end of a key; for a large one the handle asks.
 #[tokio::test]
 async fn a_small_listing_comes_along() {
     let store = Alone::start().await;
@@ -193,42 +193,31 @@ async fn a_small_listing_comes_along() {
     let page = listed("d/a", b"1").await.expect("it is small");
     assert_eq!(names(&page), [namespace.qualify("/d/a")]);
 
-    let watched = async |name: &str| {
-        let along = Along {
+    let once_gone = async |name: &str, created| {
+        let gone = Gone {
+            namespace: namespace.clone(),
+            key: key(name),
+            created,
             list: list.clone(),
-            page: Arc::default(),
         };
-        let page = along.page.clone();
-        let request = WatchRequest::new(key(name), WatchScope::Key);
-        let watch = link.watch(&namespace, request, Some(along), PATIENCE).await.unwrap();
-        (watch, move || page.lock().take().as_ref().map(names))
+        link.once_gone(gone, PATIENCE).await.unwrap()
     };
-    let (mut watch, taken) = watched("missing").await;
-    assert!(matches!(next(&mut watch).await, WatchItem::Synced(_)));
-    assert_eq!(taken(), Some(vec![namespace.qualify("/d/a")]));
+    let page = once_gone("missing", Revision(1)).await;
+    assert_eq!(page.as_ref().map(names), Some(vec![namespace.qualify("/d/a")]));
 
-    let (mut watch, taken) = watched("d/a").await;
-    assert!(matches!(next(&mut watch).await, WatchItem::Changes(_)));
-    assert!(matches!(next(&mut watch).await, WatchItem::Synced(_)));
-    assert_eq!(taken(), None, "nothing is gone");
-    let mut put = async |value: Option<&str>| {
-        match value {
-            Some(value) => drop(store.remote.put(&key("d/a"), value.to_owned()).await.unwrap()),
-            None => assert!(store.remote.delete(&key("d/a")).await.unwrap()),
-        }
-        assert!(matches!(next(&mut watch).await, WatchItem::Changes(_)));
-    };
     store.remote.put(&key("d/b"), "1").await.unwrap();
-    put(None).await;
-    assert_eq!(taken(), Some(vec![namespace.qualify("/d/b")]));
-    put(Some("2")).await;
-    put(None).await;
-    put(Some("3")).await;
-    assert_eq!(taken(), None, "it is older than what was told");
+    let created = page.unwrap().entries[0].create_revision;
+    let end = async |of: &str| {
+        eventually(PATIENCE, || async { store.member.status().watches == 1 }).await;
+        assert!(store.remote.delete(&key(of)).await.unwrap());
+    };
+    let (page, ()) = tokio::join!(once_gone("d/a", Revision(created)), end("d/a"));
+    assert_eq!(page.as_ref().map(names), Some(vec![namespace.qualify("/d/b")]));
+
+    let created = page.unwrap().entries[0].create_revision;
     assert_eq!(listed("d/large", &[0; 5000]).await, None);
-    put(None).await;
-    assert_eq!(taken(), None, "it is large");
-    drop(watch);
+    let (page, ()) = tokio::join!(once_gone("d/b", Revision(created)), end("d/b"));
+    assert_eq!(page, None, "it is large");
     store.stop().await;
 }
 

@@ -13,7 +13,7 @@ use registry_api::{
 use super::{PAUSE, Reached, Remote};
 use crate::command::{self, not_understood};
 use crate::conversation::Items;
-use crate::link::{Along, BACKEND, Link, failure, of_question};
+use crate::link::{BACKEND, Link, failure, of_question};
 use crate::proto;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
@@ -29,7 +29,6 @@ pub(super) struct WatchStream {
     link: Remote,
     namespace: Namespace,
     request: WatchRequest,
-    along: Option<proto::List>,
     reader: Arc<Mutex<Reader>>,
 }
 
@@ -39,7 +38,6 @@ impl WatchStream {
         link: Remote,
         namespace: Namespace,
         request: WatchRequest,
-        along: Option<Along>,
         patience: Duration,
     ) -> Result<Watch> {
         let (feed, watch) = feed();
@@ -48,14 +46,12 @@ impl WatchStream {
             WatchFrom::Now => None,
             WatchFrom::After(revision) | WatchFrom::AfterOrReset(revision) => Some(revision),
         };
-        let mut reader = Reader::new(namespace.clone(), feed, after);
-        reader.page = along.as_ref().map(|along| along.page.clone());
+        let reader = Reader::new(namespace.clone(), feed, after);
         let stream = Self {
             link,
             reader: Arc::new(Mutex::new(reader)),
             namespace,
             request,
-            along: along.map(|along| along.list),
         };
         let begun = async {
             let items = stream.open(from).await?;
@@ -88,7 +84,6 @@ impl WatchStream {
                 WatchFrom::After(revision) => proto::watch_request::From::After(revision.0),
                 WatchFrom::AfterOrReset(revision) => proto::watch_request::From::AfterOrReset(revision.0),
             }),
-            along: self.along.clone(),
         };
         let opened = async {
             let mut items = conversation.watch(request)?;
@@ -97,11 +92,10 @@ impl WatchStream {
         };
         // The first item says whether the watch could begin; it is an empty one if so.
         match opened.await {
-            Ok((Some(proto::WatchResponse { item: None, .. }), items)) => Ok(items),
+            Ok((Some(proto::WatchResponse { item: None }), items)) => Ok(items),
             Ok((
                 Some(proto::WatchResponse {
                     item: Some(Item::Failure(said)),
-                    ..
                 }),
                 _,
             )) => {
@@ -234,8 +228,6 @@ pub(crate) async fn pass_on(reader: &Arc<Mutex<Reader>>, items: &mut Items) -> R
 pub(crate) struct Reader {
     namespace: Namespace,
     feed: Feed,
-    /// Where the listing goes that comes along, if one is asked for.
-    page: Option<Arc<Mutex<Option<proto::Page>>>>,
     picture: Picture,
     /// What is told comes after this revision; none as long as the first current entries are not all told.
     told: Option<Revision>,
@@ -256,7 +248,6 @@ impl Reader {
         Self {
             namespace,
             feed,
-            page: None,
             picture: Picture::default(),
             told,
             began: false,
@@ -284,10 +275,6 @@ impl Reader {
     }
 
     fn pass_on(&mut self, response: proto::WatchResponse) -> Result<bool> {
-        if let Some(page) = &self.page {
-            // Without one, the last is older than what is told now.
-            *page.lock() = response.along;
-        }
         match response.item {
             Some(Item::Reset(_)) => {
                 self.picture = Picture::default();
@@ -369,39 +356,24 @@ impl Reader {
 
 impl From<Item> for proto::WatchResponse {
     fn from(item: Item) -> Self {
-        Self {
-            item: Some(item),
-            along: None,
-        }
+        Self { item: Some(item) }
     }
 }
 
-/// The items of a watch, as a stream of messages: an empty one first, which says that the watch has begun. Whenever what was
-/// told last is not there, or is gone, `along` comes with it.
+/// The items of a watch, as a stream of messages: an empty one first, which says that the watch has begun.
 pub(crate) fn to_messages(
     namespace: Namespace,
     watch: Watch,
-    along: impl Fn() -> Option<proto::Page> + Send,
 ) -> impl futures_util::Stream<Item = proto::WatchResponse> + Send {
     let begun = futures_util::stream::iter([proto::WatchResponse::default()]);
-    let mut there = false;
     let items = watch.flat_map(move |item| {
-        match &item {
-            Ok(WatchItem::Changes(events)) => there = !matches!(events.last(), Some(Event::Deleted { .. })),
-            Ok(WatchItem::Reset) => there = false,
-            Ok(WatchItem::Synced(_)) | Err(_) => {}
-        }
         let items = match item {
             Ok(WatchItem::Reset) => vec![Item::Reset(proto::Unit {})],
             Ok(WatchItem::Synced(revision)) => vec![Item::Synced(revision.0)],
             Ok(WatchItem::Changes(events)) => messages(&namespace, &events),
             Err(error) => vec![Item::Failure(crate::service::said(&error))],
         };
-        let mut messages: Vec<proto::WatchResponse> = items.into_iter().map(Into::into).collect();
-        if let Some(last) = messages.last_mut().filter(|_| !there) {
-            last.along = along();
-        }
-        futures_util::stream::iter(messages)
+        futures_util::stream::iter(items.into_iter().map(Into::into))
     });
     begun.chain(items)
 }
