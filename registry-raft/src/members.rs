@@ -284,16 +284,25 @@ impl Core {
 
     /// Tells in which term this member leads, as long as no other can, as far as its clock tells.
     pub(crate) async fn keep_leadership(self, told: watch::Sender<Option<u64>>, mut stopping: watch::Receiver<bool>) {
-        let mut metrics = self.raft().metrics();
+        // All that changes, which is every entry too; and who leads, which seldom does.
+        let mut all = self.raft().metrics();
+        let mut server = self.raft().server_metrics();
         let mut handing_over = self.handing_over().subscribe();
         while !*stopping.borrow_and_update() {
             handing_over.mark_unchanged();
             let leads = self.leads_surely();
             told.send_if_modified(|told| std::mem::replace(told, leads) != leads);
+            let changed = async {
+                match leads.is_none() && self.leads().is_some() {
+                    // A majority is about to be heard.
+                    true => all.changed().await,
+                    false => server.changed().await,
+                }
+            };
             tokio::select! {
                 // It may end by time alone.
                 () = tokio::time::sleep(LOOK), if leads.is_some() => {}
-                changed = metrics.changed() => if changed.is_err() { break },
+                changed = changed => if changed.is_err() { break },
                 // An error says that the member is gone.
                 _ = handing_over.changed() => {}
                 _ = stopping.changed() => {}
