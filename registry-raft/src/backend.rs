@@ -154,7 +154,7 @@ impl RaftRegistry {
         let entries = page
             .entries
             .into_iter()
-            .map(|entry| command::entry(self.namespace(), entry));
+            .map(|entry| command::entry(self.namespace(), &entry));
         let entries = entries.collect::<Result<Vec<_>>>()?;
         let next = entries.last().filter(|_| page.more).map(|entry| entry.key.clone());
         Ok(Page {
@@ -274,7 +274,7 @@ impl Registry for RaftRegistry {
         match self.ask(Call::Get(get)).await? {
             Answer::Get(answer) => answer
                 .entry
-                .map(|entry| command::entry(self.namespace(), entry))
+                .map(|entry| command::entry(self.namespace(), &entry))
                 .transpose(),
             _ => Err(not_understood()),
         }

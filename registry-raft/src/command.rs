@@ -144,10 +144,10 @@ pub(crate) fn not_understood() -> Error {
 }
 
 /// An entry with its key made logical.
-pub(crate) fn entry(namespace: &Namespace, entry: proto::Entry) -> Result<registry_api::Entry, Error> {
+pub(crate) fn entry(namespace: &Namespace, entry: &proto::Entry) -> Result<registry_api::Entry, Error> {
     Ok(registry_api::Entry {
         key: logical(namespace, &entry.key)?,
-        value: entry.value,
+        value: entry.value.clone(),
         create_revision: Revision(entry.create_revision),
         mod_revision: Revision(entry.mod_revision),
         session: (entry.session > 0).then_some(SessionId(entry.session)),

@@ -2,8 +2,11 @@
 //! shares a message, so that many callers cost little more than one.
 
 mod answering;
+mod sharing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod understood;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -53,7 +56,7 @@ enum Waiter {
 }
 
 /// Takes an item of a watch in the task of the connection, and says whether it takes the next.
-type Take = Box<dyn FnMut(proto::WatchResponse) -> bool + Send>;
+type Take = Box<dyn FnMut(&proto::WatchResponse) -> bool + Send>;
 
 /// Where the items of a watch go: to what takes them as they come, if there is any, else to who reads them.
 struct Hearing {
@@ -155,7 +158,7 @@ impl Items {
 
     /// Has what comes taken as it comes, in the task of the connection, which has to be quick: it is not read any more.
     /// The stream ends when it takes no more. Nothing is done as long as something is there to be read, which comes first.
-    pub(crate) fn hear(&self, take: impl FnMut(proto::WatchResponse) -> bool + Send + 'static) {
+    pub(crate) fn hear(&self, take: impl FnMut(&proto::WatchResponse) -> bool + Send + 'static) {
         let Some(hearing) = self.hearing.upgrade() else {
             return;
         };
@@ -167,14 +170,14 @@ impl Items {
 }
 
 impl Hearing {
-    fn tell(&mut self, item: proto::WatchResponse) {
+    fn tell(&mut self, item: &proto::WatchResponse) {
         match (&mut self.take, &self.read) {
             (Some(take), _) => {
                 if !take(item) {
                     (self.take, self.read) = (None, None);
                 }
             }
-            (None, Some(read)) => drop(read.send(Ok(item))),
+            (None, Some(read)) => drop(read.send(Ok(item.clone()))),
             (None, None) => {}
         }
     }
@@ -216,11 +219,17 @@ fn tell(waiting: &Mutex<Waiting>, told: proto::Told) {
     let number = &told.number;
     let mut waiting = waiting.lock();
     match (told.what, waiting.waiters.get(number)) {
-        (Some(Tell::Item(item)), Some(Waiter::Items(hearing))) => {
-            let hearing = hearing.clone();
+        (Some(Tell::Item(item)), _) => {
+            let hearing = |number| match waiting.waiters.get(number) {
+                Some(Waiter::Items(hearing)) => Some(hearing.clone()),
+                _ => None,
+            };
+            let all: Vec<_> = std::iter::once(number).chain(&told.also).filter_map(hearing).collect();
             // Nobody who asks something else waits for it.
             drop(waiting);
-            hearing.lock().tell(item);
+            for hearing in all {
+                hearing.lock().tell(&item);
+            }
         }
         (Some(Tell::Response(response)), Some(Waiter::Once(_) | Waiter::Gone(_))) => {
             if let Some(Waiter::Once(waiter) | Waiter::Gone(waiter)) = waiting.waiters.remove(number) {
@@ -234,7 +243,12 @@ fn tell(waiting: &Mutex<Waiting>, told: proto::Told) {
 
 /// Says what is asked and passes on what is told, until one of both has an end.
 async fn hear(channel: Connection, asked: mpsc::UnboundedReceiver<proto::Asked>, waiting: &Mutex<Waiting>) -> Status {
-    let asked = together(asked, mpsc::UnboundedReceiver::poll_recv, |asked| {
+    let add = |together: &mut Vec<_>, asked: proto::Asked| {
+        let bytes = asked.encoded_len();
+        together.push(asked);
+        bytes
+    };
+    let asked = together(asked, mpsc::UnboundedReceiver::poll_recv, add, |asked| {
         proto::AskedTogether { asked }
     });
     let mut told = match Remote::client(channel).converse(asked).await {
@@ -254,15 +268,16 @@ fn gone() -> Status {
     Status::unavailable("the other side has ended the conversation")
 }
 
-/// What waits, as few messages: nobody waits for more to come.
-fn together<R, P, M>(
+/// What waits, as few messages: nobody waits for more to come. A message has parts, to which `add` adds one that waits and
+/// says how many bytes it takes.
+fn together<R, W, P, M>(
     receiver: R,
-    poll: impl Fn(&mut R, &mut std::task::Context<'_>) -> std::task::Poll<Option<P>>,
+    poll: impl Fn(&mut R, &mut std::task::Context<'_>) -> std::task::Poll<Option<W>>,
+    mut add: impl FnMut(&mut Vec<P>, W) -> usize,
     message: impl Fn(Vec<P>) -> M,
 ) -> impl Stream<Item = M>
 where
     R: Unpin,
-    P: Message,
 {
     use std::task::Poll;
     let mut receiver = receiver;
@@ -270,10 +285,7 @@ where
         let (mut parts, mut bytes) = (Vec::new(), 0);
         while parts.len() < TOGETHER && bytes < TOGETHER_BYTES {
             match poll(&mut receiver, context) {
-                Poll::Ready(Some(part)) => {
-                    bytes += part.encoded_len();
-                    parts.push(part);
-                }
+                Poll::Ready(Some(waits)) => bytes += add(&mut parts, waits),
                 Poll::Ready(None) if parts.is_empty() => return Poll::Ready(None),
                 Poll::Pending if parts.is_empty() => return Poll::Pending,
                 Poll::Ready(None) | Poll::Pending => break,

@@ -5,7 +5,8 @@ use std::time::Duration;
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt, stream};
 use registry_api::{
-    Error, Expect, Key, MAX_OPERATIONS, MAX_TXN, Namespace, Prefix, Revision, WatchFrom, WatchRequest, WatchScope,
+    Error, Expect, Key, MAX_OPERATIONS, MAX_TXN, Namespace, Prefix, Revision, Watch, WatchFrom, WatchRequest,
+    WatchScope,
 };
 use tokio::sync::watch;
 use tonic::{Request, Response, Status, Streaming};
@@ -21,7 +22,6 @@ use crate::proto::failure::Kind;
 use crate::proto::registry_server::Registry;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
-use crate::remote::to_messages;
 
 /// The longest a member works on one request, whatever the caller asks.
 const MAX_PATIENCE: Duration = Duration::from_secs(60);
@@ -73,17 +73,11 @@ impl Service {
         answer.into()
     }
 
-    /// The items of a watch; a failure alone if it can't begin.
-    pub(crate) async fn watch(&self, request: proto::WatchRequest) -> BoxStream<'static, proto::WatchResponse> {
-        let begun = async {
-            let (namespace, request) = watch_request(request)?;
-            let watch = self.core()?.watch(&namespace, request, MAX_PATIENCE).await?;
-            Ok(to_messages(namespace, watch).boxed())
-        };
-        begun.await.unwrap_or_else(|error: Error| {
-            let failure = proto::watch_response::Item::Failure(said(&error));
-            stream::iter([failure.into()]).boxed()
-        })
+    /// Begins a watch of keys of that namespace.
+    pub(crate) async fn watch(&self, request: proto::WatchRequest) -> Result<(Namespace, Watch), Error> {
+        let (namespace, request) = watch_request(request)?;
+        let watch = self.core()?.watch(&namespace, request, MAX_PATIENCE).await?;
+        Ok((namespace, watch))
     }
 }
 

@@ -6,7 +6,6 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::Context;
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt};
@@ -16,6 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
 use tonic::Status;
 
+use super::sharing::{Lately, SharedItem, shared};
 use super::{Ask, TOGETHER, Tell, together};
 use crate::proto;
 use crate::proto::request::Call;
@@ -32,6 +32,8 @@ pub(super) const WATCHES: usize = 4096;
 /// How much that is told waits for the connection to take it, in parts and in bytes. A part that is larger waits alone.
 const TOLD: usize = 256;
 const TOLD_BYTES: usize = 4 << 20;
+/// What a part takes besides what it says.
+const PART_BYTES: usize = 16;
 /// An answer up to this size waits for room as it is: `AT_ONCE` of them are as much as may wait anyway.
 const SMALL: usize = TOLD_BYTES / AT_ONCE as usize;
 /// A conversation ends of which nothing was taken for so long, or twice that, though something waits.
@@ -60,6 +62,7 @@ pub(super) fn answer_unless(
         taken: Arc::default(),
     };
     let taken = telling.taken.clone();
+    let mut last = None;
     tokio::spawn(async move {
         tokio::select! {
             () = read(service, asked, &telling) => {}
@@ -73,19 +76,62 @@ pub(super) fn answer_unless(
             _ = stopping.wait_for(|stop| *stop) => {}
         }
     });
-    let next = move |told: &mut mpsc::Receiver<Waiting>, context: &mut Context<'_>| {
-        told.poll_recv(context).map(|waiting| {
-            taken.fetch_add(1, Ordering::Relaxed);
-            waiting.map(|waiting| waiting.told)
-        })
+    let add = move |told: &mut Vec<proto::Told>, waiting: Waiting| {
+        taken.fetch_add(1, Ordering::Relaxed);
+        waiting.add_to(told, &mut last)
     };
-    together(told, next, |told| proto::ToldTogether { told }).map(Ok)
+    together(told, mpsc::Receiver::poll_recv, add, |told| proto::ToldTogether {
+        told,
+    })
+    .map(Ok)
 }
 
 /// What is to be told, with its place among what waits for the connection.
 struct Waiting {
-    told: proto::Told,
+    number: u64,
+    what: What,
     _place: OwnedSemaphorePermit,
+}
+
+enum What {
+    Response(proto::Response),
+    Item(SharedItem),
+    End,
+}
+
+impl What {
+    fn bytes(&self) -> usize {
+        let what = match self {
+            Self::Response(response) => response.encoded_len(),
+            Self::Item(item) => item.bytes(),
+            Self::End => 0,
+        };
+        what + PART_BYTES
+    }
+}
+
+impl Waiting {
+    /// Adds it to what is told together, and says how many bytes that takes. What the last part says too is not repeated.
+    fn add_to(self, told: &mut Vec<proto::Told>, last: &mut Option<SharedItem>) -> usize {
+        let bytes = self.what.bytes();
+        let (what, item) = match self.what {
+            What::Response(response) => (Some(Tell::Response(response)), None),
+            What::Item(item) => {
+                if let (Some(part), Some(last)) = (told.last_mut(), &*last)
+                    && last.is(&item)
+                {
+                    part.also.push(self.number);
+                    return PART_BYTES;
+                }
+                (Some(Tell::Item(item.message().clone())), Some(item))
+            }
+            What::End => (None, None),
+        };
+        *last = item;
+        let (number, also) = (self.number, Vec::new());
+        told.push(proto::Told { number, also, what });
+        bytes
+    }
 }
 
 /// Tells the other side. Clones share the room for what waits.
@@ -99,31 +145,36 @@ struct Telling {
 
 impl Telling {
     /// Waits for room, and says whether anybody hears it.
-    async fn tell(&self, told: proto::Told) -> bool {
-        match self.room.clone().acquire_many_owned(room_for(&told)).await {
-            Ok(place) => self.tell_at(place, told).await,
+    async fn tell(&self, number: u64, what: What) -> bool {
+        match self.room.clone().acquire_many_owned(room_for(&what)).await {
+            Ok(place) => self.tell_at(place, number, what).await,
             Err(_) => false,
         }
     }
 
-    async fn tell_at(&self, place: OwnedSemaphorePermit, told: proto::Told) -> bool {
-        self.tell.send(Waiting { told, _place: place }).await.is_ok()
+    async fn tell_at(&self, place: OwnedSemaphorePermit, number: u64, what: What) -> bool {
+        let waiting = Waiting {
+            number,
+            what,
+            _place: place,
+        };
+        self.tell.send(waiting).await.is_ok()
     }
 
     /// Tells what was read. A large answer does not wait for room: it is read again when there is some, so that what waits
     /// unread costs little, however much is asked for.
-    async fn tell_read<F: Future<Output = proto::Told>>(&self, read: impl Fn() -> F) -> bool {
+    async fn tell_read<F: Future<Output = proto::Response>>(&self, number: u64, read: impl Fn() -> F) -> bool {
         let mut had = None::<OwnedSemaphorePermit>;
         loop {
-            let told = read().await;
+            let told = What::Response(read().await);
             let needs = room_for(&told);
             let place = match had.take() {
                 Some(place) if place.num_permits() >= needs as usize => Ok(place),
                 _ => self.room.clone().try_acquire_many_owned(needs),
             };
             match place {
-                Ok(place) => return self.tell_at(place, told).await,
-                Err(_) if needs as usize <= SMALL => return self.tell(told).await,
+                Ok(place) => return self.tell_at(place, number, told).await,
+                Err(_) if needs as usize <= SMALL => return self.tell(number, told).await,
                 Err(_) => drop(told),
             }
             match self.room.clone().acquire_many_owned(needs).await {
@@ -149,14 +200,14 @@ impl Telling {
 }
 
 /// How much of the room it takes.
-fn room_for(told: &proto::Told) -> u32 {
-    u32::try_from(told.encoded_len().min(TOLD_BYTES)).unwrap_or(u32::MAX)
+fn room_for(what: &What) -> u32 {
+    u32::try_from(what.bytes().min(TOLD_BYTES)).unwrap_or(u32::MAX)
 }
 
 /// What is done with a question that is no watch.
 enum Work {
     Answer(Box<proto::Request>),
-    Refuse(Tell),
+    Refuse(What),
 }
 
 /// Works on what is asked.
@@ -168,6 +219,7 @@ async fn read(
     let room = Arc::new(Semaphore::new(AT_ONCE as usize));
     // Those that nobody cancelled end with this.
     let mut watches = Watches::default();
+    let lately = Arc::<Lately>::default();
     loop {
         let together = tokio::select! {
             message = asked.next() => match message {
@@ -181,7 +233,10 @@ async fn read(
         for proto::Asked { number, what } in together.asked {
             let work = match what {
                 Some(Ask::Watch(request)) if watches.have_room_for(number) => {
-                    watches.begin(number, items(service.clone(), *request, number, telling.clone()));
+                    watches.begin(
+                        number,
+                        items(service.clone(), *request, lately.clone(), number, telling.clone()),
+                    );
                     continue;
                 }
                 Some(Ask::OnceGone(gone)) if watches.have_room_for(number) => {
@@ -192,8 +247,11 @@ async fn read(
                     watches.cancel(number);
                     continue;
                 }
-                Some(Ask::Watch(_)) => Work::Refuse(Tell::Item(Item::Failure(one_watch_too_many()).into())),
-                Some(Ask::OnceGone(_)) => Work::Refuse(Tell::Response(Answer::Failure(one_watch_too_many()).into())),
+                Some(Ask::Watch(_)) => Work::Refuse(failure(&one_watch_too_many())),
+                Some(Ask::OnceGone(_)) => {
+                    let failure = Answer::Failure(said(&one_watch_too_many()));
+                    Work::Refuse(What::Response(failure.into()))
+                }
                 Some(Ask::Request(request)) => Work::Answer(request),
                 None => Work::Answer(Box::default()),
             };
@@ -266,48 +324,127 @@ impl Watches {
 
 /// Answers a request, and says whether anybody hears it.
 async fn one(service: &Service, request: proto::Request, number: u64, telling: &Telling) -> bool {
-    let told = |response| proto::Told {
-        number,
-        what: Some(Tell::Response(response)),
-    };
     match &request.call {
         Some(Call::Get(_) | Call::List(_) | Call::Children(_)) => {
             let request = &request;
-            let read = || async move { told(service.answer(request.clone()).await) };
-            telling.tell_read(read).await
+            let read = || async move { service.answer(request.clone()).await };
+            telling.tell_read(number, read).await
         }
-        _ => telling.tell(told(service.answer(request).await)).await,
+        _ => {
+            telling
+                .tell(number, What::Response(service.answer(request).await))
+                .await
+        }
     }
 }
 
 /// Tells the items of a watch, and its end; its number is left.
-async fn items(service: Service, request: proto::WatchRequest, number: u64, telling: Telling) -> u64 {
-    let mut items = service.watch(request).await;
-    loop {
-        let item = items.next().await;
-        let ended = item.is_none();
-        let what = item.map(Tell::Item);
-        if !telling.tell(proto::Told { number, what }).await || ended {
-            return number;
+async fn items(
+    service: Service,
+    request: proto::WatchRequest,
+    lately: Arc<Lately>,
+    number: u64,
+    telling: Telling,
+) -> u64 {
+    match service.watch(request).await {
+        Ok((namespace, mut watch)) => {
+            // An empty one says that the watch has begun.
+            let mut items = shared(vec![proto::WatchResponse::default()]);
+            loop {
+                for item in SharedItem::each(items) {
+                    if !telling.tell(number, What::Item(item)).await {
+                        return number;
+                    }
+                }
+                match watch.next().await {
+                    Some(item) => items = lately.say(&namespace, item),
+                    None => break,
+                }
+            }
+            telling.tell(number, What::End).await;
+        }
+        Err(error) => {
+            refuse(failure(&error), number, &telling).await;
         }
     }
+    number
 }
 
 /// Tells what is listed once a key is gone; its number is left.
 async fn once_gone(service: Service, gone: proto::OnceGone, number: u64, telling: Telling) -> u64 {
-    let what = Some(Tell::Response(service.once_gone(gone).await));
+    let response = service.once_gone(gone).await;
     // Nobody may hear it any more.
-    telling.tell(proto::Told { number, what }).await;
+    telling.tell(number, What::Response(response)).await;
     number
 }
 
-fn one_watch_too_many() -> proto::Failure {
-    let reason = format!("more than {WATCHES} watches of one handle");
-    said(&Error::InvalidRequest(reason))
+fn failure(error: &Error) -> What {
+    let failure = vec![Item::Failure(said(error)).into()];
+    What::Item(SharedItem(shared(failure), 0))
+}
+
+fn one_watch_too_many() -> Error {
+    Error::InvalidRequest(format!("more than {WATCHES} watches of one handle"))
 }
 
 /// Tells a refusal, and that nothing follows it.
-async fn refuse(what: Tell, number: u64, telling: &Telling) -> bool {
-    let told = |what| telling.tell(proto::Told { number, what });
-    told(Some(what)).await && told(None).await
+async fn refuse(what: What, number: u64, telling: &Telling) -> bool {
+    telling.tell(number, what).await && telling.tell(number, What::End).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sharing::Messages;
+    use super::*;
+
+    #[test]
+    fn what_the_last_part_says_too_is_told_with_it() {
+        let room = Arc::new(Semaphore::new(100));
+        let waiting = |number, what| Waiting {
+            number,
+            what,
+            _place: room.clone().try_acquire_owned().unwrap(),
+        };
+        let two = shared(vec![Item::Synced(1).into(), Item::Synced(2).into()]);
+        let equal = shared(vec![Item::Synced(1).into()]);
+        let item = |messages: &Messages, at| What::Item(SharedItem(messages.clone(), at));
+        let response = || What::Response(Answer::Done(proto::Unit {}).into());
+        let waits = [
+            (1, item(&two, 0)),
+            (2, item(&two, 0)),
+            (3, item(&two, 0)),
+            (1, item(&two, 1)),
+            (4, item(&equal, 0)),
+            (5, response()),
+            (6, response()),
+            (7, What::End),
+            (8, What::End),
+            (9, item(&equal, 0)),
+            (10, item(&equal, 0)),
+        ];
+        let (mut told, mut last) = (Vec::new(), None);
+        for (number, what) in waits {
+            waiting(number, what).add_to(&mut told, &mut last);
+        }
+        let numbers: Vec<_> = told.iter().map(|told| (told.number, told.also.clone())).collect();
+        let alone = |number| (number, vec![]);
+        assert_eq!(
+            numbers,
+            [
+                (1, vec![2, 3]),
+                alone(1),
+                alone(4),
+                alone(5),
+                alone(6),
+                alone(7),
+                alone(8),
+                (9, vec![10])
+            ]
+        );
+        // Another message tells it again.
+        let mut next = Vec::new();
+        waiting(11, item(&equal, 0)).add_to(&mut next, &mut last);
+        assert_eq!((next[0].number, &next[0].what), (11, &told[7].what));
+        assert_eq!(room.available_permits(), 100);
+    }
 }

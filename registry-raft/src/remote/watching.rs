@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use parking_lot::Mutex;
 use registry_api::watch::{Feed, Picture, feed};
 use registry_api::{
@@ -149,7 +148,7 @@ impl WatchStream {
                 list.after.clone_from(&last.key);
             }
             for entry in page.entries {
-                let entry = command::entry(&self.namespace, entry)?;
+                let entry = command::entry(&self.namespace, &entry)?;
                 if entry.mod_revision <= after && self.request.wants(&entry.key) {
                     self.reader.lock().picture.put(entry);
                 }
@@ -209,7 +208,7 @@ pub(crate) async fn pass_on(reader: &Arc<Mutex<Reader>>, items: &mut Items) -> R
     while let Ok(Some(response)) = items.message().await {
         let (goes_on, listing) = {
             let mut reader = reader.lock();
-            (reader.take(response), reader.listing)
+            (reader.take(&response), reader.listing)
         };
         if !goes_on {
             break;
@@ -267,15 +266,15 @@ impl Reader {
     }
 
     /// Takes the next item, and says whether the stream is of any more use.
-    fn take(&mut self, response: proto::WatchResponse) -> bool {
+    fn take(&mut self, response: &proto::WatchResponse) -> bool {
         self.pass_on(response).unwrap_or_else(|error| {
             self.failed = Some(error);
             false
         })
     }
 
-    fn pass_on(&mut self, response: proto::WatchResponse) -> Result<bool> {
-        match response.item {
+    fn pass_on(&mut self, response: &proto::WatchResponse) -> Result<bool> {
+        match &response.item {
             Some(Item::Reset(_)) => {
                 self.picture = Picture::default();
                 self.current = None;
@@ -285,14 +284,14 @@ impl Reader {
             }
             Some(Item::Changes(changes)) => match &mut self.current {
                 Some(current) => {
-                    for entry in changes.events.into_iter().filter_map(|event| event.entry) {
+                    for entry in changes.events.iter().filter_map(|event| event.entry.as_ref()) {
                         current.push(command::entry(&self.namespace, entry)?);
                     }
                 }
                 None => self.changes(changes)?,
             },
             Some(Item::Synced(revision)) => {
-                let revision = Revision(revision);
+                let revision = Revision(*revision);
                 if let Some(current) = self.current.take() {
                     self.feed.changes(self.picture.replace(current, revision));
                 }
@@ -300,7 +299,7 @@ impl Reader {
                 self.told = Some(revision);
                 self.feed.synced(revision);
             }
-            Some(Item::Failure(said)) => match failure(said) {
+            Some(Item::Failure(said)) => match failure(said.clone()) {
                 // Of what the member can't tell of any more, the next stream tells how it is now.
                 Error::Unavailable { .. } | Error::Compacted { .. } => return Ok(false),
                 error => return Err(error),
@@ -310,13 +309,13 @@ impl Reader {
         Ok(true)
     }
 
-    fn changes(&mut self, changes: proto::Changes) -> Result<()> {
-        self.together.extend(changes.events);
+    fn changes(&mut self, changes: &proto::Changes) -> Result<()> {
         if changes.more {
+            self.together.extend_from_slice(&changes.events);
             return Ok(());
         }
         let mut events = Vec::new();
-        for event in std::mem::take(&mut self.together) {
+        for event in std::mem::take(&mut self.together).iter().chain(&changes.events) {
             events.extend(self.event(event)?);
         }
         if let Some(newest) = events.iter().map(Event::revision).max().filter(|_| !self.listing) {
@@ -327,10 +326,10 @@ impl Reader {
     }
 
     /// What an event of the stream is to the reader, who may know it already.
-    fn event(&mut self, event: proto::Event) -> Result<Vec<Event>> {
+    fn event(&mut self, event: &proto::Event) -> Result<Vec<Event>> {
         use proto::event::Kind;
         let (kind, revision) = (event.kind(), Revision(event.revision));
-        let entry = command::entry(&self.namespace, event.entry.ok_or_else(not_understood)?)?;
+        let entry = command::entry(&self.namespace, event.entry.as_ref().ok_or_else(not_understood)?)?;
         let cause = match kind {
             Kind::Created => return Ok(self.picture.put(entry)),
             Kind::Updated => {
@@ -360,22 +359,15 @@ impl From<Item> for proto::WatchResponse {
     }
 }
 
-/// The items of a watch, as a stream of messages: an empty one first, which says that the watch has begun.
-pub(crate) fn to_messages(
-    namespace: Namespace,
-    watch: Watch,
-) -> impl futures_util::Stream<Item = proto::WatchResponse> + Send {
-    let begun = futures_util::stream::iter([proto::WatchResponse::default()]);
-    let items = watch.flat_map(move |item| {
-        let items = match item {
-            Ok(WatchItem::Reset) => vec![Item::Reset(proto::Unit {})],
-            Ok(WatchItem::Synced(revision)) => vec![Item::Synced(revision.0)],
-            Ok(WatchItem::Changes(events)) => messages(&namespace, &events),
-            Err(error) => vec![Item::Failure(crate::service::said(&error))],
-        };
-        futures_util::stream::iter(items.into_iter().map(Into::into))
-    });
-    begun.chain(items)
+/// An item of a watch, in as many messages as its size takes.
+pub(crate) fn to_messages(namespace: &Namespace, item: Result<WatchItem>) -> Vec<proto::WatchResponse> {
+    let items = match item {
+        Ok(WatchItem::Reset) => vec![Item::Reset(proto::Unit {})],
+        Ok(WatchItem::Synced(revision)) => vec![Item::Synced(revision.0)],
+        Ok(WatchItem::Changes(events)) => messages(namespace, &events),
+        Err(error) => vec![Item::Failure(crate::service::said(&error))],
+    };
+    items.into_iter().map(Into::into).collect()
 }
 
 /// Changes that belong together, in as many messages as their size takes.
