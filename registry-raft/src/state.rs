@@ -357,7 +357,7 @@ impl State {
 
 /// The range of the keys below a qualified prefix.
 pub(crate) fn below(prefix: &str) -> (String, String) {
-    (format!("{prefix}/"), format!("{prefix}0"))
+    ([prefix, "/"].concat(), [prefix, "0"].concat())
 }
 
 /// The qualified keys above this one, the nearest first; none for a recipe's key.

@@ -298,7 +298,7 @@ impl Store {
 
 /// The least name past all that is below this one: `0` is the byte after `/`.
 fn past(parent: &str) -> String {
-    format!("{parent}0")
+    [parent, "0"].concat()
 }
 
 fn synced(revision: u64) -> impl Stream<Item = Result<WatchItem>> {
