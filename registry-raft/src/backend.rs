@@ -113,7 +113,7 @@ impl RaftRegistry {
         let (mut deadline, mut backoff) = (self.deadline(), Backoff::default());
         loop {
             match self.link.once_gone(gone.clone(), deadline.left()).await {
-                Err(Error::OutcomeUnknown { .. }) => (deadline, backoff) = (self.deadline(), Backoff::default()),
+                Err(Error::OutcomeUnknown { .. }) => deadline = self.deadline(),
                 Err(Error::Unavailable { .. }) if backoff.within(&deadline) => {}
                 done => return done,
             }
