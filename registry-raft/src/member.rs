@@ -421,10 +421,11 @@ impl Core {
 
     /// The term this member leads in, if it does.
     pub(crate) fn leads(&self) -> Option<u64> {
-        let metrics = self.raft.metrics();
+        // What is told before the rest: who waits for this alone must not find it as it was.
+        let metrics = self.raft.server_metrics();
         let metrics = metrics.borrow_watched();
         (metrics.current_leader == Some(self.identity.member) && metrics.state.is_leader())
-            .then_some(metrics.current_term)
+            .then_some(metrics.vote.leader_id().term)
     }
 }
 
