@@ -45,13 +45,9 @@ struct Waiting {
     ended: Option<Status>,
 }
 
-type Tells = oneshot::Sender<Result<proto::Response, Status>>;
-
 #[derive(Debug)]
 enum Waiter {
-    Once(Tells),
-    /// The other side is told when nobody waits any more.
-    Gone(Tells),
+    Once(oneshot::Sender<Result<proto::Response, Status>>),
     Items(Arc<Mutex<Hearing>>),
 }
 
@@ -84,17 +80,17 @@ impl Conversation {
 
     /// Asks, and waits however long. Dropping the future leaves open what becomes of the request.
     pub(crate) async fn ask(&self, request: proto::Request) -> Result<proto::Response, Status> {
-        self.once(Waiter::Once, Ask::Request(request.into())).await
+        self.once(Ask::Request(request.into())).await
     }
 
     /// Waits until a key is gone, and for what is listed then. Dropping the future ends the wait.
     pub(crate) async fn once_gone(&self, gone: proto::OnceGone) -> Result<proto::Response, Status> {
-        self.once(Waiter::Gone, Ask::OnceGone(gone.into())).await
+        self.once(Ask::OnceGone(gone.into())).await
     }
 
-    async fn once(&self, waiter: fn(Tells) -> Waiter, what: Ask) -> Result<proto::Response, Status> {
+    async fn once(&self, what: Ask) -> Result<proto::Response, Status> {
         let (tell, told) = oneshot::channel();
-        let _asked = self.send(waiter(tell), what)?;
+        let _asked = self.send(Waiter::Once(tell), what)?;
         told.await.unwrap_or_else(|_| Err(gone()))
     }
 
@@ -114,6 +110,7 @@ impl Conversation {
         let number = self.waiting.lock().add(waiter)?;
         let question = Question {
             number,
+            lasts: !matches!(what, Ask::Request(_)),
             conversation: self.clone(),
         };
         let what = Some(what);
@@ -127,17 +124,19 @@ impl Conversation {
 #[derive(Debug)]
 struct Question {
     number: u64,
+    /// It is worked on until it is cancelled, however long.
+    lasts: bool,
     conversation: Conversation,
 }
 
 impl Drop for Question {
     fn drop(&mut self) {
-        let Self { number, conversation } = self;
-        let waiter = conversation.waiting.lock().waiters.remove(number);
-        if let Some(Waiter::Items(_) | Waiter::Gone(_)) = waiter {
-            let (number, what) = (*number, Some(Ask::Cancel(proto::Unit {})));
+        let number = self.number;
+        let waiter = self.conversation.waiting.lock().waiters.remove(&number);
+        if self.lasts && waiter.is_some() {
+            let what = Some(Ask::Cancel(proto::Unit {}));
             // It may have ended.
-            let _ = conversation.asking.send(proto::Asked { number, what });
+            let _ = self.conversation.asking.send(proto::Asked { number, what });
         }
     }
 }
@@ -203,7 +202,7 @@ impl Waiting {
     fn end(&mut self, status: Status) {
         for (_, waiter) in self.waiters.drain() {
             match waiter {
-                Waiter::Once(waiter) | Waiter::Gone(waiter) => drop(waiter.send(Err(status.clone()))),
+                Waiter::Once(waiter) => drop(waiter.send(Err(status.clone()))),
                 Waiter::Items(hearing) => {
                     let read = &hearing.lock().read;
                     let _ = read.as_ref().map(|read| read.send(Err(status.clone())));
@@ -218,8 +217,8 @@ impl Waiting {
 fn tell(waiting: &Mutex<Waiting>, told: proto::Told) {
     let number = &told.number;
     let mut waiting = waiting.lock();
-    match (told.what, waiting.waiters.get(number)) {
-        (Some(Tell::Item(item)), _) => {
+    match told.what {
+        Some(Tell::Item(item)) => {
             let hearing = |number| match waiting.waiters.get(number) {
                 Some(Waiter::Items(hearing)) => Some(hearing.clone()),
                 _ => None,
@@ -231,13 +230,14 @@ fn tell(waiting: &Mutex<Waiting>, told: proto::Told) {
                 hearing.lock().tell(&item);
             }
         }
-        (Some(Tell::Response(response)), Some(Waiter::Once(_) | Waiter::Gone(_))) => {
-            if let Some(Waiter::Once(waiter) | Waiter::Gone(waiter)) = waiting.waiters.remove(number) {
+        Some(Tell::Response(response)) => {
+            if matches!(waiting.waiters.get(number), Some(Waiter::Once(_)))
+                && let Some(Waiter::Once(waiter)) = waiting.waiters.remove(number)
+            {
                 drop(waiter.send(Ok(response)));
             }
         }
-        (None, _) => drop(waiting.waiters.remove(number)),
-        (Some(_), _) => {}
+        None => drop(waiting.waiters.remove(number)),
     }
 }
 
