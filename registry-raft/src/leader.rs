@@ -17,7 +17,7 @@ use tonic::{Code, Status};
 
 use crate::command::not_understood;
 use crate::directory::removed_for_good;
-use crate::link::{BACKEND, failure, of_question};
+use crate::link::{BACKEND, failure, millis, of_question};
 use crate::member::{Core, unavailable};
 use crate::peers::{Appended, refused};
 use crate::proto;
@@ -150,7 +150,7 @@ impl Core {
             .map_err(silent)?;
         let conversation = conversation.map_err(|status| unavailable(status.message().to_owned()))?;
         let request = proto::Request {
-            patience_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),
+            patience_ms: millis(patience),
             forwarded: true,
             call: Some(call),
         };

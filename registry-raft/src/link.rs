@@ -113,3 +113,8 @@ pub(crate) fn of_question(error: Error) -> Error {
         error => error,
     }
 }
+
+/// As a message says it: a time too long for that is none that anybody waits.
+pub(crate) fn millis(time: Duration) -> u32 {
+    u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
+}

@@ -16,7 +16,7 @@ use registry_api::{BoxError, Error, Namespace, Result, Watch, WatchRequest};
 use crate::backup::Parts;
 use crate::command::not_understood;
 use crate::conversation::Conversation;
-use crate::link::{BACKEND, Gone, Link, failure, of_question};
+use crate::link::{BACKEND, Gone, Link, failure, millis, of_question};
 use crate::proto;
 use crate::proto::backup_part::Part;
 use crate::proto::registry_client::RegistryClient;
@@ -324,9 +324,4 @@ impl Link for Remote {
             current: Arc::default(),
         })
     }
-}
-
-/// As a message says it: a time too long for that is none that anybody waits.
-fn millis(time: Duration) -> u32 {
-    u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
 }
