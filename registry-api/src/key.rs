@@ -132,7 +132,7 @@ fn check_segment(segment: &str) -> Result<(), Reason> {
     if segment.len() > MAX_SEGMENT {
         return Err(Reason::LongSegment { bytes: segment.len() });
     }
-    // Nearly all are plain: seen eight bytes at a time.
+    // Nearly all are plain, and a byte is sooner looked at than a character.
     if segment.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
         return Ok(());
     }
