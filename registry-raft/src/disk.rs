@@ -3,14 +3,19 @@
 use std::fmt::Debug;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::directory::owned;
 
+use direct::Direct;
+
+mod direct;
 #[cfg(test)]
 pub(crate) mod faulty;
+
+pub(crate) use direct::PAGE;
 
 pub(crate) trait Disk: Debug + Send + Sync {
     fn list(&self) -> io::Result<Vec<String>>;
@@ -19,6 +24,9 @@ pub(crate) trait Disk: Debug + Send + Sync {
     fn create(&self, name: &str) -> io::Result<Arc<dyn DiskFile>>;
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>>;
+
+    /// Opens a file whose writes go past the page cache, where that can be.
+    fn open_direct(&self, name: &str) -> io::Result<Arc<dyn DiskFile>>;
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
 
@@ -102,6 +110,12 @@ impl io::Write for Writer {
     }
 }
 
+/// How a file is opened whose writes go past the page cache.
+#[cfg(target_os = "linux")]
+const DIRECT: Option<i32> = Some(rustix::fs::OFlags::DIRECT.bits().cast_signed());
+#[cfg(not(target_os = "linux"))]
+const DIRECT: Option<i32> = None;
+
 /// A directory of the operating system's.
 #[derive(Debug)]
 pub(crate) struct Folder(pub(crate) PathBuf);
@@ -120,6 +134,19 @@ impl Disk for Folder {
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
         Ok(Arc::new(File::options().read(true).write(true).open(self.path(name))?))
+    }
+
+    fn open_direct(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
+        let open = |flags| {
+            let mut options = File::options();
+            options.read(true).write(true).custom_flags(flags).open(self.path(name))
+        };
+        match DIRECT.map(open) {
+            Some(Ok(direct)) => Ok(Arc::new(Direct::new(open(0)?, direct))),
+            // A file system that has no such thing says so in this way.
+            Some(Err(error)) if error.kind() != io::ErrorKind::InvalidInput => Err(error),
+            _ => self.open(name),
+        }
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {

@@ -8,11 +8,12 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Condvar, Mutex};
 use registry_tests::Dice;
 
+use super::direct::{Direct, PAGE};
 use super::{Disk, DiskFile};
 
 const SECTOR: usize = 512;
@@ -32,6 +33,7 @@ struct Shared {
     failing: AtomicU64,
     /// How many reads are left before one that fails.
     reads_left: AtomicU64,
+    refuses_direct: AtomicBool,
 }
 
 impl Default for Shared {
@@ -43,6 +45,7 @@ impl Default for Shared {
             held: Default::default(),
             failing: AtomicU64::new(0),
             reads_left: AtomicU64::new(u64::MAX),
+            refuses_direct: AtomicBool::new(false),
         }
     }
 }
@@ -121,6 +124,11 @@ impl Faulty {
     /// Whether the read that was to fail has failed.
     pub(crate) fn has_failed_a_read(&self) -> bool {
         self.0.reads_left.load(Ordering::SeqCst) == u64::MAX
+    }
+
+    /// It opens files as if they could be written past the cache, and takes no such write.
+    pub(crate) fn refuse_direct(&self) {
+        self.0.refuses_direct.store(true, Ordering::SeqCst);
     }
 
     pub(crate) fn limit(&self, bytes: u64) {
@@ -235,6 +243,7 @@ impl Faulty {
         Ok(OpenFile {
             content: content.ok_or(io::ErrorKind::NotFound)?,
             disk: self.clone(),
+            way: Way::Cached,
         })
     }
 
@@ -272,6 +281,15 @@ impl Disk for Faulty {
         Ok(Arc::new(Faulty::open(self, name)?))
     }
 
+    fn open_direct(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
+        let cached = Faulty::open(self, name)?;
+        let direct = OpenFile {
+            way: Way::Direct,
+            ..Faulty::open(self, name)?
+        };
+        Ok(Arc::new(Direct::new(cached, direct)))
+    }
+
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         self.open(from)?;
         self.change(Change::Rename(from.into(), to.into()))
@@ -299,6 +317,13 @@ impl Disk for Faulty {
 struct OpenFile {
     content: Arc<Mutex<Content>>,
     disk: Faulty,
+    way: Way,
+}
+
+#[derive(Debug, PartialEq)]
+enum Way {
+    Cached,
+    Direct,
 }
 
 impl DiskFile for OpenFile {
@@ -321,6 +346,16 @@ impl DiskFile for OpenFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         if self.disk.is_off() {
             return Err(io::Error::other("the power went"));
+        }
+        if self.way == Way::Direct {
+            if self.disk.0.refuses_direct.load(Ordering::SeqCst) {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            let all = [offset, bytes.len() as u64, bytes.as_ptr().addr() as u64];
+            assert!(
+                all.iter().all(|part| part.is_multiple_of(PAGE)),
+                "no whole pages: {all:?}"
+            );
         }
         let grows = (offset + bytes.len() as u64).saturating_sub(self.size()?);
         if grows > 0 && self.disk.used() + grows > self.disk.0.room.load(Ordering::SeqCst) {

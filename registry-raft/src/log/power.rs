@@ -203,6 +203,9 @@ fn run(seed: u64) -> (usize, usize) {
         if dice.roll(8) > 0 {
             disk.cut_after(1 + dice.roll(120));
         }
+        if dice.roll(4) == 0 {
+            disk.refuse_direct();
+        }
         let fatal = Arc::default();
         match open(&disk, &fatal) {
             Ok(mut log) => runtime.block_on(async {

@@ -65,7 +65,7 @@ pub(super) fn recover(disk: &dyn Disk, identity: Identity, options: Options) -> 
         expected = sequence.checked_add(1);
         let path = disk.path(name);
         let unreadable = |error: io::Error| storage(&path, format!("can't be read: {error}"));
-        let file = disk.open(name).map_err(unreadable)?;
+        let file = disk.open_direct(name).map_err(unreadable)?;
         let mut bytes = vec![0; usize::try_from(file.size().map_err(unreadable)?).unwrap_or(usize::MAX)];
         file.read_at(&mut bytes, 0).map_err(unreadable)?;
         let tail = recovered.read_segment(&path, &bytes, *sequence, identity, Some(*sequence) == newest)?;

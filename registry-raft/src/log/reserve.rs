@@ -81,7 +81,7 @@ impl Reserve {
             }
         }
         *state = State::Taken;
-        let file = self.disk.open(NAME)?;
+        let file = self.disk.open_direct(NAME)?;
         let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
         let salt = high ^ low;
         // With an end after it. Before it has its name: a segment without a head is damaged.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use prost::Message;
 
 use super::{Identity, record};
-use crate::disk::DiskFile;
+use crate::disk::{DiskFile, PAGE};
 use crate::proto::registry::log::v1::SegmentHeader;
 
 const MAGIC: &[u8; 8] = b"REGWAL\0\0";
@@ -30,10 +30,8 @@ pub(super) fn sequence(name: &str) -> Option<u64> {
     name.strip_prefix("wal-")?.strip_suffix(".log")?.parse().ok()
 }
 
-/// The page cache's pages: what ends where one of them does is written without reading what is not in the cache.
-const PAGE: u64 = 4 << 10;
-
-/// Up to where zeros are written after records that end at `end`: they tell the end from what is torn.
+/// Up to where zeros are written after records that end at `end`: they tell the end from what is torn. To the end of a
+/// page, so that no more of it has to be read.
 pub(super) fn zeros_to(end: u64, size: u64) -> u64 {
     (end + record::HEAD as u64).next_multiple_of(PAGE).min(size).max(end)
 }

@@ -265,9 +265,9 @@ impl Writer {
             self.put(&Record::Committed(wire::log_id_to(&committed)))?;
             self.heads.committed = Some(committed);
         }
-        self.write()?;
-        if wait {
-            self.sync()?;
+        match wait {
+            true => self.sync()?,
+            false => self.write()?,
         }
         let mut state = self.state.lock();
         for (id, place) in self.placed.drain(..) {
@@ -318,8 +318,10 @@ impl Writer {
         Ok(())
     }
 
+    /// Makes durable what is to be written, and what was.
     fn sync(&mut self) -> io::Result<()> {
         let start = Instant::now();
+        self.write()?;
         self.segment.file.sync()?;
         self.synced = self.offset;
         self.state.lock().last_sync = start.elapsed();
@@ -330,7 +332,6 @@ impl Writer {
         // To its end, or what an earlier use left there would look like damage.
         self.fill_to(self.size)?;
         self.offset = self.offset.max(self.size);
-        self.write()?;
         self.sync()?;
         self.sequence += 1;
         self.segment = self.reserve.take(self.sequence)?;
@@ -380,7 +381,6 @@ impl Writer {
             self.put_heads()?;
             self.start = HEADER as u64;
         }
-        self.write()?;
         self.sync()?;
         self.segments.largest.remove(&sequence);
         let segment = self.state.lock().segments.remove(&sequence);

@@ -269,7 +269,8 @@ fn about(section: &str) -> (&'static str, &'static str) {
             "Values of 256 bytes, 10,000 keys of 65 bytes, each put synced to disk before it is answered. `embedded` is a caller in \
              the member's process; `remote`, etcd and ZooKeeper are another process, reached over loopback through one connection \
              of the store's own client. ZooKeeper's get has a `sync` before it on the same connection, its nearest to linearizable. \
-             The disk is timed without a pause, and as a put of one task uses it: left alone for 0.2 ms between two syncs.",
+             The disk is timed without a pause, and as a put of one task uses it: left alone for 0.2 ms between two syncs. It \
+             is written through the page cache there, and past it by the embedded store.",
         ),
         "three" => (
             "Three servers",
