@@ -12,7 +12,7 @@ use futures_util::{Stream, StreamExt};
 use prost::Message;
 use registry_api::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
+use tokio::task::{AbortHandle, JoinSet};
 use tonic::Status;
 
 use super::sharing::{Lately, SharedItem, shared};
@@ -221,14 +221,11 @@ async fn read(
     let mut watches = Watches::default();
     let lately = Arc::<Lately>::default();
     loop {
-        let together = tokio::select! {
-            message = asked.next() => match message {
-                // No handle puts more into one.
-                Some(Ok(together)) if together.asked.len() <= TOGETHER => together,
-                // It was said to the end, or broke off.
-                Some(_) | None => return,
-            },
-            () = watches.ended() => continue,
+        let together = match asked.next().await {
+            // No handle puts more into one.
+            Some(Ok(together)) if together.asked.len() <= TOGETHER => together,
+            // It was said to the end, or broke off.
+            Some(_) | None => return,
         };
         for proto::Asked { number, what } in together.asked {
             let work = match what {
@@ -283,7 +280,8 @@ struct Watches {
 }
 
 impl Watches {
-    fn have_room_for(&self, number: u64) -> bool {
+    fn have_room_for(&mut self, number: u64) -> bool {
+        self.forget_ended();
         self.by_number.len() < WATCHES || self.by_number.contains_key(&number)
     }
 
@@ -293,9 +291,6 @@ impl Watches {
         if let Some(before) = self.by_number.insert(number, begun) {
             before.abort();
         }
-        while let Some(ended) = self.tasks.try_join_next_with_id() {
-            self.forget(ended);
-        }
     }
 
     fn cancel(&mut self, number: u64) {
@@ -304,20 +299,16 @@ impl Watches {
         }
     }
 
-    /// Waits for the end of one, if there is any.
-    async fn ended(&mut self) {
-        match self.tasks.join_next_with_id().await {
-            Some(ended) => self.forget(ended),
-            None => std::future::pending().await,
-        }
-    }
-
-    /// One that was cancelled is not there any more, and its number may be another's.
-    fn forget(&mut self, ended: Result<(Id, u64), JoinError>) {
-        if let Ok((id, number)) = ended
-            && self.by_number.get(&number).is_some_and(|watch| watch.id() == id)
-        {
-            self.by_number.remove(&number);
+    /// Where the next begins, and not as each ends: whoever reads what is asked would be waked for it, before what the watch
+    /// has told last is on its way.
+    fn forget_ended(&mut self) {
+        while let Some(ended) = self.tasks.try_join_next_with_id() {
+            // One that was cancelled is not there any more, and its number may be another's.
+            if let Ok((id, number)) = ended
+                && self.by_number.get(&number).is_some_and(|watch| watch.id() == id)
+            {
+                self.by_number.remove(&number);
+            }
         }
     }
 }

@@ -418,6 +418,11 @@ async fn one_watch_too_many_is_refused_and_ends_no_other() {
     assert!(matches!(refused, Ok(Some(Answer::Failure(said))) if said.kind() == proto::failure::Kind::Invalid));
     assert_eq!(spoken.member.status().watches, WATCHES as u64);
     watches.pop();
+    // One that ends leaves its place to the next, as one that is cancelled does.
+    for _ in 0..3 {
+        let answered = || async { matches!(spoken.once_gone("/missing").await, Ok(Some(Answer::Page(_)))) };
+        eventually(PATIENCE, answered).await;
+    }
     eventually(PATIENCE, || async { begun(spoken.watch()).await.is_some() }).await;
 }
 
