@@ -65,11 +65,17 @@ pub(super) fn recover(disk: &dyn Disk, identity: Identity, options: Options) -> 
         expected = sequence.checked_add(1);
         let path = disk.path(name);
         let unreadable = |error: io::Error| storage(&path, format!("can't be read: {error}"));
-        let file = disk.open_direct(name).map_err(unreadable)?;
+        let is_newest = newest == Some(*sequence);
+        // No other is written.
+        let file = match is_newest {
+            true => disk.open_direct(name),
+            false => disk.open(name),
+        };
+        let file = file.map_err(unreadable)?;
         let mut bytes = vec![0; usize::try_from(file.size().map_err(unreadable)?).unwrap_or(usize::MAX)];
         file.read_at(&mut bytes, 0).map_err(unreadable)?;
-        let tail = recovered.read_segment(&path, &bytes, *sequence, identity, Some(*sequence) == newest)?;
-        if Some(*sequence) == newest {
+        let tail = recovered.read_segment(&path, &bytes, *sequence, identity, is_newest)?;
+        if is_newest {
             settle(&*file, &mut bytes, &tail)
                 .map_err(|error| storage(&path, format!("its end can't be made sure: {error}")))?;
             recovered.segments.end = Some((tail.end as u64, bytes.len() as u64));
