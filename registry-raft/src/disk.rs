@@ -9,12 +9,11 @@ use std::sync::Arc;
 
 use crate::directory::owned;
 
-use direct::Direct;
-
 mod direct;
 #[cfg(test)]
 pub(crate) mod faulty;
 
+use direct::Direct;
 pub(crate) use direct::PAGE;
 
 pub(crate) trait Disk: Debug + Send + Sync {
@@ -120,6 +119,13 @@ const DIRECT: Option<i32> = None;
 #[derive(Debug)]
 pub(crate) struct Folder(pub(crate) PathBuf);
 
+impl Folder {
+    fn file(&self, name: &str, flags: i32) -> io::Result<File> {
+        let mut options = File::options();
+        options.read(true).write(true).custom_flags(flags).open(self.path(name))
+    }
+}
+
 impl Disk for Folder {
     fn list(&self) -> io::Result<Vec<String>> {
         let names = fs::read_dir(&self.0)?.map(|file| Ok(file?.file_name().to_string_lossy().into_owned()));
@@ -133,16 +139,12 @@ impl Disk for Folder {
     }
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
-        Ok(Arc::new(File::options().read(true).write(true).open(self.path(name))?))
+        Ok(Arc::new(self.file(name, 0)?))
     }
 
     fn open_direct(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
-        let open = |flags| {
-            let mut options = File::options();
-            options.read(true).write(true).custom_flags(flags).open(self.path(name))
-        };
-        match DIRECT.map(open) {
-            Some(Ok(direct)) => Ok(Arc::new(Direct::new(open(0)?, direct))),
+        match DIRECT.map(|flags| self.file(name, flags)) {
+            Some(Ok(direct)) => Ok(Arc::new(Direct::new(self.file(name, 0)?, direct))),
             // A file system that has no such thing says so in this way.
             Some(Err(error)) if error.kind() != io::ErrorKind::InvalidInput => Err(error),
             _ => self.open(name),

@@ -1,10 +1,10 @@
 //! The write-ahead log: one ordered stream of records (entries, votes, commits, truncations, purges) in segment files.
 //!
 //! A segment's file is written before its use, with zeros or in an earlier use, so that appending to it changes data only
-//! and one `fdatasync` costs no journal commit. It is written past the page cache, where that can be. One thread writes: it takes what has come, writes it at once, syncs once,
-//! then answers all. It waits for no more, but for a moment where entries came together of late; what comes while the disk
-//! works is the next batch. The first error that the disk gives is the last thing the log does: after a failed sync, what
-//! the page cache says about the data is worth nothing.
+//! and one `fdatasync` costs no journal commit. It is written past the page cache, where that can be. One thread writes:
+//! it takes what has come, writes it at once, syncs once, then answers all. It waits for no more, but for a moment where
+//! entries came together of late; what comes while the disk works is the next batch. The first error that the disk gives is
+//! the last thing the log does: after a failed sync, what the page cache says about the data is worth nothing.
 
 mod company;
 #[cfg(test)]

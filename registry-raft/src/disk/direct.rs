@@ -154,6 +154,16 @@ impl<F: DiskFile> DiskFile for Direct<F> {
     }
 }
 
+/// What `O_DIRECT` asks of a write, with the largest of blocks.
+#[cfg(test)]
+pub(super) fn assert_whole_pages(bytes: &[u8], offset: u64) {
+    let all = [offset, bytes.len() as u64, bytes.as_ptr().addr() as u64];
+    assert!(
+        all.iter().all(|part| part.is_multiple_of(PAGE)),
+        "no whole pages: {all:?}"
+    );
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -198,11 +208,7 @@ mod tests {
                 Write::Refused => return Err(io::ErrorKind::InvalidInput.into()),
             };
             if self.next.is_some() {
-                let all = [offset, bytes.len() as u64, bytes.as_ptr().addr() as u64];
-                assert!(
-                    all.iter().all(|part| part.is_multiple_of(PAGE)),
-                    "no whole pages: {all:?}"
-                );
+                assert_whole_pages(bytes, offset);
             }
             put(&mut self.bytes.lock(), &bytes[..written], offset as usize);
             match outcome {

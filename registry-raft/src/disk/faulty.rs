@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::{Condvar, Mutex};
 use registry_tests::Dice;
 
-use super::direct::{Direct, PAGE};
+use super::direct::{Direct, assert_whole_pages};
 use super::{Disk, DiskFile};
 
 const SECTOR: usize = 512;
@@ -351,11 +351,7 @@ impl DiskFile for OpenFile {
             if self.disk.0.refuses_direct.load(Ordering::SeqCst) {
                 return Err(io::ErrorKind::InvalidInput.into());
             }
-            let all = [offset, bytes.len() as u64, bytes.as_ptr().addr() as u64];
-            assert!(
-                all.iter().all(|part| part.is_multiple_of(PAGE)),
-                "no whole pages: {all:?}"
-            );
+            assert_whole_pages(bytes, offset);
         }
         let grows = (offset + bytes.len() as u64).saturating_sub(self.size()?);
         if grows > 0 && self.disk.used() + grows > self.disk.0.room.load(Ordering::SeqCst) {
