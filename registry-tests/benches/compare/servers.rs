@@ -274,7 +274,7 @@ pub(crate) async fn member(arguments: &[String]) -> Result<(), BoxError> {
     Err(member.ended().await.into())
 }
 
-/// Debian's jars of ZooKeeper and what it needs.
+/// Debian's jars of ZooKeeper and what it needs: the system's, or those in the folder that `REGISTRY_ZOOKEEPER_JARS` names.
 pub(crate) fn jars() -> Result<String, BoxError> {
     const WANTED: [&str; 6] = [
         "zookeeper",
@@ -285,7 +285,8 @@ pub(crate) fn jars() -> Result<String, BoxError> {
         "metrics-core",
     ];
     let mut jars = Vec::new();
-    for entry in std::fs::read_dir("/usr/share/java")? {
+    let folder = std::env::var_os("REGISTRY_ZOOKEEPER_JARS").unwrap_or_else(|| "/usr/share/java".into());
+    for entry in std::fs::read_dir(folder)? {
         let path = entry?.path();
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
         let wanted = |name: &String| name.ends_with(".jar") && WANTED.iter().any(|start| name.starts_with(start));
