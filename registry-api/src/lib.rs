@@ -8,6 +8,7 @@
 //!
 //! Read in this order: [`Key`], [`Entry`], [`Txn`], [`Registry`], [`Session`], [`Watch`], then the recipes.
 
+mod boot;
 mod capabilities;
 mod entry;
 mod error;
@@ -19,6 +20,7 @@ mod session;
 mod txn;
 pub mod watch;
 
+pub use boot::BootInstant;
 pub use capabilities::Capabilities;
 pub use entry::{Entry, MAX_VALUE, Revision};
 pub use error::{BoxError, Error, Refusal, Result, with_causes};

@@ -12,15 +12,19 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::boot::boottime;
 use crate::recipe::Names;
-use crate::{Error, Result};
+use crate::{BootInstant, Error, Result};
+
+/// How late the end of a session may be noticed after the machine was suspended.
+const MAX_SLEEP: Duration = Duration::from_secs(1);
 
 /// The identity of a session, unlike that of any other of the same store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -183,16 +187,16 @@ impl Session {
         Duration::from_nanos(self.clock.ttl.load(Ordering::Acquire))
     }
 
-    /// Until when the session is surely valid, as known now; `None` if it has ended. Keep-alives move it on.
-    pub fn valid_until(&self, session: SessionId) -> Option<Instant> {
-        // Read before what is left is: a thread that stood still between the two must not promise so much more.
-        let now = Instant::now();
-        Some(now + self.clock.left(session)?)
+    /// Returns until when the session is surely valid, as known now, or `None` if it has ended. Keep-alives move it on.
+    ///
+    /// The moment is one of the clock that counts suspension, as the store's clock does.
+    pub fn valid_until(&self, session: SessionId) -> Option<BootInstant> {
+        self.clock.valid_until(session)
     }
 
     /// Whether the session is surely valid at this moment.
     pub fn is_valid(&self, session: SessionId) -> bool {
-        self.clock.left(session).is_some()
+        self.clock.valid_until(session).is_some()
     }
 
     /// Waits until the session has ended, by whatever cause.
@@ -303,12 +307,11 @@ impl SessionClock {
         });
     }
 
-    fn left(&self, session: SessionId) -> Option<Duration> {
+    fn valid_until(&self, session: SessionId) -> Option<BootInstant> {
         // Read before the state is: a thread that stood still between the two must not take the next session's for its own.
-        let valid_until = self.valid_until.load(Ordering::Acquire);
+        let valid_until = Duration::from_nanos(self.valid_until.load(Ordering::Acquire));
         (self.state.borrow().live() == Some(session)).then_some(())?;
-        let left = valid_until.checked_sub(nanos(boottime()))?;
-        (left > 0).then(|| Duration::from_nanos(left))
+        (boottime() < valid_until).then(|| BootInstant::from_boottime(valid_until))
     }
 }
 
@@ -320,6 +323,20 @@ struct Keeper {
     closing: mpsc::Receiver<(Duration, oneshot::Sender<Result<()>>)>,
 }
 
+/// Closes the session when its keeper ends by whatever cause, a panic of the store's code included: nobody would notice
+/// the session's end otherwise.
+struct EndsWithKeeper(Arc<SessionClock>);
+
+impl Drop for EndsWithKeeper {
+    fn drop(&mut self) {
+        self.0.state.send_if_modified(|state| {
+            let changed = !matches!(state, SessionState::Closed(_));
+            *state = SessionState::Closed(state.id());
+            changed
+        });
+    }
+}
+
 /// What ended a session.
 enum End {
     Expired,
@@ -328,6 +345,7 @@ enum End {
 
 impl Keeper {
     async fn run(mut self) {
+        let _ended = EndsWithKeeper(self.clock.clone());
         let mut session = self.clock.state.borrow().id();
         loop {
             let end = match self.keep(session).await {
@@ -411,7 +429,7 @@ impl Keeper {
                     }
                 }
                 _ = states.changed() => {}
-                () = tokio::time::sleep(wake.saturating_sub(now).max(Duration::from_millis(1))) => {}
+                () = tokio::time::sleep(pause(now, wake)) => {}
             }
         }
     }
@@ -420,13 +438,14 @@ impl Keeper {
     async fn reopen(&mut self, given_up: SessionId) -> Result<SessionId, End> {
         let ttl = Duration::from_nanos(self.clock.ttl.load(Ordering::Acquire));
         let mut backoff = Duration::from_millis(20);
+        let mut closed = false;
         let store = self.store.clone();
         let patience = ttl.clamp(Duration::from_secs(1), Duration::from_secs(10));
         tracing::warn!(session = %given_up, backend = self.backend, "the session has ended, opening a new one");
         loop {
             let attempt = async {
-                // Best effort, to free its keys early: the store expires it anyway.
-                let _ = store.close(given_up).await;
+                // To free its keys early: the store expires it anyway.
+                closed = closed || store.close(given_up).await.is_ok();
                 let sent = boottime();
                 store.open().await.map(|grant| (grant, sent))
             };
@@ -436,6 +455,10 @@ impl Keeper {
                 opened = tokio::time::timeout(patience, attempt) => match opened {
                     Ok(Ok((grant, sent))) => {
                         self.clock.start(grant, sent);
+                        if !closed {
+                            // The store was still away when it was asked to.
+                            runtime().spawn(close_later(self.store.clone(), given_up, ttl));
+                        }
                         return Ok(grant.session);
                     }
                     Ok(Err(error)) => tracing::debug!(%error, "no new session yet"),
@@ -478,6 +501,23 @@ impl Keeper {
     }
 }
 
+/// Ends a session that was given up, retrying until the store has expired it by itself.
+async fn close_later(store: Arc<dyn SessionStore>, given_up: SessionId, ttl: Duration) {
+    let until = boottime() + 2 * ttl;
+    while boottime() < until {
+        if matches!(tokio::time::timeout(ttl, store.close(given_up)).await, Ok(Ok(()))) {
+            return;
+        }
+        tokio::time::sleep((ttl / 20).clamp(Duration::from_millis(20), Duration::from_secs(1))).await;
+    }
+}
+
+/// How long to sleep until `wake`. A sleep counts waking time only, so it is cut into short ones: after the machine was
+/// suspended, the clock is read within [`MAX_SLEEP`].
+fn pause(now: Duration, wake: Duration) -> Duration {
+    wake.saturating_sub(now).clamp(Duration::from_millis(1), MAX_SLEEP)
+}
+
 /// The thread that keeps every session of this process alive, apart from the application's own runtime.
 fn runtime() -> &'static Handle {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
@@ -489,23 +529,6 @@ fn runtime() -> &'static Handle {
             .expect("a process that can't start one thread can't go on")
     };
     RUNTIME.get_or_init(start).handle()
-}
-
-/// Time since the machine started, its sleep included where the system tells.
-fn boottime() -> Duration {
-    #[cfg(target_os = "linux")]
-    {
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-        Duration::new(
-            now.tv_sec.unsigned_abs(),
-            u32::try_from(now.tv_nsec).unwrap_or_default(),
-        )
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        static START: OnceLock<Instant> = OnceLock::new();
-        START.get_or_init(Instant::now).elapsed()
-    }
 }
 
 fn nanos(time: Duration) -> u64 {
@@ -556,6 +579,15 @@ mod tests {
         assert_eq!(*clock.state.borrow(), SessionState::Expired(S));
         clock.answered(S, ms(5801), ms(5802));
         assert_eq!(*clock.state.borrow(), SessionState::Expired(S));
+    }
+
+    /// A machine that was suspended for longer than the TTL is to notice it soon after, whatever the TTL.
+    #[test]
+    fn a_sleep_is_short_whatever_the_ttl() {
+        assert_eq!(pause(ms(5000), ms(5000 + 3_600_000)), MAX_SLEEP);
+        assert_eq!(pause(ms(5000), ms(5300)), ms(300));
+        assert_eq!(pause(ms(5000), ms(4000)), ms(1));
+        assert!(MAX_SLEEP <= ms(1000));
     }
 
     #[test]

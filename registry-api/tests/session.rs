@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use registry_api::{Error, Grant, Result, Session, SessionId, SessionState, SessionStore};
+use registry_api::{BootInstant, Error, Grant, Result, Session, SessionId, SessionState, SessionStore};
 use tokio::sync::watch;
 
 /// Long enough for a busy machine to keep a session.
@@ -21,6 +21,9 @@ enum Mood {
     Silent,
     Fails,
     SaysGone,
+    /// Opens sessions, and closes none.
+    ClosesNone,
+    Panics,
 }
 
 struct Store {
@@ -57,7 +60,8 @@ impl Store {
     async fn answer(&self) -> Result<()> {
         let mood = *self.mood.borrow();
         match mood {
-            Mood::Answers | Mood::SaysGone => Ok(()),
+            Mood::Answers | Mood::SaysGone | Mood::ClosesNone => Ok(()),
+            Mood::Panics => panic!("as told"),
             Mood::Silent => std::future::pending().await,
             Mood::Fails => Err(Self::unavailable()),
         }
@@ -88,6 +92,9 @@ impl SessionStore for Store {
 
     async fn close(&self, session: SessionId) -> Result<()> {
         self.answer().await?;
+        if *self.mood.borrow() == Mood::ClosesNone {
+            return Err(Self::unavailable());
+        }
         self.closed.send_modify(|closed| closed.push(session));
         Ok(())
     }
@@ -134,7 +141,7 @@ async fn silence_suspends_then_expires_before_the_ttl_and_a_new_session_comes() 
     for mood in [Mood::Silent, Mood::Fails] {
         let id = session.state().id();
         store.mood.send_replace(mood);
-        let silent = Instant::now();
+        let silent = BootInstant::now();
         until(&session, SessionState::Suspended(id)).await;
         // The last answered keep-alive was sent before the silence began. (Asked when it is over, it is sure of nothing.)
         let sure = session.valid_until(id);
@@ -144,12 +151,45 @@ async fn silence_suspends_then_expires_before_the_ttl_and_a_new_session_comes() 
         );
         until(&session, SessionState::Expired(id)).await;
         // Told by then, with a TTL more for this machine.
-        assert!(silent.elapsed() < 2 * TTL, "told after {:?}", silent.elapsed());
+        assert!(
+            BootInstant::now() < silent + 2 * TTL,
+            "reported after {:?}",
+            BootInstant::now().saturating_duration_since(silent)
+        );
         assert!(!session.is_valid(id) && session.valid_until(id).is_none() && session.live().is_err());
         store.mood.send_replace(Mood::Answers);
         until(&session, SessionState::Connected(SessionId(id.0 + 1))).await;
         assert!(!session.is_valid(id) && store.closed.borrow().contains(&id));
     }
+}
+
+/// leadership#2: the handle's own old session would keep its locks until the store expires it.
+#[tokio::test]
+async fn a_session_that_was_given_up_is_closed_once_the_store_is_back() {
+    let store = Store::new();
+    let session = open(&store).await;
+    store.mood.send_replace(Mood::Fails);
+    until(&session, SessionState::Expired(SessionId(1))).await;
+    // The store comes back between the close of the old session and the opening of the next.
+    store.mood.send_replace(Mood::ClosesNone);
+    until(&session, SessionState::Connected(SessionId(2))).await;
+    assert_eq!(*store.closed.borrow(), []);
+    store.mood.send_replace(Mood::Answers);
+    let mut closed = store.closed.subscribe();
+    let done = tokio::time::timeout(TTL, closed.wait_for(|closed| *closed == [SessionId(1)])).await;
+    done.expect("the old session is closed").unwrap();
+    assert_eq!(session.state(), SessionState::Connected(SessionId(2)));
+}
+
+/// A holder is to learn of the end also when the code that keeps its session is broken.
+#[tokio::test]
+async fn a_keeper_that_panics_ends_the_session() {
+    let store = Store::new();
+    let session = open(&store).await;
+    store.mood.send_replace(Mood::Panics);
+    let ended = tokio::time::timeout(5 * TTL, session.ended(SessionId(1))).await;
+    ended.expect("it is noticed");
+    assert!(!session.is_valid(SessionId(1)));
 }
 
 #[tokio::test]

@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use registry::raft::{self, RaftConfig};
-use registry::{Options, Registry, SessionId, SessionTtl};
+use registry::{BootInstant, Options, Registry, SessionId, SessionTtl};
 use registry_tests::{key, within};
 
 use crate::harness::{Group, NAMES, PATIENCE, options};
 
 /// Waits until a keep-alive is answered that was sent after now. Answers how long that took.
 async fn kept_alive(registry: &Arc<dyn Registry>, session: SessionId) -> Duration {
-    let began = Instant::now();
+    let began = BootInstant::now();
     let valid = || {
         registry
             .session()
@@ -19,11 +19,10 @@ async fn kept_alive(registry: &Arc<dyn Registry>, session: SessionId) -> Duratio
             .expect("the session is not lost")
     };
     // It is counted from the sending on.
-    let sent = || valid().checked_sub(registry.session().ttl() * 9 / 10);
-    while sent().is_none_or(|sent| sent <= began) {
+    while valid() <= began + registry.session().ttl() * 9 / 10 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    began.elapsed()
+    BootInstant::now().saturating_duration_since(began)
 }
 
 /// The next leader is killed as soon as it has done something, for two TTLs.

@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::Stream;
 
 use super::queue::{Contender, Hold, Queue, QueueKind};
 use crate::{
-    Condition, Entry, Event, Key, Registry, Result, Revision, SessionId, Watch, WatchItem, WatchRequest, WatchScope,
+    BootInstant, Condition, Entry, Event, Key, Registry, Result, Revision, SessionId, Watch, WatchItem, WatchRequest,
+    WatchScope,
 };
 
 /// An election: of the candidates that campaign, one leads at a time, in the order they came (E1).
@@ -193,7 +193,7 @@ impl Leadership {
     }
 
     /// Until when the leadership is sure, as known now; `None` if it is lost. Keep-alives move it on.
-    pub fn valid_until(&self) -> Option<Instant> {
+    pub fn valid_until(&self) -> Option<BootInstant> {
         self.0.valid_until()
     }
 

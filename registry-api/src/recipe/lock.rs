@@ -1,12 +1,12 @@
 //! Locks.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 
 use super::queue::{Contender, Hold, Queue, QueueKind};
-use crate::{Condition, Error, Key, Registry, Result, Revision};
+use crate::{BootInstant, Condition, Error, Key, Registry, Result, Revision};
 
 /// An exclusive lock, held by at most one live session (L1).
 ///
@@ -125,7 +125,7 @@ impl Held {
     }
 
     /// Until when the lock is surely held, as known now; `None` if it is lost. Keep-alives move it on (L5).
-    pub fn valid_until(&self) -> Option<Instant> {
+    pub fn valid_until(&self) -> Option<BootInstant> {
         self.0.valid_until()
     }
 

@@ -1,13 +1,12 @@
 //! What the first in a queue has.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use bytes::Bytes;
 use tokio::runtime::Handle;
 
 use super::{Backoff, PATIENCE, Place, Queue, leave};
-use crate::{Condition, Error, Expect, Key, Result, Revision, SessionId, Txn, WatchRequest, WatchScope};
+use crate::{BootInstant, Condition, Error, Expect, Key, Result, Revision, SessionId, Txn, WatchRequest, WatchScope};
 
 /// The first place: a lock held, or a leadership.
 #[derive(Debug)]
@@ -60,7 +59,7 @@ impl Hold {
         }
     }
 
-    pub(in crate::recipe) fn valid_until(&self) -> Option<Instant> {
+    pub(in crate::recipe) fn valid_until(&self) -> Option<BootInstant> {
         let until = self.queue.registry.session().valid_until(self.session);
         if until.is_none() {
             self.lost.store(true, Ordering::Release);
