@@ -3,6 +3,7 @@
 //! Locks and elections are one idea: a queue of ephemeral keys, in which a contender's place is the `create_revision`
 //! of its own key, and the first holds.
 
+mod background;
 mod election;
 mod lock;
 mod mirror;
@@ -16,5 +17,6 @@ pub use lock::{Held, Lock};
 pub use mirror::Mirror;
 pub(crate) use name::Names;
 pub use queue::Contender;
+pub(crate) use reentrant::Owners;
 pub use reentrant::{ReentrantHeld, ReentrantLock};
 pub use register::{Registered, Registration};

@@ -20,7 +20,7 @@ use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::boot::boottime;
-use crate::recipe::Names;
+use crate::recipe::{Names, Owners};
 use crate::{BootInstant, Error, Result};
 
 /// How late the end of a session may be noticed after the machine was suspended.
@@ -110,6 +110,7 @@ pub struct Session {
     clock: Arc<SessionClock>,
     close: mpsc::Sender<(Duration, oneshot::Sender<Result<()>>)>,
     names: Arc<Names>,
+    owners: Arc<Owners>,
 }
 
 impl Session {
@@ -146,6 +147,7 @@ impl Session {
             clock,
             close,
             names: Arc::default(),
+            owners: Arc::default(),
         })
     }
 
@@ -217,6 +219,11 @@ impl Session {
     /// The names under which this handle's contenders enter queues.
     pub(crate) fn names(&self) -> &Names {
         &self.names
+    }
+
+    /// The owners of this handle's reentrant locks.
+    pub(crate) fn owners(&self) -> &Owners {
+        &self.owners
     }
 
     /// Ends the session; its keys are gone when this returns `Ok`. A second call does nothing.

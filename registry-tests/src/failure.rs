@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use registry_api::{
-    Error, List, Options, Prefix, Read, Registered, Registry, Result, SessionState, WatchRequest, WatchScope,
+    Error, Event, List, Options, Prefix, Read, Registered, Registry, Result, SessionState, WatchItem, WatchRequest,
+    WatchScope,
 };
 
 use crate::cluster::eventually;
@@ -437,10 +438,12 @@ pub async fn a_campaign_goes_on_over_a_restart(cluster: &impl Cluster) -> Result
 
 /// S5. A registration comes back by itself after its session expired.
 pub async fn an_expired_registration_comes_back(cluster: &impl Cluster) -> Result<()> {
+    const ROUNDS: usize = 2;
     let (one, other) = (cluster.connect().await?, cluster.connect().await?);
     let k = key("/workers/w");
+    let mut watch = other.watch(WatchRequest::new(&k, WatchScope::Key)).await?;
     let registration = one.register(&k, "1").await?;
-    for _ in 0..2 {
+    for _ in 0..ROUNDS {
         let session = one.session().live()?;
         cluster.revoke(session).await;
         let mut states = registration.state();
@@ -450,8 +453,60 @@ pub async fn an_expired_registration_comes_back(cluster: &impl Cluster) -> Resul
         assert_ne!(entry.session, Some(session));
     }
     registration.unregister().await?;
+    let mut events = Vec::new();
+    while events
+        .iter()
+        .filter(|event| matches!(event, Event::Deleted { .. }))
+        .count()
+        <= ROUNDS
+    {
+        match within(PATIENCE, watch.next()).await.expect("a watch goes on")? {
+            WatchItem::Changes(changes) => events.extend(changes),
+            WatchItem::Synced(_) | WatchItem::Reset => {}
+        }
+    }
+    let updated = events.iter().any(|event| matches!(event, Event::Updated(_)));
+    assert!(!updated, "put more than once: {events:?}");
     other.close().await?;
     one.close().await
+}
+
+/// S5. A registration that ends while the store is away is deleted once the store is back, though its session lives on.
+pub async fn a_registration_ends_though_the_store_is_away(cluster: &impl Cluster) -> Result<()> {
+    let options = Options {
+        request_timeout: Duration::from_secs(1),
+        ..patient(cluster)
+    };
+    let (registry, wire) = cluster.connect_through(options).await?;
+    let other = cluster.connect().await?;
+    let session = registry.session().live()?;
+    let dropped = registry.register(&key("/workers/dropped"), "").await?;
+    let unregistered = registry.register(&key("/workers/unregistered"), "").await?;
+    wire.cut();
+    drop(dropped);
+    let unregistering = tokio::spawn(unregistered.unregister());
+    // So long that the first attempts have failed.
+    for _ in 0..2 {
+        let health = registry.health().await;
+        assert!(matches!(health, Err(Error::Unavailable { .. })), "{health:?}");
+    }
+    wire.mend();
+    within(PATIENCE, unregistering).await.expect("it does not panic")?;
+    let (others, workers) = (&other, &Prefix::from(key("/workers")));
+    eventually(PATIENCE, || async move {
+        others
+            .count(workers, Read::Linearizable)
+            .await
+            .is_ok_and(|count| count == 0)
+    })
+    .await;
+    assert_eq!(
+        registry.session().live()?,
+        session,
+        "the keys did not go with the session"
+    );
+    registry.close().await?;
+    other.close().await
 }
 
 /// R5, S7. A store that stands still for a while loses nothing acknowledged, and no handle has to be opened anew.

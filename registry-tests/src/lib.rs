@@ -57,8 +57,10 @@ macro_rules! properties {
                 after_a_revision, a_slow_reader_sees_the_end, a_picture_equals_the_store, ends_with_the_handle,
                 a_listing_follows_the_end_of_a_key;
             lock: one_holds_at_a_time, waiters_come_in_their_order, try_acquire_never_waits, a_deadline_leaves_the_queue,
-                a_dropped_wait_leaves_the_queue, tokens_only_grow, a_lost_lock_writes_nothing,
-                one_handle_is_two_contenders, a_reentrant_lock_counts, dropping_releases, closing_releases,
+                a_dropped_wait_leaves_the_queue, dropping_outside_a_runtime_leaves_the_queue,
+                a_runtime_that_stopped_frees_its_locks, tokens_only_grow, a_lost_lock_writes_nothing,
+                one_handle_is_two_contenders, a_reentrant_lock_counts, a_removed_reentrant_lock_is_lost,
+                a_release_that_finds_nothing_says_so, dropping_releases, closing_releases,
                 removed_by_another_hand_is_lost, release_of_a_lost_lock_touches_nothing, labels_are_seen,
                 locks_below_locks_are_apart;
             election: one_leads_in_order, the_leader_publishes, observe_ends_in_the_newest, resign_hands_over,
@@ -78,6 +80,7 @@ macro_rules! properties {
                 the_same_handle_works_again, a_short_cut_loses_no_session, a_long_cut_loses_it_before_others_can_hold,
                 a_dead_holder_is_replaced_in_time, a_watch_goes_on_over_a_restart, a_watch_bridges_a_cut,
                 a_waiter_learns_of_its_sessions_end, a_leader_learns_of_its_sessions_end, an_expired_registration_comes_back,
+                a_registration_ends_though_the_store_is_away,
                 a_campaign_goes_on_over_a_restart, a_paused_store_loses_nothing_acknowledged;
         }
     };

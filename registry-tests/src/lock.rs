@@ -132,6 +132,79 @@ pub async fn a_dropped_wait_leaves_the_queue(cluster: &impl Cluster) -> Result<(
     registry.close().await
 }
 
+/// L2, L6. A wait and a hold that are dropped on a thread without a runtime leave the queue.
+pub async fn dropping_outside_a_runtime_leaves_the_queue(cluster: &impl Cluster) -> Result<()> {
+    let registry = cluster.connect().await?;
+    let lock = registry.lock(&key("/l"));
+    let held = lock.acquire().await?;
+    let acquiring = |lock: Lock| Box::pin(async move { lock.acquire().await });
+    let mut waiting = acquiring(lock.clone());
+    tokio::select! {
+        _ = &mut waiting => panic!("it is held"),
+        () = queued(&lock, 2) => {}
+    }
+    drop_outside(waiting);
+    queued(&lock, 1).await;
+    // One that is dropped at any step of entering leaves nothing either.
+    for polls in 0..6 {
+        let mut acquiring = acquiring(lock.clone());
+        for _ in 0..polls {
+            if futures_util::poll!(&mut acquiring).is_ready() {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+        drop_outside(acquiring);
+    }
+    queued(&lock, 1).await;
+    drop_outside(held);
+    queued(&lock, 0).await;
+    lock.acquire_within(PATIENCE).await?.release().await?;
+    registry.close().await
+}
+
+fn drop_outside<T: Send + 'static>(dropped: T) {
+    let dropping = std::thread::spawn(move || drop(dropped));
+    dropping.join().expect("a drop does not panic");
+}
+
+/// L2, L6. What was acquired and waited for on a runtime that nobody drives any more is left all the same.
+pub async fn a_runtime_that_stopped_frees_its_locks(cluster: &impl Cluster) -> Result<()> {
+    let other = cluster.connect().await?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.expect("a runtime can be built");
+    let queue = &other.lock(&key("/l"));
+    let on_its_own = || {
+        runtime.block_on(async {
+            let registry = cluster.connect().await?;
+            let held = registry.lock(&key("/l")).acquire().await?;
+            let lock = registry.lock(&key("/l"));
+            let mut waiting = Box::pin(async move { lock.acquire().await });
+            tokio::select! {
+                _ = &mut waiting => panic!("it is held"),
+                () = queued(queue, 2) => {}
+            }
+            let registration = registry.register(&key("/w"), "").await?;
+            Result::<_, Error>::Ok((registry, held, waiting, registration))
+        })
+    };
+    let scoped = || std::thread::scope(|threads| threads.spawn(on_its_own).join().expect("it does not panic"));
+    let (registry, held, waiting, registration) = tokio::task::block_in_place(scoped)?;
+    drop((waiting, held, registration));
+    let others = &other;
+    // A request may have to find out first that its connection is not served any more.
+    eventually(4 * PATIENCE, || async move {
+        let queue = others.lock(&key("/l")).contenders().await;
+        let registered = others.get(&key("/w"), Read::Linearizable).await;
+        queue.is_ok_and(|queue| queue.is_empty()) && registered.is_ok_and(|entry| entry.is_none())
+    })
+    .await;
+    assert!(registry.session().live().is_ok(), "it was not the session's end");
+    tokio::task::block_in_place(|| runtime.block_on(registry.close()))?;
+    runtime.shutdown_background();
+    other.close().await
+}
+
 /// L3. Each hold has a fencing token, larger than every earlier holder's, also when the queue was empty in between.
 pub async fn tokens_only_grow(cluster: &impl Cluster) -> Result<()> {
     let (one, other) = (cluster.connect().await?, cluster.connect().await?);
@@ -202,9 +275,49 @@ pub async fn a_reentrant_lock_counts(cluster: &impl Cluster) -> Result<()> {
     );
     let stranger = tokio::time::timeout(Duration::from_millis(200), lock.acquire("stranger")).await;
     assert!(stranger.is_err());
+    // curator#75: another object of the same lock and handle shares the count.
+    let another = one.reentrant_lock(&key("/l"));
+    let third = within(PATIENCE, another.acquire("owner")).await?;
+    assert_eq!((third.token(), third.count()), (second.token(), 2));
+    third.release().await?;
     second.release().await?;
     within(PATIENCE, lock.acquire("stranger")).await?.release().await?;
     other.lock(&key("/l")).acquire_within(PATIENCE).await?.release().await?;
+    other.close().await?;
+    one.close().await
+}
+
+/// L4, L5. redisson#2807: a reentrant lock whose key another client removed is not acquired with the old token, and the
+/// release of the old hold says that it was lost.
+pub async fn a_removed_reentrant_lock_is_lost(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let lock = one.reentrant_lock(&key("/l"));
+    let first = lock.acquire("owner").await?;
+    other.delete(&first.held().condition().key).await?;
+    let next = other.lock(&key("/l")).acquire_within(PATIENCE).await?;
+    let again = tokio::time::timeout(Duration::from_millis(300), lock.acquire("owner")).await;
+    assert!(again.is_err(), "acquired while another holds it: {again:?}");
+    let released = first.release().await;
+    assert!(matches!(released, Err(Error::HoldLost { .. })), "{released:?}");
+    let token = next.token();
+    next.release().await?;
+    let again = within(PATIENCE, lock.acquire("owner")).await?;
+    assert!(again.token() > token);
+    again.release().await?;
+    other.close().await?;
+    one.close().await
+}
+
+/// L5. A release that finds the lock's key removed says that the lock was lost.
+pub async fn a_release_that_finds_nothing_says_so(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let held = one.lock(&key("/l")).acquire().await?;
+    other.delete(&held.condition().key).await?;
+    let next = other.lock(&key("/l")).acquire_within(PATIENCE).await?;
+    let released = held.release().await;
+    assert!(matches!(released, Err(Error::HoldLost { .. })), "{released:?}");
+    assert_eq!(one.lock(&key("/l")).contenders().await?.len(), 1);
+    next.release().await?;
     other.close().await?;
     one.close().await
 }

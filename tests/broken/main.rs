@@ -211,10 +211,14 @@ fn cases() -> Vec<Case> {
         lock::try_acquire_never_waits: ConditionsAreIgnored, "is_none()";
         lock::a_deadline_leaves_the_queue: DeleteDoesNothing, "not within 10s";
         lock::a_dropped_wait_leaves_the_queue: DeleteDoesNothing, "not within 10s";
+        lock::dropping_outside_a_runtime_leaves_the_queue: DeleteDoesNothing, "not within 10s";
+        lock::a_runtime_that_stopped_frees_its_locks: DeleteDoesNothing, "not within 40s";
         lock::tokens_only_grow: RevisionIsStuck, "held.token() > last";
         lock::a_lost_lock_writes_nothing: ConditionsAreIgnored, "Ok(";
         lock::one_handle_is_two_contenders: ConditionsAreIgnored, "Ok(";
         lock::a_reentrant_lock_counts: ConditionsAreIgnored, "frees nothing";
+        lock::a_removed_reentrant_lock_is_lost: DeleteDoesNothing, "not within 10s";
+        lock::a_release_that_finds_nothing_says_so: DeleteOfNothingIsTrue, "Ok(";
         lock::dropping_releases: DeleteDoesNothing, "not within 10s";
         lock::closing_releases: CloseDoesNothing, "is_lost()";
         lock::removed_by_another_hand_is_lost: WatchesSayNothing, "not within 10s";
@@ -265,6 +269,7 @@ fn fault_cases() -> Vec<Case> {
         failure::a_watch_bridges_a_cut: DeletesAreMissed, "created twice|right";
         failure::a_waiter_learns_of_its_sessions_end: SessionsNeverEnd, "not within 20s";
         failure::a_leader_learns_of_its_sessions_end: SessionsNeverEnd, "not within 20s";
+        failure::a_registration_ends_though_the_store_is_away: DeleteDoesNothing, "not within 20s";
         failure::a_campaign_goes_on_over_a_restart: DeleteDoesNothing, "not within 20s";
         failure::an_expired_registration_comes_back: SessionsNeverEnd, "not within 20s";
         failure::a_paused_store_loses_nothing_acknowledged: UnknownIsTakenForDone, "Ok(";

@@ -129,9 +129,15 @@ impl Held {
         self.0.valid_until()
     }
 
+    /// Whether the lock is still held, as a linearizable read of its key says.
+    pub(super) async fn is_there(&self) -> Result<bool> {
+        self.0.is_there().await
+    }
+
     /// Whether the lock was lost. A lost lock never comes back.
     ///
-    /// Told by the session's clock alone, with nothing sent; [`Held::lost`] also sees the lock's key removed.
+    /// This is judged by the session's clock alone, and nothing is sent. [`Held::lost`] also notices that another client
+    /// removed the lock's key, and so does a release.
     pub fn is_lost(&self) -> bool {
         self.0.is_lost()
     }
@@ -149,8 +155,9 @@ impl Held {
     /// Releases the lock; done when it returns (L6).
     ///
     /// # Errors
-    /// [`Error::HoldLost`] if it was lost before, or the session ended before the release got through: nothing of
-    /// another's was changed. [`Error::OutcomeUnknown`] if no answer came for half a minute; it goes on in the background.
+    /// [`Error::HoldLost`] if it was lost before: the session ended, or another client removed the lock's key, which the
+    /// release finds missing. Nothing of another contender's was changed. [`Error::OutcomeUnknown`] if no answer came for
+    /// half a minute. After an error the release is retried in the background until it is done or the session ends.
     ///
     /// # Cancel safety
     /// Dropping the future releases in the background.

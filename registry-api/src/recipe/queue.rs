@@ -8,25 +8,20 @@ mod hold;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use tokio::runtime::Handle;
-use uuid::Uuid;
 
 pub(super) use hold::Hold;
 
+use super::background::{Backoff, Retry, spawn, until_done};
 use super::name::{Names, fresh};
 use crate::{Depth, Entry, Error, Expect, Key, List, Page, Registry, Result, Revision, SessionId, Txn};
 
-const MIN_BACKOFF: Duration = Duration::from_millis(10);
-const MAX_BACKOFF: Duration = Duration::from_secs(1);
-/// How long a store that does not answer is asked to enter or to leave, whatever the session's TTL.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// A put that was under way when the session ended may have landed under the next.
-const LEAVE_AFTER_END: Duration = Duration::from_secs(60);
+/// How long entering or leaving is retried while the caller waits, whatever the session's TTL.
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The kinds of queue, each with a tree of its own beside the user's keys (K9).
 #[derive(Clone, Copy, Debug)]
@@ -307,14 +302,11 @@ impl Drop for Entering {
         let (Some(put), Some(place)) = (self.put.take(), self.place.take()) else {
             return;
         };
-        // Without a runtime the process is ending, and the session with it.
-        if let Ok(runtime) = Handle::try_current() {
-            runtime.spawn(async move {
-                // Whatever became of it, the place is to be left, which dropping it does.
-                let _ = put.await;
-                drop(place);
-            });
-        }
+        spawn(async move {
+            // Whatever became of it, the place is to be left, which dropping it does.
+            let _ = put.await;
+            drop(place);
+        });
     }
 }
 
@@ -405,64 +397,50 @@ impl Drop for Place {
         if self.kept {
             return;
         }
-        let (queue, key, session) = (self.queue.clone(), self.key.clone(), self.session);
-        let settled = self.settled;
-        // Without a runtime the process is ending, and the session with it.
-        if let Ok(runtime) = Handle::try_current() {
-            runtime.spawn(async move {
-                // On failure the session has ended, and the key with it.
-                let _ = leave(&queue, &key, session, settled).await;
-            });
-        }
+        leave_in_background(&self.queue, &self.key, self.session, self.settled);
     }
+}
+
+/// Deletes a contender's key in the background.
+fn leave_in_background(queue: &Queue, key: &Key, session: SessionId, settled: bool) {
+    let (queue, key) = (queue.clone(), key.clone());
+    spawn(async move {
+        // On failure the session has ended, and the key with it.
+        let _ = leave(&queue, &key, session, settled, Retry::Everything).await;
+    });
+}
+
+/// What the delete of a contender's key found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Left {
+    /// The key, which is deleted now.
+    Deleted,
+    /// No key, in the first attempt: another client deleted it, or the session's end did.
+    Absent,
+    /// No key, after an attempt of unknown outcome, which may have deleted it.
+    Perhaps,
 }
 
 /// Deletes a contender's key, retrying until that is done, or for a while after its session has ended and taken it
-/// along. The name of one that was `settled` is given back if the first try deletes it; otherwise it is never used again,
-/// so that no late delete removes another contender's key.
-async fn leave(queue: &Queue, key: &Key, session: SessionId, mut settled: bool) -> Result<()> {
-    let mut backoff = Backoff::default();
-    let mut give_up = None;
-    loop {
-        match queue.registry.delete(key).await {
-            Ok(was_there) => {
-                if settled && was_there {
+/// along. The name of one that was `settled` is given back if the first attempt deletes it; otherwise it is never used
+/// again, so that no late delete removes another contender's key.
+async fn leave(queue: &Queue, key: &Key, session: SessionId, settled: bool, retry: Retry) -> Result<Left> {
+    let first = AtomicBool::new(true);
+    let first = &first;
+    let attempt = || async move {
+        let deleted = queue.registry.delete(key).await;
+        let first = first.swap(false, Ordering::Relaxed);
+        Ok(match (deleted?, first) {
+            (true, true) => {
+                if settled {
                     queue.give_back(session, key);
                 }
-                return Ok(());
+                Left::Deleted
             }
-            Err(error @ (Error::Unavailable { .. } | Error::OutcomeUnknown { .. })) => {
-                settled = false;
-                if !queue.registry.session().is_valid(session)
-                    && *give_up.get_or_insert_with(|| Instant::now() + LEAVE_AFTER_END) < Instant::now()
-                {
-                    return Err(error);
-                }
-                tracing::debug!(%error, "leaving a queue, trying again");
-                backoff.wait().await;
-            }
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-/// Waits that double, from 10 ms to 1 s, each by up to half as much again, so that many who failed together do not
-/// come back together.
-#[derive(Debug)]
-pub(super) struct Backoff(Duration);
-
-impl Default for Backoff {
-    fn default() -> Self {
-        Self(MIN_BACKOFF)
-    }
-}
-
-impl Backoff {
-    pub(super) async fn wait(&mut self) {
-        // Two random bytes of an id are all the chance that is needed.
-        let id = Uuid::new_v4();
-        let jitter = f64::from(u16::from_le_bytes([id.as_bytes()[0], id.as_bytes()[1]])) / f64::from(u16::MAX) / 2.0;
-        tokio::time::sleep(self.0.mul_f64(1.0 + jitter)).await;
-        self.0 = (self.0 * 2).min(MAX_BACKOFF);
-    }
+            (true, false) => Left::Deleted,
+            (false, true) => Left::Absent,
+            (false, false) => Left::Perhaps,
+        })
+    };
+    until_done(&*queue.registry, session, retry, attempt).await
 }

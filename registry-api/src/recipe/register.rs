@@ -6,7 +6,8 @@ use bytes::Bytes;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::queue::Backoff;
+use super::background::{Backoff, Retry, spawn, until_done};
+use super::queue::PATIENCE;
 use crate::{
     Error, Event, Existing, Expect, Key, Kind, Read, Refusal, Registry, Result, Revision, SessionId, SessionState, Txn,
     Watch, WatchItem, WatchRequest, WatchScope,
@@ -18,7 +19,9 @@ use crate::{
 /// While the session is lost the key may be gone for a while, and watchers see that. A key that another session holds
 /// meanwhile is not taken from it: [`Registration::state`] tells [`Registered::Refused`], and it is tried again.
 ///
-/// Dropping it deletes the key in the background; [`Registration::unregister`] says when that is done.
+/// Dropping it deletes the key in the background, retried until that is done or the session ends;
+/// [`Registration::unregister`] says when it is done. The key is kept by a thread of this crate, so a registration needs
+/// no runtime of the caller's once it is made.
 #[derive(Debug)]
 pub struct Registration {
     key: Key,
@@ -49,11 +52,12 @@ impl Registration {
             registry,
             key: key.clone(),
             owner: None,
+            tried: None,
         };
         let there = keeper.put(&value, existing).await?;
         let (value, values) = watch::channel(value);
         let (states, state) = watch::channel(there);
-        let task = tokio::spawn(keeper.keep(values, states));
+        let task = spawn(keeper.keep(values, states));
         Ok(Self {
             key: key.clone(),
             value,
@@ -89,7 +93,8 @@ impl Registration {
     /// Deletes the key, if it is still the one that was put; done when it returns.
     ///
     /// # Errors
-    /// As [`Registry::commit`].
+    /// [`Error::OutcomeUnknown`] if the store did not say so for half a minute. The delete is then retried in the
+    /// background until it is done or the session ends.
     ///
     /// # Cancel safety
     /// Dropping the future deletes the key in the background.
@@ -97,8 +102,14 @@ impl Registration {
         let Self { value, task, .. } = self;
         // The keeper ends the put that it is at, and then deletes: nothing it sent comes after.
         drop(value);
-        // It neither panics nor is aborted, but with the runtime.
-        task.await.unwrap_or(Err(Error::Closed))
+        match tokio::time::timeout(PATIENCE, task).await {
+            // It neither panics nor is aborted.
+            Ok(ended) => ended.unwrap_or(Err(Error::Closed)),
+            Err(elapsed) => Err(Error::OutcomeUnknown {
+                operation: "unregistering",
+                source: elapsed.into(),
+            }),
+        }
     }
 }
 
@@ -108,6 +119,8 @@ struct Keeper {
     key: Key,
     /// The session that last put the key.
     owner: Option<SessionId>,
+    /// The session that last sent a put of the key, whatever became of it.
+    tried: Option<SessionId>,
 }
 
 impl Keeper {
@@ -119,7 +132,12 @@ impl Keeper {
             tokio::select! {
                 changed = values.changed() => if changed.is_err() { return self.leave().await },
                 () = ended(&mut sessions, self.owner) => {}
-                () = removed(&*self.registry, &self.key, self.owner, &mut watch) => {}
+                () = removed(&*self.registry, &self.key, self.owner, &mut watch) => {
+                    // The watch may report the end of an earlier session's key after this session put it.
+                    if self.is_there().await {
+                        continue;
+                    }
+                }
             }
             loop {
                 let value = values.borrow_and_update().clone();
@@ -152,6 +170,7 @@ impl Keeper {
     /// Puts the key; one that the handle's own earlier session left behind is taken over.
     async fn put(&mut self, value: &Bytes, existing: Existing) -> Result<Registered> {
         let session = self.registry.session().live()?;
+        self.tried = Some(session);
         let put = |existing| Txn::new().put_as(&self.key, value.clone(), Kind::Ephemeral, existing);
         let committed = match self.registry.commit(put(existing)).await {
             Err(Error::Refused {
@@ -173,24 +192,40 @@ impl Keeper {
         Ok(Registered::There(session, committed.revision))
     }
 
-    /// Deletes the key if it is this handle's: put by the session known for it, or by a try of unknown outcome under the
-    /// present one.
+    /// Whether the key is there under the session that last put it. Unknown counts as no.
+    async fn is_there(&self) -> bool {
+        let entry = self.registry.get(&self.key, Read::Linearizable).await;
+        entry.is_ok_and(|entry| entry.is_some_and(|entry| entry.session == self.owner))
+    }
+
+    /// Deletes the key if it is this handle's, retrying until that is done or the session has ended: one put by the
+    /// session known for it, or by an attempt of unknown outcome under the present one.
     async fn leave(self) -> Result<()> {
-        let left = async {
-            let Some(entry) = self.registry.get(&self.key, Read::Linearizable).await? else {
-                return Ok(());
-            };
-            let present = self.registry.session().live().ok();
-            if entry.session.is_none() || (entry.session != self.owner && entry.session != present) {
-                return Ok(());
-            }
-            let expect = Expect::CreateRevision(entry.create_revision);
-            self.registry.delete_if(&self.key, expect).await.map(|_| ())
+        let Some(session) = self.tried else {
+            return Ok(());
         };
-        match left.await {
-            // Made anew by another hand meanwhile, or gone with the session.
-            Err(Error::Conflict { .. } | Error::Closed) => Ok(()),
+        let keeper = &self;
+        let left = until_done(&*self.registry, session, Retry::Everything, || keeper.delete()).await;
+        match left {
+            // The key goes with the session.
+            Err(Error::Closed) => Ok(()),
             left => left,
+        }
+    }
+
+    async fn delete(&self) -> Result<()> {
+        let Some(entry) = self.registry.get(&self.key, Read::Linearizable).await? else {
+            return Ok(());
+        };
+        let present = self.registry.session().live().ok();
+        if entry.session.is_none() || (entry.session != self.owner && entry.session != present) {
+            return Ok(());
+        }
+        let expect = Expect::CreateRevision(entry.create_revision);
+        match self.registry.delete_if(&self.key, expect).await {
+            // Recreated by another client meanwhile, or deleted with the session.
+            Ok(_) | Err(Error::Conflict { .. }) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 }

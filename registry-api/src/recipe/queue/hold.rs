@@ -3,10 +3,11 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
-use tokio::runtime::Handle;
 
-use super::{Backoff, PATIENCE, Place, Queue, leave};
-use crate::{BootInstant, Condition, Error, Expect, Key, Result, Revision, SessionId, Txn, WatchRequest, WatchScope};
+use super::{Backoff, Left, PATIENCE, Place, Queue, Retry, leave, leave_in_background};
+use crate::{
+    BootInstant, Condition, Error, Expect, Key, Read, Result, Revision, SessionId, Txn, WatchRequest, WatchScope,
+};
 
 /// The first place: a lock held, or a leadership.
 #[derive(Debug)]
@@ -19,7 +20,6 @@ pub(in crate::recipe) struct Hold {
     settled: AtomicBool,
     lost: AtomicBool,
     released: bool,
-    runtime: Handle,
 }
 
 impl Place {
@@ -37,7 +37,6 @@ impl Place {
             settled: AtomicBool::new(self.settled),
             lost: AtomicBool::new(false),
             released: false,
-            runtime: Handle::current(),
         })
     }
 }
@@ -95,6 +94,21 @@ impl Hold {
         self.lost.store(true, Ordering::Release);
     }
 
+    /// Whether the key is still there, as a linearizable read says. A hold whose key is gone is lost.
+    ///
+    /// # Errors
+    /// As [`crate::Registry::get`].
+    pub(in crate::recipe) async fn is_there(&self) -> Result<bool> {
+        if self.is_lost() {
+            return Ok(false);
+        }
+        let entry = self.queue.registry.get(&self.key, Read::Linearizable).await?;
+        if entry.is_none_or(|entry| entry.create_revision != self.token) {
+            self.lost.store(true, Ordering::Release);
+        }
+        Ok(!self.is_lost())
+    }
+
     /// Publishes a value under the own key.
     pub(in crate::recipe) async fn publish(&self, value: Bytes) -> Result<Revision> {
         if self.is_lost() {
@@ -120,11 +134,12 @@ impl Hold {
         }
         let session = self.queue.registry.session();
         let settled = self.unsettle();
-        let released = tokio::select! {
+        let leaving = leave(&self.queue, &self.key, self.session, settled, Retry::Outages);
+        let left = tokio::select! {
             biased;
-            released = tokio::time::timeout(PATIENCE, leave(&self.queue, &self.key, self.session, settled)) => {
+            left = tokio::time::timeout(PATIENCE, leaving) => {
                 // It goes on in the background, as after a drop.
-                released.unwrap_or_else(|elapsed| {
+                left.unwrap_or_else(|elapsed| {
                     Err(Error::OutcomeUnknown {
                         operation: "a release",
                         source: elapsed.into(),
@@ -133,8 +148,11 @@ impl Hold {
             }
             () = session.ended(self.session) => Err(self.hold_lost()),
         };
-        self.released = released.is_ok();
-        released
+        self.released = left.is_ok();
+        match left? {
+            Left::Deleted | Left::Perhaps => Ok(()),
+            Left::Absent => Err(self.hold_lost()),
+        }
     }
 
     /// Whether it was settled before this delete: of two, one may be late.
@@ -154,11 +172,7 @@ impl Drop for Hold {
         if self.released {
             return;
         }
-        let (queue, key, session) = (self.queue.clone(), self.key.clone(), self.session);
         let settled = self.unsettle();
-        self.runtime.spawn(async move {
-            // On failure the session has ended, and the key with it.
-            let _ = leave(&queue, &key, session, settled).await;
-        });
+        leave_in_background(&self.queue, &self.key, self.session, settled);
     }
 }
