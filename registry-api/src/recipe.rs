@@ -8,6 +8,7 @@ mod election;
 mod lock;
 mod mirror;
 mod name;
+mod opening;
 mod queue;
 mod reentrant;
 mod register;

@@ -301,10 +301,12 @@ impl dyn Registry {
         Registration::start(self.clone(), key, value.into(), Existing::Keep).await
     }
 
-    /// A local, always current copy of what a watch of that scope covers.
+    /// Makes a local copy of what a watch of that scope covers, and keeps it current.
+    ///
+    /// It returns when the copy is complete, which takes as long as reading the entries does.
     ///
     /// # Errors
-    /// As [`Registry::watch`].
+    /// As [`Registry::watch`]; [`Error::Unavailable`] if the store does not answer within the `request_timeout`.
     pub async fn mirror(self: &Arc<Self>, prefix: impl Into<Prefix>, scope: WatchScope) -> Result<Mirror> {
         Mirror::start(self.clone(), prefix.into(), scope).await
     }

@@ -134,6 +134,10 @@ pub async fn calls_end_in_time_without_a_store(cluster: &impl Cluster) -> Result
     );
     let health = within(bound, registry.health()).await;
     assert!(matches!(health, Err(Error::Unavailable { .. })), "{health:?}");
+    let mirror = within(bound, registry.mirror(&key("/a"), WatchScope::Subtree)).await;
+    assert!(matches!(mirror, Err(Error::Unavailable { .. })), "{mirror:?}");
+    let observed = within(bound, registry.election(&key("/e")).observe()).await;
+    assert!(matches!(observed, Err(Error::Unavailable { .. })), "{observed:?}");
     let closed = within(bound, registry.close()).await;
     assert!(
         matches!(closed, Err(Error::OutcomeUnknown { .. } | Error::Unavailable { .. })),

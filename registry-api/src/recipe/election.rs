@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures_util::Stream;
 
+use super::opening::read_to_synced;
 use super::queue::{Contender, Hold, Queue, QueueKind};
 use crate::{
     BootInstant, Condition, Entry, Event, Key, Registry, Result, Revision, SessionId, Watch, WatchItem, WatchRequest,
@@ -70,18 +71,20 @@ impl Election {
         Ok(self.queue.entries().await?.into_iter().map(Contender::from).collect())
     }
 
-    /// The leader now, then each change of leader or of its value (E2). Changes that come faster than they are read are
-    /// folded; the newest is always told, and tokens only grow.
+    /// Returns the leader now, then each change of leader or of its value (E2). Changes that come faster than they are
+    /// read are coalesced; the newest is always delivered, and tokens only grow.
     ///
     /// # Errors
-    /// As [`Registry::watch`].
+    /// As [`Registry::watch`]; [`crate::Error::Unavailable`] if the store does not answer within the `request_timeout`.
     pub async fn observe(&self) -> Result<Campaign> {
+        let registry = &*self.queue.registry;
         let request = WatchRequest::new(self.queue.dir(), WatchScope::Children);
-        let watch = self.queue.registry.watch(request).await?;
+        let mut watch = registry.watch(request).await?;
+        let mut candidates = Candidates::default();
+        read_to_synced(registry, &mut watch, |item| candidates.apply(item)).await?;
         Ok(Campaign {
             watch,
-            candidates: BTreeMap::new(),
-            synced: false,
+            candidates,
             told: None,
         })
     }
@@ -115,10 +118,38 @@ impl From<Entry> for Leader {
 #[derive(Debug)]
 pub struct Campaign {
     watch: Watch,
-    /// By token: the first leads.
-    candidates: BTreeMap<Revision, Entry>,
-    synced: bool,
+    candidates: Candidates,
     told: Option<Option<Leader>>,
+}
+
+/// The candidates that an observer knows, in their order: the first leads.
+#[derive(Debug, Default)]
+struct Candidates {
+    places: BTreeMap<Revision, Entry>,
+    /// Whether the present ones were all told.
+    synced: bool,
+}
+
+impl Candidates {
+    fn leader(&self) -> Option<Leader> {
+        self.places.values().next().cloned().map(Leader::from)
+    }
+
+    fn apply(&mut self, item: WatchItem) {
+        match item {
+            WatchItem::Reset => *self = Self::default(),
+            WatchItem::Synced(_) => self.synced = true,
+            WatchItem::Changes(events) => events.into_iter().for_each(|event| self.change(event)),
+        }
+    }
+
+    fn change(&mut self, event: Event) {
+        // A candidate that left and returned may have the same key, and the two changes may have come as one.
+        self.places.retain(|_, candidate| candidate.key != *event.key());
+        if let Event::Created(entry) | Event::Updated(entry) = event {
+            self.places.insert(entry.create_revision, entry);
+        }
+    }
 }
 
 impl Campaign {
@@ -131,16 +162,14 @@ impl Campaign {
     /// Loses nothing.
     pub async fn next(&mut self) -> Option<Result<Option<Leader>>> {
         loop {
-            match self.watch.next().await? {
-                Err(error) => return Some(Err(error)),
-                Ok(WatchItem::Reset) => self.candidates.clear(),
-                Ok(WatchItem::Synced(_)) => self.synced = true,
-                Ok(WatchItem::Changes(events)) => events.into_iter().for_each(|event| self.apply(event)),
-            }
-            let leader = self.candidates.values().next().cloned().map(Leader::from);
-            if self.synced && self.told.as_ref() != Some(&leader) {
+            let leader = self.candidates.leader();
+            if self.candidates.synced && self.told.as_ref() != Some(&leader) {
                 self.told = Some(leader.clone());
                 return Some(Ok(leader));
+            }
+            match self.watch.next().await? {
+                Err(error) => return Some(Err(error)),
+                Ok(item) => self.candidates.apply(item),
             }
         }
     }
@@ -151,14 +180,6 @@ impl Campaign {
             self,
             |mut campaign| async move { Some((campaign.next().await?, campaign)) },
         )
-    }
-
-    fn apply(&mut self, event: Event) {
-        // One who left and came back may have the same key, and the two changes may have come as one.
-        self.candidates.retain(|_, candidate| candidate.key != *event.key());
-        if let Event::Created(entry) | Event::Updated(entry) = event {
-            self.candidates.insert(entry.create_revision, entry);
-        }
     }
 }
 

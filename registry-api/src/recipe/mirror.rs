@@ -6,11 +6,13 @@ use std::sync::{Arc, PoisonError, RwLock};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use super::background::spawn;
+use super::opening::read_to_synced;
 use crate::{Entry, Error, Event, Key, Prefix, Registry, Result, Revision, WatchItem, WatchRequest, WatchScope};
 
 /// An always current copy of a key, its children or its subtree, kept by a watch.
 ///
-/// Reads are local and cost no request. The copy trails the store by the time a change takes to arrive; during an
+/// Reads are local and cost no request. A thread of this crate keeps the copy, whatever becomes of the caller's runtime. The copy trails the store by the time a change takes to arrive; during an
 /// outage it holds what it last knew. Dropping the last clone ends the watch.
 #[derive(Clone, Debug)]
 pub struct Mirror {
@@ -25,23 +27,25 @@ impl Mirror {
         let mut entries = BTreeMap::new();
         let mut synced = false;
         let mut revision = Revision(0);
-        while !synced {
-            let item = watch.next().await.ok_or(Error::Closed)??;
+        read_to_synced(&*registry, &mut watch, |item| {
             revision = apply(&mut entries, item, &mut synced);
-        }
+        })
+        .await?;
         let entries = Arc::new(RwLock::new(entries));
         let (newest, revision) = watch::channel(revision);
         let copy = entries.clone();
-        let task = tokio::spawn(async move {
-            // After an error, or the handle's end, nothing comes; the closed channel tells.
+        let task = spawn(async move {
+            // After an error, or the handle's end, nothing follows, and the channel is closed.
             while let Some(Ok(item)) = watch.next().await {
+                let from_the_start = matches!(item, WatchItem::Reset);
                 let revision = apply(
                     &mut copy.write().unwrap_or_else(PoisonError::into_inner),
                     item,
                     &mut synced,
                 );
                 newest.send_if_modified(|newest| {
-                    let changed = synced && revision > *newest;
+                    // A store that went back begins with lower revisions.
+                    let changed = from_the_start || (synced && revision > *newest);
                     *newest = if changed { revision } else { *newest };
                     changed
                 });
@@ -89,7 +93,7 @@ impl Mirror {
     }
 
     /// Waits until every change up to `revision` that the copy covers is in it: after an own write, with the revision
-    /// that the write returned, if it was to a key that is covered.
+    /// that the write returned, if it was to a key that is covered. During an outage it waits for the store.
     ///
     /// # Errors
     /// [`Error::Closed`] if the watch beneath has ended.
