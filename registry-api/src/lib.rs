@@ -8,6 +8,7 @@
 //!
 //! Read in this order: [`Key`], [`Entry`], [`Txn`], [`Registry`], [`Session`], [`Watch`], then the recipes.
 
+mod background;
 mod boot;
 mod capabilities;
 mod entry;
@@ -20,6 +21,7 @@ mod session;
 mod txn;
 pub mod watch;
 
+pub use background::spawn;
 pub use boot::BootInstant;
 pub use capabilities::Capabilities;
 pub use entry::{Entry, MAX_VALUE, Revision};

@@ -3,7 +3,7 @@
 //! Locks and elections are one idea: a queue of ephemeral keys, in which a contender's place is the `create_revision`
 //! of its own key, and the first holds.
 
-mod background;
+mod cleanup;
 mod election;
 mod lock;
 mod mirror;

@@ -130,8 +130,8 @@ impl Drop for Lane {
         let lane = Self(self.0.clone());
         match Handle::try_current() {
             Ok(runtime) => drop(runtime.spawn(lane.run(batch))),
-            // The process is ending: those who wait are told by their channels.
-            Err(_) => drop(batch),
+            // A put that was dropped on a thread without a runtime; others wait.
+            Err(_) => drop(registry_api::spawn(lane.run(batch))),
         }
     }
 }

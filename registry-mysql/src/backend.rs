@@ -53,8 +53,8 @@ impl Mysql {
         };
         let left = deadline - tokio::time::Instant::now();
         let session = Session::open(BACKEND, Arc::new(sessions), left).await?;
-        tokio::spawn(poll::run(store.clone(), session.states()));
-        tokio::spawn(sweep::run(store.clone(), session.states()));
+        registry_api::spawn(poll::run(store.clone(), session.states()));
+        registry_api::spawn(sweep::run(store.clone(), session.states()));
         Ok(Self {
             writes: Writes::start(store.clone()),
             store,

@@ -73,7 +73,7 @@ impl Writes {
             waiting: VecDeque::new(),
             last: last.clone(),
         };
-        tokio::spawn(writer.run());
+        registry_api::spawn(writer.run());
         Self { requests, last }
     }
 

@@ -6,9 +6,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::background::spawn;
 use super::opening::read_to_synced;
-use crate::{Entry, Error, Event, Key, Prefix, Registry, Result, Revision, WatchItem, WatchRequest, WatchScope};
+use crate::{Entry, Error, Event, Key, Prefix, Registry, Result, Revision, WatchItem, WatchRequest, WatchScope, spawn};
 
 /// An always current copy of a key, its children or its subtree, kept by a watch.
 ///

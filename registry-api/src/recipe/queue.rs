@@ -16,9 +16,9 @@ use futures_util::future::BoxFuture;
 
 pub(super) use hold::Hold;
 
-use super::background::{Backoff, Retry, spawn, until_done};
+use super::cleanup::{Backoff, Retry, until_done};
 use super::name::{Names, fresh};
-use crate::{Depth, Entry, Error, Expect, Key, List, Page, Registry, Result, Revision, SessionId, Txn};
+use crate::{Depth, Entry, Error, Expect, Key, List, Page, Registry, Result, Revision, SessionId, Txn, spawn};
 
 /// How long entering or leaving is retried while the caller waits, whatever the session's TTL.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);

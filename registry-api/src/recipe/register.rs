@@ -6,11 +6,11 @@ use bytes::Bytes;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::background::{Backoff, Retry, spawn, until_done};
+use super::cleanup::{Backoff, Retry, until_done};
 use super::queue::PATIENCE;
 use crate::{
     Error, Event, Existing, Expect, Key, Kind, Read, Refusal, Registry, Result, Revision, SessionId, SessionState, Txn,
-    Watch, WatchItem, WatchRequest, WatchScope,
+    Watch, WatchItem, WatchRequest, WatchScope, spawn,
 };
 
 /// A key that says "this process is alive": ephemeral, and put back by itself after the session expired (S5), or

@@ -1,13 +1,7 @@
-//! Background work of the recipes: clean-up after a drop, registrations, mirrors.
-//!
-//! It runs on a thread of its own. A caller may drop a recipe's object outside a runtime, or on a runtime that nobody
-//! drives any more, and the session of the handle lives on all the same.
+//! Clean-up, retried.
 
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use tokio::runtime::{Builder, Runtime};
-use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use crate::{Error, Registry, Result, SessionId};
@@ -16,19 +10,6 @@ const MIN_BACKOFF: Duration = Duration::from_millis(10);
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
 /// A put that was in flight when the session ended may still land, under the next session.
 const AFTER_THE_END: Duration = Duration::from_secs(60);
-
-/// Runs a task in the background, whichever runtime the caller is on, if any.
-pub(super) fn spawn<T: Send + 'static>(task: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
-    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
-    let start = || {
-        let mut builder = Builder::new_multi_thread();
-        builder.worker_threads(1).thread_name("registry-recipes").enable_all();
-        builder
-            .build()
-            .expect("a process that can't start one thread can't go on")
-    };
-    RUNTIME.get_or_init(start).spawn(task)
-}
 
 /// Which errors of a clean-up are retried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
