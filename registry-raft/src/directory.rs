@@ -1,8 +1,8 @@
 //! A member's data directory: whose it is, and that nobody else has it open.
 
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,10 @@ use crate::log::Identity;
 
 const FORMAT: u32 = 1;
 const IDENTITY: &str = "identity";
+/// How the file begins.
+const FORMAT_LINE: &str = "registry-raft ";
+/// All that a member makes in its directory. The root of a file system has `lost+found` from the beginning.
+const OWN: [&str; 6] = [IDENTITY, "identity.new", "lock", "log", "snapshots", "lost+found"];
 /// How long a member that was dropped may take to let go of its directory.
 const LET_GO: Duration = Duration::from_secs(2);
 
@@ -42,6 +46,7 @@ impl Directory {
             let what = what.to_owned();
             move |error: io::Error| storage(path, format!("{what}: {error}"))
         };
+        refuse_foreign(path)?;
         made(path).map_err(failed("can't be made"))?;
         let lock = owned(
             path.join("lock"),
@@ -146,6 +151,33 @@ fn lock_within(lock: &File, patience: Duration) -> rustix::io::Result<()> {
     }
 }
 
+/// Refuses a directory that is not a data directory and not empty, before anything is written there.
+fn refuse_foreign(path: &Path) -> Result<()> {
+    let file = path.join(IDENTITY);
+    match fs::read(&file) {
+        // What else is beside an identity is its owner's affair.
+        Ok(text) if text.starts_with(FORMAT_LINE.as_bytes()) => return Ok(()),
+        Ok(text) if !text.is_empty() => return Err(damaged(&file)),
+        _ => {}
+    }
+    let failed = |error: io::Error| storage(path, format!("can't be read: {error}"));
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(error)),
+    };
+    for entry in entries {
+        let name = entry.map_err(failed)?.file_name();
+        if !OWN.iter().any(|own| name == *own) {
+            let reason = format!(
+                "it is no data directory: {name:?} is in it; set registry.raft.data_dir to a new directory, or to an empty one"
+            );
+            return Err(storage(path, reason));
+        }
+    }
+    Ok(())
+}
+
 /// Files without an identity are somebody's data that lost its label.
 fn refuse_orphans(path: &Path) -> Result<()> {
     for part in ["log", "snapshots"] {
@@ -167,7 +199,7 @@ fn is_empty(path: &Path) -> io::Result<bool> {
 /// The file is text, for people too: a format line, the cluster, the member, and a checksum of the lines above.
 fn text(label: &Label, name: &str) -> String {
     let mut body = format!(
-        "registry-raft {FORMAT}\ncluster {}\nmember {} {name}\nfounded {}\n",
+        "{FORMAT_LINE}{FORMAT}\ncluster {}\nmember {} {name}\nfounded {}\n",
         uuid::Uuid::from_bytes(label.identity.cluster).simple(),
         label.identity.member,
         label.founded,
@@ -179,14 +211,16 @@ fn text(label: &Label, name: &str) -> String {
     format!("{body}checksum {checksum:08x}\n")
 }
 
+fn damaged(file: &Path) -> Error {
+    storage(
+        file,
+        "it is damaged; put it back from a copy, or restore a backup into a new directory".into(),
+    )
+}
+
 fn parse(file: &Path, text: &str, member: &str) -> Result<Label> {
-    let damaged = || {
-        storage(
-            file,
-            "it is damaged; put it back from a copy, or restore a backup into a new directory".into(),
-        )
-    };
-    if let Some(format) = text.strip_prefix("registry-raft ").and_then(|rest| rest.lines().next())
+    let damaged = || damaged(file);
+    if let Some(format) = text.strip_prefix(FORMAT_LINE).and_then(|rest| rest.lines().next())
         && format.parse::<u32>().is_ok_and(|format| format > FORMAT)
     {
         let reason =
@@ -239,10 +273,10 @@ fn write(path: &Path, label: &Label, name: &str) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// Makes a directory that only its owner may read, or keeps to its owner one that is there.
+/// Makes a directory that only its owner may read, unless it exists. The mode of one that exists is its owner's affair,
+/// who may be another user, as with a volume that Kubernetes mounts with `fsGroup`.
 fn made(path: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-    fs::set_permissions(path, Permissions::from_mode(0o700))
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
 /// Opens a file that only its owner may read.
@@ -304,6 +338,43 @@ mod tests {
             );
             assert_eq!(fs::read_to_string(&file).unwrap(), text);
         }
+    }
+
+    #[test]
+    fn a_directory_with_other_files_is_refused_and_left_as_it_is() {
+        use std::os::unix::fs::PermissionsExt;
+        for name in ["notes.txt", ".hidden", "identity"] {
+            let dir = tempfile::tempdir().unwrap();
+            fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1777)).unwrap();
+            fs::write(dir.path().join(name), "another program's\n").unwrap();
+            let said = refusal(Directory::open(dir.path(), "a", Identity::random));
+            assert!(said.contains(name), "{said}");
+            let left: Vec<_> = fs::read_dir(dir.path())
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name())
+                .collect();
+            assert_eq!(left, [name]);
+            assert_eq!(fs::metadata(dir.path()).unwrap().permissions().mode() & 0o7777, 0o1777);
+        }
+    }
+
+    #[test]
+    fn the_mode_of_an_empty_directory_stays_and_all_in_it_is_its_owners_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o775)).unwrap();
+        fs::create_dir(dir.path().join("lost+found")).unwrap();
+        for _ in 0..2 {
+            drop(Directory::open(dir.path(), "a", Identity::random).unwrap());
+            assert_eq!(mode(dir.path()), 0o775);
+            for part in ["log", "snapshots", "identity", "lock"] {
+                assert_eq!(mode(&dir.path().join(part)) & 0o077, 0, "{part}");
+            }
+        }
+        let new = dir.path().join("lost+found/new/data");
+        drop(Directory::open(&new, "a", Identity::random).unwrap());
+        assert_eq!(mode(&new), 0o700);
     }
 
     #[test]
