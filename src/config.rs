@@ -1,13 +1,16 @@
 //! The settings, and the one place that names every backend.
 
+mod source;
+
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use config::{Environment, File, FileFormat};
 use registry_api::{Error, Namespace, Options, Registry, Result, SessionTtl, TtlBounds};
 use serde::{Deserialize, Deserializer};
+
+use source::Sources;
 
 /// The backends that are compiled in, by the words that select them.
 pub const BACKENDS: &[&str] = &[
@@ -65,46 +68,10 @@ impl Config {
     /// defaults, which are one member of the embedded store.
     ///
     /// # Errors
-    /// [`Error::Config`] names the setting, the file, and what is allowed: for a file that can't be read, a key that is
+    /// [`Error::Config`] names the setting, the file, variable or override that it comes from, and what is allowed: for a file that can't be read, a key that is
     /// unknown, a value that is out of range, a type that is unknown or not compiled in.
     pub fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Self> {
-        let mut builder = config::Config::builder();
-        if let Some(path) = file {
-            let text =
-                std::fs::read_to_string(path).map_err(|e| refused(path.display(), format!("can't be read: {e}")))?;
-            let format = format(path)?;
-            if format == FileFormat::Yaml {
-                shallow(&text).map_err(|reason| refused(path.display(), reason))?;
-            }
-            let file = File::from_str(&text, format);
-            let wrong = |error: config::ConfigError| refused(path.display(), error.to_string());
-            let paths = beside(path, &file).map_err(wrong)?;
-            builder = builder.add_source(file).add_source(paths);
-        }
-        let mut environment = Environment::with_prefix("REGISTRY")
-            .separator("__")
-            .keep_prefix(true)
-            .try_parsing(true);
-        environment = environment.list_separator(",");
-        for list in ["raft.endpoints", "raft.join", "etcd.endpoints"] {
-            environment = environment.with_list_parse_key(&format!("registry.{list}"));
-        }
-        builder = builder.add_source(environment);
-        let place = file.map_or_else(|| "the settings".to_owned(), |path| path.display().to_string());
-        let wrong = |error: config::ConfigError| refused(&place, error.to_string());
-        for (name, value) in overrides {
-            let name = format!("registry.{name}");
-            builder = match name.ends_with(".endpoints") || name.ends_with(".join") {
-                true => builder.set_override(name, value.split(',').map(str::to_owned).collect::<Vec<_>>()),
-                false => builder.set_override(name, value.as_str()),
-            }
-            .map_err(wrong)?;
-        }
-        let document: Document = builder
-            .build()
-            .and_then(config::Config::try_deserialize)
-            .map_err(wrong)?;
-        document.registry.into_config(&place)
+        Sources::read(file, overrides)?.config()
     }
 
     /// One member of the embedded store that keeps everything in memory, without a disk or a port: for unit tests.
@@ -213,7 +180,8 @@ impl Default for Table {
 }
 
 impl Table {
-    fn into_config(self, place: &str) -> Result<Config> {
+    /// The config, or what is wrong with it.
+    fn into_config(self) -> Result<Config, String> {
         let options = Options {
             namespace: self.namespace,
             session_ttl: self.session_ttl,
@@ -222,17 +190,12 @@ impl Table {
             connect_timeout: self.connect_timeout,
         };
         #[cfg(any(feature = "etcd", feature = "zk", feature = "mysql"))]
-        let missing = |table: &str| {
-            refused(
-                place,
-                format!("registry.type = {table:?} needs the table [registry.{table}]"),
-            )
-        };
+        let missing = |table: &str| format!("registry.type = {table:?} needs the table [registry.{table}]");
         let backend = match self.r#type.as_str() {
             #[cfg(feature = "raft")]
             "raft" => {
-                // Here and not only when it is opened, so that the file is named too.
-                self.raft.check().map_err(|error| refused(place, error.to_string()))?;
+                // Here and not only when it is opened, so that the source is named too.
+                self.raft.check().map_err(|error| error.to_string())?;
                 Backend::Raft(self.raft)
             }
             #[cfg(feature = "etcd")]
@@ -246,78 +209,17 @@ impl Table {
                     "registry.type = {known:?} is not compiled into this program, which has: {}",
                     BACKENDS.join(", ")
                 );
-                return Err(refused(place, reason));
+                return Err(reason);
             }
             unknown => {
                 let reason = format!(
                     "registry.type = {unknown:?} is unknown; this program has: {}",
                     BACKENDS.join(", ")
                 );
-                return Err(refused(place, reason));
+                return Err(reason);
             }
         };
         Ok(Config { options, backend })
-    }
-}
-
-/// The settings that are paths.
-const PATHS: &[&str] = &[
-    "raft.data_dir",
-    "raft.token_file",
-    "raft.tls.ca",
-    "raft.tls.cert",
-    "raft.tls.key",
-    "etcd.tls.ca",
-    "etcd.tls.cert",
-    "etcd.tls.key",
-    "zk.tls.ca",
-    "zk.tls.cert",
-    "zk.tls.key",
-    "mysql.tls.ca",
-    "mysql.tls.cert",
-    "mysql.tls.key",
-];
-
-/// The paths that a file gives, taken from the directory of the file: it means the same wherever a program is started.
-fn beside(
-    path: &Path,
-    file: &File<config::FileSourceString, FileFormat>,
-) -> Result<config::Config, config::ConfigError> {
-    let given = config::Config::builder().add_source(file.clone()).build()?;
-    let directory = path.parent().unwrap_or(Path::new(""));
-    let mut builder = config::Config::builder();
-    for name in PATHS.iter().map(|name| format!("registry.{name}")) {
-        if let Ok(text) = given.get_string(&name)
-            && text != MEMORY
-        {
-            builder = builder.set_override(name, directory.join(text).to_string_lossy().into_owned())?;
-        }
-    }
-    builder.build()
-}
-
-fn format(path: &Path) -> Result<FileFormat> {
-    match path.extension().and_then(|ending| ending.to_str()) {
-        Some("toml") => Ok(FileFormat::Toml),
-        Some("yaml" | "yml") => Ok(FileFormat::Yaml),
-        Some("json") => Ok(FileFormat::Json),
-        _ => Err(refused(
-            path.display(),
-            "a config file ends with .toml, .yaml, .yml or .json".into(),
-        )),
-    }
-}
-
-/// The columns by which a line of YAML may be indented.
-const INDENT: usize = 128;
-
-/// Refuses YAML whose blocks are nested so deep that its parser, which calls itself for each, would run out of stack: each
-/// block begins further to the right than the one around it. Brackets, and the other formats, are bounded by their parsers.
-fn shallow(yaml: &str) -> Result<(), String> {
-    let indent = |line: &str| line.len() - line.trim_start_matches([' ', '\t', '-', '?', ':']).len();
-    match yaml.lines().position(|line| indent(line) > INDENT) {
-        Some(line) => Err(format!("line {} is indented by more than {INDENT} columns", line + 1)),
-        None => Ok(()),
     }
 }
 

@@ -332,10 +332,23 @@ fn is_loopback(address: &str) -> bool {
 }
 
 fn is_host_and_port(endpoint: &str) -> bool {
-    let port = endpoint
-        .rsplit_once(':')
-        .filter(|(host, _)| !host.is_empty() && !host.contains('/'));
-    port.is_some_and(|(_, port)| port.parse::<u16>().is_ok_and(|port| port > 0))
+    let Some((host, port)) = endpoint.rsplit_once(':') else {
+        return false;
+    };
+    port.parse::<u16>().is_ok_and(|port| port > 0) && is_host(host)
+}
+
+/// Whether it can be the host of a URI, which an endpoint becomes part of.
+fn is_host(host: &str) -> bool {
+    match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+        Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => {
+            !host.is_empty()
+                && host
+                    .chars()
+                    .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        }
+    }
 }
 
 pub(crate) fn refused(field: &str, reason: String) -> Error {

@@ -69,6 +69,7 @@ impl Servers {
         };
         let addresses = hosts
             .split(',')
+            .map(str::trim)
             .enumerate()
             // An address that is refused may hold a password, so it is not repeated.
             .map(|(place, address)| check_address(address).map_err(|reason| format!("number {}: {reason}", place + 1)))
@@ -87,7 +88,7 @@ impl Servers {
 
 fn check_address(address: &str) -> Result<String, &'static str> {
     let (host, port) = address.rsplit_once(':').ok_or("not an address such as zk-1:2181")?;
-    if host.is_empty() || host.contains(['@', '/', ' ']) {
+    if host.is_empty() || host.contains(|c: char| matches!(c, '@' | '/') || c.is_whitespace()) {
         return Err("the host is missing, or is none");
     }
     match port.parse::<u16>() {
