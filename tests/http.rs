@@ -147,7 +147,13 @@ struct Watching {
 impl Watching {
     /// The next event: what it is and what it says.
     async fn next(&mut self) -> (String, Value) {
-        let mut kind = String::new();
+        let (kind, body, _) = self.next_with_id().await;
+        (kind, body)
+    }
+
+    /// With its id, if it has one.
+    async fn next_with_id(&mut self) -> (String, Value, Option<u64>) {
+        let (mut kind, mut id) = (String::new(), None);
         loop {
             let line = within(PATIENCE, self.lines.next_line())
                 .await
@@ -156,8 +162,11 @@ impl Watching {
             if let Some(named) = line.strip_prefix("event: ") {
                 kind = named.to_owned();
             }
+            if let Some(named) = line.strip_prefix("id: ") {
+                id = Some(named.parse().unwrap());
+            }
             if let Some(data) = line.strip_prefix("data: ") {
-                return (kind, serde_json::from_str(data).unwrap());
+                return (kind, serde_json::from_str(data).unwrap(), id);
             }
         }
     }
@@ -380,6 +389,52 @@ async fn a_watch_is_a_stream_of_events_and_goes_on_where_it_was() {
     let mut member = served.member;
     assert!(within(PATIENCE, member.stop()).await.unwrap().success());
     within(PATIENCE, watching.child.wait()).await.unwrap();
+}
+
+/// Whatever the last id was that a browser has seen, the events after it are all that it lacks.
+#[tokio::test]
+async fn a_reader_that_reconnects_goes_on_from_the_last_id() {
+    let served = Served::start().await;
+    served.puts("/w/b", "1").await;
+    served.puts("/w/a", "1").await;
+    let mut watching = served.watches("/v1/watch/w/", &[]).await;
+    // In the order of the keys, so that none of them is a place to go on from.
+    assert_eq!(watching.next_with_id().await.2, None);
+    assert_eq!(watching.next_with_id().await.2, None);
+    let (_, synced, id) = watching.next_with_id().await;
+    assert_eq!(id, synced["revision"].as_u64());
+    // Two transactions of three, and one change.
+    let command = async |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_registry"));
+        command.args(["--config", "registry.toml"]).args(arguments);
+        let output = within(PATIENCE, command.current_dir(served.dir.path()).output());
+        assert!(output.await.unwrap().status.success());
+    };
+    for value in ["2", "3"] {
+        let puts = ["/w/c", "/w/a", "/w/b"].map(|key| format!("{key}={value}"));
+        command(&["txn", "--put", &puts[0], "--put", &puts[1], "--put", &puts[2]]).await;
+    }
+    let last = served.puts("/w/b", "4").await;
+    let mut told = Vec::new();
+    for _ in 0..7 {
+        let (kind, body, id) = watching.next_with_id().await;
+        told.push((kind, body, id));
+    }
+    for (at, (_, body, id)) in told.iter().enumerate() {
+        let expected = matches!(at, 2 | 5 | 6).then(|| body["revision"].as_u64().unwrap());
+        assert_eq!(*id, expected, "event {at}: {told:?}");
+    }
+    assert_eq!(told[6].2, Some(last));
+    for (at, (_, _, id)) in told.iter().enumerate() {
+        let Some(id) = id else { continue };
+        let from = format!("Last-Event-ID: {id}");
+        let mut again = served.watches("/v1/watch/w/?reset", &["-H", &from]).await;
+        for expected in &told[at + 1..] {
+            // With the same ids, too.
+            assert_eq!(again.next_with_id().await, *expected, "after {id}");
+        }
+        assert_eq!(again.next().await.0, "synced", "after {id}");
+    }
 }
 
 /// A restored group can tell nothing of before: who comes back with a revision of then is refused, or begins anew.

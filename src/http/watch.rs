@@ -7,8 +7,8 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::request::Parts;
 use axum::http::{HeaderValue, Response, header};
-use futures_util::stream;
-use registry_api::{Prefix, Registry, Revision, Watch, WatchFrom, WatchItem, WatchRequest, WatchScope};
+use futures_util::{Stream, stream};
+use registry_api::{Event, Prefix, Registry, Revision, Watch, WatchFrom, WatchItem, WatchRequest, WatchScope};
 use serde_json::json;
 
 use super::answer::{Refusal, flag, key, query};
@@ -36,49 +36,88 @@ pub(super) async fn answer(registry: &Arc<dyn Registry>, name: &str, head: &Part
             false => WatchFrom::After(Revision(after)),
         };
     }
+    // A watch from a revision on has told everything up to each event; one that begins with the current entries has not.
+    let resumed = watched.from != WatchFrom::Now;
     let watch = registry.watch(watched).await?;
-    let mut response = Response::new(Body::from_stream(events(watch)));
+    let mut response = Response::new(Body::from_stream(Events::of(watch, resumed).stream()));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     Ok(response)
 }
 
-fn events(watch: Watch) -> impl futures_util::Stream<Item = Result<String, Infallible>> + Send {
-    stream::unfold(Some(watch), |watch| async {
-        let mut watch = watch?;
-        let text = match tokio::time::timeout(SIGN_OF_LIFE, watch.next()).await {
-            Err(_) => ":\n\n".to_owned(),
-            Ok(Some(Ok(item))) => text(&item),
-            Ok(Some(Err(error))) => {
-                let body = json!({ "message": error.to_string() });
-                return Some((Ok(format!("event: error\ndata: {body}\n\n")), None));
-            }
-            Ok(None) => return None,
-        };
-        Some((Ok(text), Some(watch)))
-    })
+/// A watch as server-sent events, each made when the connection takes it.
+struct Events {
+    /// Nothing once the watch has failed.
+    watch: Option<Watch>,
+    /// The rest of the last changes.
+    pending: std::vec::IntoIter<Event>,
+    /// The newest revision among the last changes.
+    newest: Revision,
+    /// Whether no change up to the last event is missing, so that a reader can go on after its revision.
+    complete: bool,
 }
 
-fn text(item: &WatchItem) -> String {
-    match item {
-        WatchItem::Reset => "event: reset\ndata: {}\n\n".to_owned(),
-        WatchItem::Synced(revision) => {
-            format!(
-                "id: {revision}\nevent: synced\ndata: {}\n\n",
-                json!({ "revision": revision.0 })
-            )
+impl Events {
+    fn of(watch: Watch, complete: bool) -> Self {
+        Self {
+            watch: Some(watch),
+            pending: Vec::new().into_iter(),
+            newest: Revision(0),
+            complete,
         }
-        WatchItem::Changes(events) => {
-            let mut text = String::new();
-            for event in events {
-                text.push_str(&format!(
-                    "event: {}\ndata: {}\n\n",
-                    as_json::kind(event),
-                    as_json::event(event)
-                ));
+    }
+
+    fn stream(self) -> impl Stream<Item = Result<String, Infallible>> + Send {
+        stream::unfold(self, |mut events| async {
+            let text = events.next().await?;
+            Some((Ok(text), events))
+        })
+    }
+
+    async fn next(&mut self) -> Option<String> {
+        if let Some(event) = self.pending.next() {
+            return Some(self.change(&event));
+        }
+        let item = match tokio::time::timeout(SIGN_OF_LIFE, self.watch.as_mut()?.next()).await {
+            Err(_) => return Some(":\n\n".to_owned()),
+            Ok(item) => item?,
+        };
+        match item {
+            Ok(WatchItem::Reset) => {
+                self.complete = false;
+                Some("event: reset\ndata: {}\n\n".to_owned())
             }
-            text
+            Ok(WatchItem::Synced(revision)) => {
+                self.complete = true;
+                let body = json!({ "revision": revision.0 });
+                Some(format!("id: {revision}\nevent: synced\ndata: {body}\n\n"))
+            }
+            Ok(WatchItem::Changes(events)) => {
+                self.newest = events.iter().map(Event::revision).max().unwrap_or_default();
+                self.pending = events.into_iter();
+                let first = self.pending.next()?;
+                Some(self.change(&first))
+            }
+            Err(error) => {
+                self.watch = None;
+                let body = json!({ "message": error.to_string() });
+                Some(format!("event: error\ndata: {body}\n\n"))
+            }
         }
+    }
+
+    /// An event. Only the last of its batch has an id: a transaction is one batch, and a reader that lost its connection in
+    /// the middle of it has to be told all of it again.
+    fn change(&self, event: &Event) -> String {
+        let id = match self.complete && self.pending.len() == 0 {
+            true => format!("id: {}\n", self.newest),
+            false => String::new(),
+        };
+        format!(
+            "{id}event: {}\ndata: {}\n\n",
+            as_json::kind(event),
+            as_json::event(event)
+        )
     }
 }
