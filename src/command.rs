@@ -1,4 +1,4 @@
-//! The command line: what there is to say, and what is done then.
+//! Command-line arguments and dispatch.
 
 #[cfg(feature = "raft")]
 mod backup;
@@ -7,6 +7,7 @@ mod bench;
 mod demo;
 mod election;
 mod failure;
+mod holding;
 mod kv;
 mod lock;
 #[cfg(feature = "raft")]
@@ -108,9 +109,16 @@ enum Command {
     #[command(after_help = "Example: registry register /app/workers/w1 10.0.0.7:9000")]
     Register(election::Register),
     /// Puts keys from JSON lines: {"key": "/a", "value": "text"} or {"key": "/a", "value_base64": "..."}.
+    ///
+    /// The whole file is checked before anything is sent: a wrong line is refused with its number. Of two lines with one
+    /// key, the later one stays.
     #[command(after_help = "Example: registry import keys.jsonl")]
     Import(transfer::Import),
     /// Writes the persistent keys at and below a prefix as JSON lines.
+    ///
+    /// They are the keys of one revision, which is printed to standard error, also while others write. ZooKeeper has no such
+    /// reads: there, and where the store no longer keeps the changes made meanwhile, a transaction may be in the export by
+    /// half, which is warned of.
     #[command(after_help = "Example: registry export /app > app.jsonl")]
     Export(transfer::Export),
     /// Measures the store: throughput and latency of each kind of work, with so many tasks at once.
@@ -145,9 +153,30 @@ enum Command {
         /// Which shell.
         shell: clap_complete::Shell,
     },
+    /// Not an argument that a user gives, so in no help and no completion: see [`parse`].
     #[cfg(feature = "raft")]
-    #[command(hide = true)]
+    #[command(skip)]
     DemoWorker(demo::Worker),
+}
+
+/// Parses the arguments of this process: a user's, or those with which `demo` starts a worker.
+pub(crate) fn parse() -> Result<Cli, clap::Error> {
+    #[cfg(feature = "raft")]
+    if std::env::args_os().nth(1).is_some_and(|first| first == demo::WORKER) {
+        return Ok(Cli {
+            config: None,
+            settings: Vec::new(),
+            json: false,
+            command: Command::DemoWorker(demo::Worker::try_parse_from(std::env::args_os().skip(1))?),
+        });
+    }
+    Cli::try_parse()
+}
+
+/// Whether log lines have colors: on a terminal that shows them, unless `NO_COLOR` asks for none (<https://no-color.org>).
+pub(crate) fn colors_logs() -> bool {
+    let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    output::shows_escapes() && !refused
 }
 
 pub(crate) async fn run(cli: Cli) -> Outcome {
@@ -185,10 +214,10 @@ pub(crate) async fn run(cli: Cli) -> Outcome {
         Command::Status(status) => status.run(&settings, out).await,
         Command::Get(get) => get.run(&settings.connect().await?, out).await,
         Command::Put(put) => put.run(&settings, out).await,
-        Command::Delete(delete) => delete.run(&settings.connect().await?, out).await,
+        Command::Delete(delete) => delete.run(&settings, out).await,
         Command::Ls(ls) => ls.run(&settings.connect().await?, out).await,
         Command::Watch(watch) => watch.run(&settings.connect().await?, out).await,
-        Command::Txn(txn) => txn.run(&settings.connect().await?, out).await,
+        Command::Txn(txn) => txn.run(&settings, out).await,
         Command::Lock(lock) => lock.run(&settings.connect().await?, out).await,
         Command::Elect(elect) => elect.run(&settings.connect().await?, out).await,
         Command::Register(register) => register.run(&settings.connect().await?, out).await,

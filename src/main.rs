@@ -1,18 +1,15 @@
-//! The `registry` command: each subcommand is a call on the trait and what it answered.
+//! The `registry` command: each subcommand makes calls on the trait and prints the results.
 
 mod command;
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
-
-use clap::Parser;
 
 /// Programs that embed the store choose their own.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    let cli = match command::Cli::try_parse() {
+    let cli = match command::parse() {
         Ok(cli) => cli,
         Err(error) => return command::misused(&error),
     };
@@ -21,7 +18,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(command::colors_logs())
         .init();
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
@@ -31,8 +28,11 @@ fn main() -> ExitCode {
         }
     };
     let json = cli.json;
-    match runtime.block_on(command::run(cli)) {
+    let code = match runtime.block_on(command::run(cli)) {
         Ok(code) => code,
         Err(failure) => failure.report(json),
-    }
+    };
+    // Without waiting for its threads: one may be in a name lookup that takes long, and what was printed is to be acted on.
+    runtime.shutdown_background();
+    code
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clap::Args;
+use clap::Parser;
 use registry::raft::RaftConfig;
 use registry::{Event, Expect, Key, Prefix, Read, Registry, SessionTtl, Watch, WatchItem, WatchRequest, WatchScope};
 use serde_json::json;
@@ -16,8 +16,11 @@ use super::stop::Stop;
 use super::{Failure, Outcome};
 use group::{Group, kill, spawn, within};
 
+/// The first argument of a process that the demo starts.
+pub(crate) const WORKER: &str = "demo-worker";
+
 /// What the demo starts as another process, to be killed.
-#[derive(Debug, Args)]
+#[derive(Debug, Parser)]
 pub(crate) struct Worker {
     /// Where the members answer, separated by commas.
     endpoints: String,
@@ -171,9 +174,9 @@ async fn workers(out: Output, registry: &Arc<dyn Registry>, addresses: &str) -> 
     let mut watch = registry
         .watch(WatchRequest::new(&key("/app/workers")?, WatchScope::Children))
         .await?;
-    let mut first = spawn(["demo-worker", addresses, "/app/workers/w1"])?;
+    let mut first = spawn([WORKER, addresses, "/app/workers/w1"])?;
     say(out, format!("   watch: created {}", event(&mut watch).await?.key()))?;
-    let mut second = spawn(["demo-worker", addresses, "/app/workers/w2"])?;
+    let mut second = spawn([WORKER, addresses, "/app/workers/w2"])?;
     say(out, format!("   watch: created {}", event(&mut watch).await?.key()))?;
     let killed = kill(&mut first).await?;
     let gone = event(&mut watch).await?;
@@ -235,7 +238,7 @@ async fn elections(out: Output, registry: &Arc<dyn Registry>, addresses: &str) -
     say(out, "\n5. An election of two processes; the one that leads is killed.")?;
     let election = registry.election(&key("/app/scheduler")?);
     let mut course = election.observe().await?;
-    let mut first = spawn(["demo-worker", addresses, "/app/schedulers/s1", "/app/scheduler"])?;
+    let mut first = spawn([WORKER, addresses, "/app/schedulers/s1", "/app/scheduler"])?;
     let leader = next_leader(&mut course).await?;
     say(
         out,
@@ -245,7 +248,7 @@ async fn elections(out: Output, registry: &Arc<dyn Registry>, addresses: &str) -
             leader.token
         ),
     )?;
-    let mut second = spawn(["demo-worker", addresses, "/app/schedulers/s2", "/app/scheduler"])?;
+    let mut second = spawn([WORKER, addresses, "/app/schedulers/s2", "/app/scheduler"])?;
     let standing = async {
         while election.candidates().await?.len() < 2 {
             tokio::time::sleep(Duration::from_millis(10)).await;

@@ -7,9 +7,9 @@ use clap::Args;
 use registry::{Error, Key, Leader, Refusal, Registered, Registration, Registry};
 use serde_json::json;
 
+use super::holding::{Hold, hold};
 use super::kv::close;
 use super::output::{Output, value_line};
-use super::process::run_while;
 use super::stop::Stop;
 use super::{Failure, Outcome, key};
 
@@ -40,27 +40,10 @@ impl Elect {
             won = election.campaign(self.value.unwrap_or_default()) => won?,
             () = stop.asked() => {
                 close(registry).await;
-                return Ok(ExitCode::from(130));
+                return Ok(ExitCode::from(Failure::STOPPED));
             }
         };
-        let token = leadership.token();
-        let outcome = if self.command.is_empty() {
-            out.line(
-                || format!("leading {} with token {token}, until Ctrl-C", self.name),
-                || json!({ "name": self.name.as_str(), "token": token.0 }),
-            )?;
-            tokio::select! {
-                () = stop.asked() => Ok(ExitCode::SUCCESS),
-                () = leadership.lost() => Err(Failure::new(Failure::LOST, format!("the lead of {} was lost", self.name))),
-            }
-        } else {
-            run_while(&self.command, self.name.as_str(), token, leadership.lost(), &stop).await
-        };
-        if outcome.is_ok() {
-            leadership.resign().await?;
-        }
-        close(registry).await;
-        outcome
+        hold(Hold::Leadership(leadership), registry, &self.command, &stop, out).await
     }
 
     async fn observe(&self, registry: &Arc<dyn Registry>, out: Output) -> Outcome {
@@ -109,8 +92,8 @@ pub(crate) struct Register {
 impl Register {
     pub(crate) async fn run(self, registry: &Arc<dyn Registry>, out: Output) -> Outcome {
         let registration = match self.take_over {
-            true => Registration::taking_over(registry, &self.key, self.value).await?,
-            false => match registry.register(&self.key, self.value).await {
+            true => Registration::taking_over(registry, &self.key, self.value.clone()).await?,
+            false => match registry.register(&self.key, self.value.clone()).await {
                 Err(
                     error @ Error::Refused {
                         refusal: Refusal::OwnedBy(_),
@@ -125,6 +108,24 @@ impl Register {
             },
         };
         let stop = Stop::listen()?;
+        let shown = self.show(&registration, &stop, out).await;
+        let kept = |why: Failure| why.after(&format!("{} is deleted once the session has expired", self.key));
+        let left = match stop.unless_again(registration.unregister()).await {
+            Some(Ok(())) => {
+                stop.unless_again(close(registry)).await;
+                Ok(())
+            }
+            Some(Err(error)) => Err(kept(error.into())),
+            None => Err(kept(Failure::new(
+                Failure::STOPPED,
+                "stopped again before the key was deleted",
+            ))),
+        };
+        shown.and(left).map(|()| ExitCode::SUCCESS)
+    }
+
+    /// Prints each state until Ctrl-C.
+    async fn show(&self, registration: &Registration, stop: &Stop, out: Output) -> Result<(), Failure> {
         let mut states = registration.state();
         loop {
             let state = *states.borrow_and_update();
@@ -138,12 +139,10 @@ impl Register {
                 || json!({ "key": self.key.as_str(), "state": word }),
             )?;
             tokio::select! {
+                biased;
                 changed = states.changed() => if changed.is_err() { return Err(Failure::new(1, "the registration has ended")) },
-                () = stop.asked() => break,
+                () = stop.asked() => return Ok(()),
             }
         }
-        registration.unregister().await?;
-        close(registry).await;
-        Ok(ExitCode::SUCCESS)
     }
 }

@@ -1,5 +1,6 @@
 //! How a command fails: what is said, and the exit code.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use registry::{Config, Error};
@@ -13,6 +14,8 @@ pub(crate) struct Failure {
 impl Failure {
     pub(crate) const NOT_FOUND: u8 = 3;
     pub(crate) const LOST: u8 = 7;
+    pub(crate) const UNKNOWN: u8 = 6;
+    pub(crate) const STOPPED: u8 = 130;
     const UNREAD: u8 = 141;
 
     pub(crate) fn new(code: u8, text: impl Into<String>) -> Self {
@@ -26,9 +29,27 @@ impl Failure {
         Self::new(2, text)
     }
 
-    /// Nobody reads what is printed. Told by the code alone, as a shell tells it (SIGPIPE).
+    /// The code alone, for a failure that was reported already.
+    pub(crate) fn silent(code: u8) -> Self {
+        Self::new(code, "")
+    }
+
+    /// The reader of the output is gone. Reported by the code alone, as a shell does (SIGPIPE).
     pub(crate) fn unread() -> Self {
-        Self::new(Self::UNREAD, "")
+        Self::silent(Self::UNREAD)
+    }
+
+    pub(crate) fn code(&self) -> u8 {
+        self.code
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The same, with another code.
+    pub(crate) fn with_code(self, code: u8) -> Self {
+        Self { code, ..self }
     }
 
     pub(crate) fn io(what: &str, error: &std::io::Error) -> Self {
@@ -61,20 +82,35 @@ impl Failure {
 
     /// The same, with what was done before, or what to do about it, on a line of its own.
     pub(crate) fn after(self, more: &str) -> Self {
-        Self {
-            text: format!("{}\n{more}", self.text),
-            ..self
-        }
+        let text = match self.text.as_str() {
+            "" => more.to_owned(),
+            text => format!("{text}\n{more}"),
+        };
+        Self { text, ..self }
     }
 
+    /// Prints the failure to standard error. Returns the exit code.
     pub(crate) fn report(self, json: bool) -> ExitCode {
-        match (self.code, json) {
-            (Self::UNREAD, _) => {}
-            (_, true) => eprintln!("{}", serde_json::json!({ "error": self.text, "code": self.code })),
-            (_, false) => eprintln!("registry: {}", self.text),
+        match (self.text.is_empty(), json) {
+            (true, _) => {}
+            (false, true) => complain(&serde_json::json!({ "error": self.text, "code": self.code }).to_string()),
+            (false, false) => complain(&format!("registry: {}", self.text)),
         }
         ExitCode::from(self.code)
     }
+}
+
+/// Prints a warning to standard error: the command goes on, or ends with a code that says something else.
+pub(crate) fn warn(text: &str, json: bool) {
+    match json {
+        true => complain(&serde_json::json!({ "warning": text }).to_string()),
+        false => complain(&format!("registry: warning: {text}")),
+    }
+}
+
+/// Prints a line to standard error, which may be closed: the exit code says the same.
+fn complain(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 impl From<Error> for Failure {
@@ -87,14 +123,14 @@ impl From<Error> for Failure {
             | Error::Config { .. } => 2,
             Error::Conflict { .. } | Error::Refused { .. } => 4,
             Error::Unavailable { .. } | Error::DeadlineExceeded { .. } => 5,
-            Error::OutcomeUnknown { .. } => 6,
+            Error::OutcomeUnknown { .. } => Self::UNKNOWN,
             Error::SessionExpired { .. } | Error::HoldLost { .. } => Self::LOST,
             Error::AccessDenied { .. } => 8,
             _ => 1,
         };
         let mut text = error.with_causes();
-        if code == 6 {
-            text.push_str("\nit may have been done, or may be later: read back before trying again");
+        if code == Self::UNKNOWN {
+            text.push_str("\nit may have been done, or may be later: read back before you retry");
         }
         Self { code, text }
     }

@@ -84,23 +84,39 @@ impl Put {
         // A value that is too large is refused before anybody is asked.
         txn.check()?;
         let registry = settings.connect().await?;
-        let Committed { revision, .. } = registry.commit(txn).await?;
+        // Taken before the key is put: a later session does not keep the key.
+        let session = registry.session().live()?;
         let stop = self.ephemeral.then(Stop::listen).transpose()?;
-        out.line(
+        let Committed { revision, .. } = registry.commit(txn).await?;
+        let printed = out.line(
             || format!("revision {revision}"),
             || json!({ "key": self.key.as_str(), "revision": revision.0 }),
-        )?;
-        if let Some(stop) = stop {
-            let session = registry.session().live()?;
+        );
+        let Some(stop) = stop else {
+            printed?;
+            close(&registry).await;
+            return Ok(ExitCode::SUCCESS);
+        };
+        if printed.is_ok() {
             tokio::select! {
-                () = stop.asked() => {}
+                biased;
+                // Reported without a request to the store: it may be unreachable.
                 () = registry.session().ended(session) => {
-                    return Err(Failure::new(Failure::LOST, format!("session {session} has expired, and {} with it", self.key)));
+                    let reason = format!("session {session} has expired, and {} is deleted with it", self.key);
+                    return Err(Failure::new(Failure::LOST, reason));
                 }
+                () = stop.asked() => {}
             }
         }
-        close(&registry).await;
-        Ok(ExitCode::SUCCESS)
+        let kept = |why: Failure| why.after(&format!("{} is deleted once the session has expired", self.key));
+        let closed = match stop.unless_again(registry.close()).await {
+            Some(closed) => closed.map_err(|error| kept(error.into())),
+            None => Err(kept(Failure::new(
+                Failure::STOPPED,
+                "stopped again before the session was closed",
+            ))),
+        };
+        printed.and(closed).map(|()| ExitCode::SUCCESS)
     }
 }
 
@@ -135,10 +151,13 @@ pub(crate) struct Delete {
 }
 
 impl Delete {
-    pub(crate) async fn run(self, registry: &Arc<dyn Registry>, out: Output) -> Outcome {
+    pub(crate) async fn run(self, settings: &Settings, out: Output) -> Outcome {
+        if !self.prefix && self.key.key().is_none() {
+            return Err(Failure::usage("the root holds no value; --prefix deletes everything"));
+        }
+        let registry = settings.connect().await?;
         let deleted = match (self.prefix, self.key.key()) {
-            (true, _) => registry.delete_prefix(&self.key).await?,
-            (false, None) => return Err(Failure::usage("the root holds no value; --prefix deletes everything")),
+            (true, _) | (false, None) => registry.delete_prefix(&self.key).await?,
             (false, Some(key)) => u64::from(match self.if_revision {
                 Some(revision) => {
                     registry
@@ -148,7 +167,7 @@ impl Delete {
                 None => registry.delete(&key).await?,
             }),
         };
-        close(registry).await;
+        close(&registry).await;
         out.line(|| format!("deleted {deleted}"), || json!({ "deleted": deleted }))?;
         Ok(if deleted == 0 && !self.prefix {
             ExitCode::from(Failure::NOT_FOUND)
@@ -249,7 +268,7 @@ pub(crate) struct Txn {
 }
 
 impl Txn {
-    pub(crate) async fn run(self, registry: &Arc<dyn Registry>, out: Output) -> Outcome {
+    pub(crate) async fn run(self, settings: &Settings, out: Output) -> Outcome {
         let mut txn = registry::Txn::new();
         for (key, expect) in &self.when {
             txn = txn.when(key, *expect);
@@ -260,8 +279,11 @@ impl Txn {
         for key in &self.delete {
             txn = txn.delete(key);
         }
+        // A transaction that is not valid is refused before anything is sent.
+        txn.check()?;
+        let registry = settings.connect().await?;
         let committed = registry.commit(txn).await?;
-        close(registry).await;
+        close(&registry).await;
         let changed = committed.changed.iter().filter(|changed| **changed).count();
         out.line(
             || format!("revision {}, {changed} changed", committed.revision),

@@ -8,9 +8,9 @@ use clap::Args;
 use registry::{Held, Key, Registry};
 use serde_json::json;
 
+use super::holding::{Hold, hold};
 use super::kv::close;
 use super::output::Output;
-use super::process::run_while;
 use super::stop::Stop;
 use super::{Failure, Outcome, key};
 
@@ -46,27 +46,10 @@ impl Lock {
             held = self.acquire(registry) => held?,
             () = stop.asked() => {
                 close(registry).await;
-                return Ok(ExitCode::from(130));
+                return Ok(ExitCode::from(Failure::STOPPED));
             }
         };
-        let token = held.token();
-        let outcome = if self.command.is_empty() {
-            out.line(
-                || format!("holding {} with token {token}, until Ctrl-C", self.name),
-                || json!({ "name": self.name.as_str(), "token": token.0 }),
-            )?;
-            tokio::select! {
-                () = stop.asked() => Ok(ExitCode::SUCCESS),
-                () = held.lost() => Err(Failure::new(Failure::LOST, format!("{} was lost", self.name))),
-            }
-        } else {
-            run_while(&self.command, self.name.as_str(), token, held.lost(), &stop).await
-        };
-        if outcome.is_ok() {
-            held.release().await?;
-        }
-        close(registry).await;
-        outcome
+        hold(Hold::Lock(held), registry, &self.command, &stop, out).await
     }
 
     async fn acquire(&self, registry: &Arc<dyn Registry>) -> Result<Held, Failure> {

@@ -1,7 +1,8 @@
 //! What is printed, for people and for programs.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
+use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
 use super::Failure;
@@ -28,6 +29,27 @@ impl Output {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Failure::unread()),
             Err(error) => Err(Failure::io("can't print", &error)),
         }
+    }
+}
+
+/// Whether standard error is a terminal that shows escape sequences.
+pub(crate) fn shows_escapes() -> bool {
+    io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|name| name != "dumb")
+}
+
+/// A bar on a terminal, and nothing elsewhere.
+pub(super) fn progress(size: Option<u64>) -> ProgressBar {
+    if !shows_escapes() {
+        return ProgressBar::hidden();
+    }
+    match size {
+        Some(size) => ProgressBar::new(size).with_style(
+            ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+                .expect("the template is good"),
+        ),
+        None => ProgressBar::new_spinner().with_style(
+            ProgressStyle::with_template("{spinner} {bytes} {bytes_per_sec}").expect("the template is good"),
+        ),
     }
 }
 

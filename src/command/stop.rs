@@ -5,12 +5,12 @@ use tokio::sync::watch;
 
 use super::Failure;
 
-/// Hears Ctrl-C, SIGTERM and SIGHUP from the moment it is made, and remembers: one that comes between two waits is not lost.
+/// Counts Ctrl-C, SIGTERM and SIGHUP from the moment it is made, so that one between two waits is not lost.
 #[derive(Clone, Debug)]
-pub(super) struct Stop(watch::Receiver<bool>);
+pub(super) struct Stop(watch::Receiver<u32>);
 
 impl Stop {
-    /// Listens from now on, in place of the signals' own way of ending the process.
+    /// Listens from now on. The signals no longer end the process by themselves.
     pub(super) fn listen() -> Result<Self, Failure> {
         let failed = |error| Failure::io("can't listen for signals", &error);
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
@@ -19,32 +19,49 @@ impl Stop {
             true => None,
             false => Some(signal(SignalKind::hangup()).map_err(failed)?),
         };
-        let (heard, stop) = watch::channel(false);
+        let (heard, stop) = watch::channel(0);
         tokio::spawn(async move {
-            let hang_up = async {
-                match &mut hang_up {
-                    Some(signal) => signal.recv().await,
-                    None => std::future::pending().await,
+            loop {
+                let hang_up = async {
+                    match &mut hang_up {
+                        Some(signal) => signal.recv().await,
+                        None => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    _ = interrupt.recv() => {}
+                    _ = terminate.recv() => {}
+                    _ = hang_up => {}
                 }
-            };
-            tokio::select! {
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
-                _ = hang_up => {}
+                heard.send_modify(|count| *count += 1);
             }
-            heard.send_replace(true);
         });
         Ok(Self(stop))
     }
 
-    /// Waits until the process is asked to stop; at once if it was.
+    /// Waits until the process is asked to stop; returns at once if it was.
     pub(super) async fn asked(&self) {
+        self.heard(1).await;
+    }
+
+    /// Waits for `work`, which may be a request to a store that can't be reached, unless the process is asked to stop once
+    /// more: by a second signal if it was asked already.
+    pub(super) async fn unless_again<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let next = *self.0.borrow() + 1;
+        tokio::select! {
+            biased;
+            done = work => Some(done),
+            () = self.heard(next) => None,
+        }
+    }
+
+    async fn heard(&self, times: u32) {
         // An error says that the runtime ends, and the process with it.
-        let _ = self.0.clone().wait_for(|asked| *asked).await;
+        let _ = self.0.clone().wait_for(|count| *count >= times).await;
     }
 }
 
-/// Whether whoever started the process wants it to outlive the terminal, as `nohup` does: to listen would undo that.
+/// Whether the process was started to outlive its terminal, as by `nohup`: listening would undo that.
 fn ignores_hang_up() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

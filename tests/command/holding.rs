@@ -66,7 +66,7 @@ async fn a_command_runs_under_a_lock_and_a_leadership() {
     shell.says(0, &["lock", "/l", "--wait", "10s", "--", "true"]).await;
     assert!(
         shell
-            .says(2, &["lock", "/l", "--", "no-such-program"])
+            .says(127, &["lock", "/l", "--", "no-such-program"])
             .await
             .contains("no-such-program")
     );

@@ -6,6 +6,7 @@
 
 mod demo;
 mod holding;
+mod losing;
 mod moving;
 
 use std::path::Path;

@@ -7,6 +7,7 @@ mod book;
 mod failover;
 mod harness;
 mod leadership;
+mod losing;
 mod members;
 mod quorum;
 mod reads;
