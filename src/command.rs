@@ -6,8 +6,10 @@ mod bench;
 #[cfg(feature = "raft")]
 mod demo;
 mod election;
+mod export;
 mod failure;
 mod holding;
+mod import;
 mod kv;
 mod lock;
 #[cfg(feature = "raft")]
@@ -20,7 +22,6 @@ mod schema;
 mod serve;
 mod status;
 mod stop;
-mod transfer;
 mod watch;
 
 use std::path::PathBuf;
@@ -113,14 +114,14 @@ enum Command {
     /// The whole file is checked before anything is sent: a wrong line is refused with its number. Of two lines with one
     /// key, the later one stays.
     #[command(after_help = "Example: registry import keys.jsonl")]
-    Import(transfer::Import),
+    Import(import::Import),
     /// Writes the persistent keys at and below a prefix as JSON lines.
     ///
     /// They are the keys of one revision, which is printed to standard error, also while others write. ZooKeeper has no such
     /// reads: there, and where the store no longer keeps the changes made meanwhile, a transaction may be in the export by
     /// half, which is warned of.
     #[command(after_help = "Example: registry export /app > app.jsonl")]
-    Export(transfer::Export),
+    Export(export::Export),
     /// Measures the store: throughput and latency of each kind of work, with so many tasks at once.
     #[command(
         after_help = "Examples:\n  registry bench\n  registry bench put get --tasks 1,64,256 --duration 10s --plot bench.svg\n  registry bench --embedded --set raft.data_dir=/tmp/bench"
@@ -204,7 +205,7 @@ pub(crate) async fn run(cli: Cli) -> Outcome {
         }
         Command::Bench(bench) => bench.run(&settings, out).await,
         #[cfg(feature = "mysql")]
-        Command::Schema(schema) => schema.run(out),
+        Command::Schema(schema) => schema.run(&settings, out),
         #[cfg(feature = "raft")]
         Command::Backup(backup) => backup.run(&settings, out).await,
         #[cfg(feature = "raft")]

@@ -7,8 +7,8 @@ use clap::Args;
 use registry::Backend;
 use serde_json::json;
 
-use super::output::Output;
-use super::transfer::progress;
+use super::output::{Output, progress};
+use super::stop::Stop;
 use super::{Failure, Outcome, Settings};
 
 #[derive(Debug, Args)]
@@ -34,8 +34,11 @@ impl Backup {
             bar.set_length(size);
             bar.set_position(done);
         });
-        let written = written.await;
+        let stop = Stop::listen()?;
+        // Dropped in the middle, it removes the file that it was writing.
+        let written = stop.unless_again(written).await;
         bar.finish_and_clear();
+        let written = written.ok_or_else(|| Failure::new(Failure::STOPPED, "stopped: nothing was written"))?;
         let backup = written.map_err(|error| Failure::connect(error, &config))?;
         let people = || {
             format!(
@@ -61,15 +64,21 @@ impl Restore {
         std::fs::File::open(&self.file).map_err(|error| Failure::usage(format!("{}: {error}", self.file.display())))?;
         let backup = registry::raft::restore(&self.file, raft).await?;
         let data = raft.data_dir.clone().unwrap_or_else(|| "registry-data".into());
+        // The first endpoint of a remote handle on this member is where the others reach it.
+        let address = raft.to_remote().endpoints.into_iter().next().unwrap_or_default();
         let people = || {
             format!(
-                "{}: {} keys of revision {} restored, a new group; `registry serve` starts it",
+                "{}: {} keys of revision {} restored into a new group, whose one member is reached at {address}; \
+                 `registry serve` with the same settings starts it",
                 data.display(),
                 backup.keys,
                 backup.revision
             )
         };
-        out.line(people, || json!({ "data_dir": data, "backup": backup }))?;
+        out.line(
+            people,
+            || json!({ "data_dir": data, "address": address, "backup": backup }),
+        )?;
         Ok(ExitCode::SUCCESS)
     }
 }

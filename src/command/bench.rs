@@ -14,7 +14,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use registry::{Config, Key, Prefix, Registry};
 
 use super::kv::close;
-use super::output::Output;
+use super::output::{Output, shows_escapes};
 use super::stop::Stop;
 use super::{Failure, Outcome, Settings};
 use report::Row;
@@ -68,8 +68,14 @@ impl Bench {
         // Whatever became of the measurements, their keys go.
         let cleared = registry.delete_prefix(&space).await;
         close(&registry).await;
-        let rows = measured?;
-        cleared?;
+        // Keys that are left are named, whatever else has failed.
+        let left = |failure: Failure| failure.after(&format!("keys of this run may be left at and below {space}"));
+        let rows = match (measured, cleared) {
+            (Ok(rows), Ok(_)) => rows,
+            (Ok(_), Err(error)) => return Err(left(error.into())),
+            (Err(failure), Ok(_)) => return Err(failure),
+            (Err(failure), Err(_)) => return Err(left(failure)),
+        };
         if let Some(path) = &self.plot {
             plot::draw(path, &rows)?;
         }
@@ -109,8 +115,7 @@ fn space(registry: &Arc<dyn Registry>) -> Result<Key, Failure> {
 }
 
 fn progress(steps: usize) -> ProgressBar {
-    use std::io::IsTerminal;
-    if !std::io::stderr().is_terminal() {
+    if !shows_escapes() {
         return ProgressBar::hidden();
     }
     ProgressBar::new(steps as u64)

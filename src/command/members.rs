@@ -7,6 +7,7 @@ use registry::Backend;
 use registry::raft::{MemberChange, Status};
 use serde_json::json;
 
+use super::failure::warn;
 use super::output::Output;
 use super::{Failure, Outcome, Settings};
 
@@ -26,7 +27,7 @@ enum Change {
         /// Where it listens, as host:port.
         address: String,
     },
-    /// Gives a learner a vote, once it has caught up.
+    /// Gives a learner a vote, once it has caught up. A group has 1, 3 or 5 voters.
     #[command(after_help = "Example: registry members promote d")]
     Promote {
         /// Its name.
@@ -59,13 +60,46 @@ impl Members {
                 Change::Remove { name } => MemberChange::Remove { name },
                 Change::Transfer { name } => MemberChange::Transfer { name },
             };
+            let of_voters = matches!(change, MemberChange::Promote { .. } | MemberChange::Remove { .. });
             let changed = registry::raft::change_members(raft, &config.options, change).await;
             changed.map_err(|error| Failure::connect(error, &config))?;
+            match registry::raft::status(raft, &config.options).await {
+                Ok(status) => {
+                    show(&status, out)?;
+                    if let Some(warning) = of_voters.then(|| cost_of_voters(&status)).flatten() {
+                        warn(&warning, out.json);
+                    }
+                }
+                // The change is made, which the exit code says.
+                Err(error) => {
+                    let text = format!("the members were changed, and can't be listed: {}", error.with_causes());
+                    warn(&text, out.json);
+                }
+            }
+            return Ok(ExitCode::SUCCESS);
         }
         let status = registry::raft::status(raft, &config.options).await;
         show(&status.map_err(|error| Failure::connect(error, &config))?, out)?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// What the number of voters costs, if there are better ones: 1, 3 and 5.
+fn cost_of_voters(status: &Status) -> Option<String> {
+    let voters = status.members.iter().filter(|member| member.role != "learner").count();
+    let (majority, failures) = (voters / 2 + 1, voters.saturating_sub(1) / 2);
+    let costs = match voters {
+        2 => "both have to be up, so the group stops when either fails: it is less available than one voter".to_owned(),
+        even if even % 2 == 0 => format!(
+            "every write waits for {majority} of them, and the group survives the failure of {failures}, as it does with {} voters",
+            even - 1
+        ),
+        many if many > 5 => {
+            format!("every write waits for {majority} of them; 5 voters survive the failure of 2, which is enough")
+        }
+        _ => return None,
+    };
+    Some(format!("the group has {voters} voters: {costs}. Use 1, 3 or 5 voters"))
 }
 
 /// A line for each member.

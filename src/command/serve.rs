@@ -53,10 +53,11 @@ pub(crate) async fn run(settings: &Settings, out: Output) -> Outcome {
         }
         None => ending.await,
     };
-    member.stop().await?;
+    let stopped = member.stop().await;
     if let Some(reason) = ended {
         return Err(Failure::new(1, reason));
     }
+    stopped?;
     out.line(|| "registry has stopped".into(), || json!({ "ready": false }))?;
     Ok(ExitCode::SUCCESS)
 }

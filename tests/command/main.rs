@@ -8,6 +8,7 @@ mod demo;
 mod holding;
 mod losing;
 mod moving;
+mod settings;
 
 use std::path::Path;
 use std::process::Output;
@@ -239,7 +240,10 @@ async fn wrong_inputs_say_what_is_wrong() {
     let said = shell.says(2, &["--config", "half.toml", "get", "/a"]).await;
     assert!(said.contains("half.toml") && said.contains("line 3"), "{said}");
     let said = shell.says(2, &["--set", "raft.listen=here", "get", "/a"]).await;
-    assert!(said.contains("the settings: registry.raft.listen: \"here\""), "{said}");
+    assert!(
+        said.contains("--set raft.listen: registry.raft.listen: \"here\""),
+        "{said}"
+    );
     let said = shell.says(2, &["--set", "namespace=a", "get", "/a"]).await;
     assert!(said.contains("bad namespace"), "{said}");
     let said = shell.says(2, &["members", "add", "d", "nowhere"]).await;
