@@ -16,9 +16,10 @@ const MAX_BYTES: usize = 8 << 20;
 
 /// The two ends of a watch: the backend pushes, the caller reads.
 ///
-/// Pushing never waits. Beyond 4,096 events or 8 MiB the queue is folded: of each key only the newest state is left,
-/// and all of them are handed on together. What is left is at most what the reader knew that is now gone, and what is
-/// there now: memory is bounded by the watched keys, not by the changes to them (W6).
+/// Pushing never waits. Beyond 4,096 events or 8 MiB the queue is coalesced: of each key only the newest state is left, once
+/// before the last `Synced` mark that waits and once after it, each delivered as one batch. What is left is at most what the
+/// reader knew that is now deleted, and what there is now, twice: memory is bounded by the watched keys, not by the changes
+/// to them.
 pub fn feed() -> (Feed, Watch) {
     let queue = Arc::new(Queue::default());
     (Feed(queue.clone()), Watch::new(Reader(queue)))
@@ -139,41 +140,65 @@ impl State {
         }
     }
 
-    /// Folds everything that waits into one batch.
+    /// Coalesces the changes that wait: those before the last mark into one batch, and those after it into another, so that
+    /// the mark stays where it is. Earlier marks say less and are left out.
     fn fold(&mut self) {
         let mut reset = false;
+        let mut before = Coalesced::default();
+        let mut after = Coalesced::default();
         let mut synced = None;
-        let mut keys = BTreeMap::<Key, Folded>::new();
         for item in mem::take(&mut self.items) {
             match item {
                 WatchItem::Reset => {
-                    reset = true;
-                    synced = None;
-                    keys.clear();
+                    (reset, synced) = (true, None);
+                    (before, after) = Default::default();
                 }
-                WatchItem::Synced(revision) => synced = Some(revision),
-                WatchItem::Changes(events) => {
-                    for event in events {
-                        keys.entry(event.key().clone()).or_default().then(event);
-                    }
+                WatchItem::Synced(revision) => {
+                    before.append(mem::take(&mut after));
+                    synced = Some(revision);
                 }
+                WatchItem::Changes(events) => after.extend(events),
             }
         }
-        let mut events: Vec<_> = keys
-            .into_values()
-            .flat_map(|f| f.deleted.into_iter().chain(f.put))
-            .collect();
-        events.sort_by_key(Event::revision);
-        self.items.extend(reset.then_some(WatchItem::Reset));
-        self.items
-            .extend((!events.is_empty()).then_some(WatchItem::Changes(events)));
-        self.items.extend(synced.map(WatchItem::Synced));
+        let parts = [
+            reset.then_some(WatchItem::Reset),
+            before.into_item(),
+            synced.map(WatchItem::Synced),
+            after.into_item(),
+        ];
         (self.events, self.bytes) = (0, 0);
-        for item in mem::take(&mut self.items) {
+        for item in parts.into_iter().flatten() {
             self.count(&item, usize::wrapping_add);
             self.items.push_back(item);
         }
         self.folded = (self.events, self.bytes);
+    }
+}
+
+/// The changes of several batches, coalesced for each key.
+#[derive(Default)]
+struct Coalesced(BTreeMap<Key, Folded>);
+
+impl Coalesced {
+    fn extend(&mut self, events: impl IntoIterator<Item = Event>) {
+        for event in events {
+            self.0.entry(event.key().clone()).or_default().then(event);
+        }
+    }
+
+    /// Adds later changes.
+    fn append(&mut self, later: Self) {
+        self.extend(later.into_events());
+    }
+
+    fn into_events(self) -> impl Iterator<Item = Event> {
+        self.0.into_values().flat_map(|f| f.deleted.into_iter().chain(f.put))
+    }
+
+    fn into_item(self) -> Option<WatchItem> {
+        let mut events: Vec<_> = self.into_events().collect();
+        events.sort_by_key(Event::revision);
+        (!events.is_empty()).then_some(WatchItem::Changes(events))
     }
 }
 
@@ -273,12 +298,24 @@ mod tests {
     }
 
     proptest! {
-        /// However often the queue is folded, and wherever the reader was, it ends with the newest state of every key.
+        /// However often the queue is coalesced, and wherever the reader was, it ends with the newest state of every key; and
+        /// no event comes after a mark that it is older than.
         #[test]
-        fn folding_keeps_the_final_state(changes in proptest::collection::vec((0u8..6, any::<bool>(), 0u8..4), 1..200)) {
+        fn folding_keeps_the_final_state(changes in proptest::collection::vec((0u8..6, any::<bool>(), 0u8..5), 1..200)) {
             let queue = Queue::default();
             let mut truth = Picture::default();
-            let mut known = BTreeMap::new();
+            let (mut known, mut synced) = (BTreeMap::new(), Revision(0));
+            let mut take = |item| {
+                match &item {
+                    WatchItem::Synced(revision) => {
+                        assert!(*revision > synced, "a mark of {revision} after one of {synced}");
+                        synced = *revision;
+                    }
+                    WatchItem::Changes(events) => assert!(events.iter().all(|event| event.revision() > synced)),
+                    WatchItem::Reset => {}
+                }
+                read(&mut known, item);
+            };
             for (revision, (key, put, then)) in (1..).zip(changes) {
                 let entry = entry(key, revision);
                 let events = match put {
@@ -288,15 +325,57 @@ mod tests {
                 queue.push(WatchItem::Changes(events));
                 match then {
                     0 => queue.lock().fold(),
-                    1 => if let Some(item) = queue.lock().items.pop_front() { read(&mut known, item) },
+                    1 => if let Some(item) = queue.lock().items.pop_front() { take(item) },
+                    2 => queue.push(WatchItem::Synced(Revision(revision))),
                     _ => {}
                 }
             }
             for item in mem::take(&mut queue.lock().items) {
-                read(&mut known, item);
+                take(item);
             }
             prop_assert_eq!(known.into_values().collect::<Vec<_>>(), truth.entries().cloned().collect::<Vec<_>>());
         }
+    }
+
+    /// What the mark of a revision follows is told before it, and what came later after it.
+    #[test]
+    fn folding_keeps_the_last_mark_where_it_is() {
+        let queue = Queue::default();
+        let mut truth = Picture::default();
+        let mut put = |key, revision| queue.push(WatchItem::Changes(truth.put(entry(key, revision))));
+        put(1, 1);
+        put(2, 2);
+        queue.push(WatchItem::Synced(Revision(2)));
+        put(1, 3);
+        queue.push(WatchItem::Synced(Revision(3)));
+        put(1, 4);
+        put(3, 5);
+        put(1, 6);
+        let mut known = BTreeMap::new();
+        // A second time changes nothing.
+        for _ in 0..2 {
+            queue.lock().fold();
+            let items: Vec<_> = queue.lock().items.iter().cloned().collect();
+            let revisions = |item: &WatchItem| match item {
+                WatchItem::Changes(events) => events.iter().map(|event| event.revision().0).collect(),
+                _ => Vec::new(),
+            };
+            assert!(
+                matches!(&items[..], [_, WatchItem::Synced(Revision(3)), _]),
+                "{items:?}"
+            );
+            assert_eq!(
+                items.iter().map(revisions).collect::<Vec<_>>(),
+                [vec![2, 3], vec![], vec![4, 5, 6]]
+            );
+        }
+        for item in mem::take(&mut queue.lock().items) {
+            read(&mut known, item);
+        }
+        assert_eq!(
+            known.into_values().collect::<Vec<_>>(),
+            truth.entries().cloned().collect::<Vec<_>>()
+        );
     }
 
     /// What follows a reset is not all told yet, whatever was before.
