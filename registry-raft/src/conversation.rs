@@ -15,14 +15,17 @@ use std::sync::{Arc, Weak};
 use futures_util::{Stream, stream};
 use parking_lot::Mutex;
 use prost::Message;
+use registry_api::Error;
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
 use crate::proto;
 use crate::proto::asked::What as Ask;
+use crate::proto::response::Answer;
 use crate::proto::told::What as Tell;
 use crate::remote::Remote;
-use crate::transport::Connection;
+use crate::service::said;
+use crate::transport::{Connection, MAX_PART};
 
 pub(crate) use answering::answer;
 
@@ -89,6 +92,16 @@ impl Conversation {
     }
 
     async fn once(&self, what: Ask) -> Result<proto::Response, Status> {
+        let size = what.encoded_len();
+        if size > MAX_PART {
+            // It could not be encoded, and would end the stream with all that is in flight on it.
+            let too_large = Error::TooLarge {
+                what: "a request",
+                size,
+                limit: MAX_PART,
+            };
+            return Ok(Answer::Failure(said(&too_large)).into());
+        }
         let (tell, told) = oneshot::channel();
         let _asked = self.send(Waiter::Once(tell), what)?;
         told.await.unwrap_or_else(|_| Err(gone()))

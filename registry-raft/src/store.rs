@@ -17,12 +17,11 @@ use crate::history::{Batch, History};
 use crate::proto;
 use crate::snapshot::Frozen;
 use crate::state::{State, below};
+use crate::transport::{CUT, part_len};
 use crate::tree::Tree;
 use crate::types::{LogId, SnapshotMeta, StoredMembership};
 use crate::watchers::{Target, Watchers};
 
-/// The most bytes of keys and values on one page, so that a page fits a message.
-const PAGE_BYTES: usize = 2 << 20;
 /// How many records a watch takes from the tree at a time while it tells the current entries.
 const CHUNK: usize = 256;
 
@@ -185,12 +184,13 @@ impl Store {
                     seek = Some(past(&record.key[..from.len() + deeper]));
                     break;
                 }
-                if page.entries.len() as u64 >= list.limit.max(1) || bytes > PAGE_BYTES {
+                if page.entries.len() as u64 >= list.limit.max(1) || bytes > CUT {
                     page.more = true;
                     return page;
                 }
-                bytes += record.key.len() + record.value.len();
-                page.entries.push(proto::Entry::from(&**record));
+                let entry = proto::Entry::from(&**record);
+                bytes += part_len(&entry);
+                page.entries.push(entry);
             }
             match seek {
                 Some(next) => start = next,
@@ -211,7 +211,7 @@ impl Store {
             for record in tree.range(&start, &to) {
                 let rest = &record.key[from.len()..];
                 let (name, deeper) = rest.split_once('/').map_or((rest, false), |(name, _)| (name, true));
-                if bytes > PAGE_BYTES {
+                if bytes > CUT {
                     return proto::ChildrenAnswer {
                         names: names.into_iter().collect(),
                         revision,
@@ -219,7 +219,7 @@ impl Store {
                     };
                 }
                 if names.insert(name.to_owned()) {
-                    bytes += name.len();
+                    bytes += part_len(&name.to_owned());
                 }
                 if deeper {
                     seek = Some(past(&record.key[..from.len() + name.len()]));

@@ -47,6 +47,19 @@ pub(crate) use refusal::status_error;
 
 /// The largest message either side takes: a transaction or a page, and some room.
 pub(crate) const MAX_MESSAGE: usize = 8 << 20;
+/// The size at which what has many parts is cut into several messages: by what the parts take encoded, the last one not
+/// counted. A part is at most a transaction.
+pub(crate) const CUT: usize = MAX_MESSAGE / 4;
+/// The largest part that shares a message with others: what does not fit is replaced by an error before it is sent, since a
+/// message that can't be encoded ends the stream, and all that is in flight on it.
+pub(crate) const MAX_PART: usize = MAX_MESSAGE - (1 << 20);
+/// What a part of a repeated field takes besides its own bytes: the tag and the length.
+const PART_HEAD: usize = 6;
+
+/// How many bytes a part takes in a repeated field, at most.
+pub(crate) fn part_len(part: &impl prost::Message) -> usize {
+    part.encoded_len() + PART_HEAD
+}
 /// How many bytes may be on their way before the other side has read any.
 const WINDOW: u32 = 1 << 20;
 /// The largest frame that is taken: each is a system call of its own to whoever sends. HTTP/2 has 16 KiB, a third of what a

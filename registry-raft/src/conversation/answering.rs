@@ -22,11 +22,15 @@ use crate::proto::request::Call;
 use crate::proto::response::Answer;
 use crate::proto::watch_response::Item;
 use crate::service::{Service, said};
+use crate::transport::MAX_PART;
 
 /// How many requests of one conversation are worked on at once; the next are not read meanwhile.
 const AT_ONCE: u32 = 1024;
 /// For how many a list counts, whose answer may be as large as those of so many others.
 const LIST: u32 = AT_ONCE / 32;
+/// For how many bytes of a request it counts as one more: 16 MiB of requests are worked on at once, beside the message that
+/// was read last.
+const REQUEST_BYTES: usize = (16 << 20) / AT_ONCE as usize;
 /// How many watches and waits one conversation has at the most; one more is refused.
 pub(super) const WATCHES: usize = 4096;
 /// How much that is told waits for the connection to take it, in parts and in bytes. A part that is larger waits alone.
@@ -108,6 +112,26 @@ impl What {
         };
         what + PART_BYTES
     }
+
+    /// Itself, or an error in its place if no message has room for it: that would end the conversation, and what else is in
+    /// flight on it.
+    fn fitting(self) -> Self {
+        let bytes = self.bytes();
+        if bytes <= MAX_PART {
+            return self;
+        }
+        tracing::error!(bytes, "a response is too large to be sent");
+        let source = format!("the response takes {bytes} bytes, a message has room for {MAX_PART}").into();
+        let error = Error::OutcomeUnknown {
+            operation: "a request",
+            source,
+        };
+        match self {
+            Self::Response(_) => Self::Response(Answer::Failure(said(&error)).into()),
+            Self::Item(_) => failure(&error),
+            Self::End => Self::End,
+        }
+    }
 }
 
 impl Waiting {
@@ -146,6 +170,7 @@ struct Telling {
 impl Telling {
     /// Waits for room, and says whether anybody hears it.
     async fn tell(&self, number: u64, what: What) -> bool {
+        let what = what.fitting();
         match self.room.clone().acquire_many_owned(room_for(&what)).await {
             Ok(place) => self.tell_at(place, number, what).await,
             Err(_) => false,
@@ -166,7 +191,7 @@ impl Telling {
     async fn tell_read<F: Future<Output = proto::Response>>(&self, number: u64, read: impl Fn() -> F) -> bool {
         let mut had = None::<OwnedSemaphorePermit>;
         loop {
-            let told = What::Response(read().await);
+            let told = What::Response(read().await).fitting();
             let needs = room_for(&told);
             let place = match had.take() {
                 Some(place) if place.num_permits() >= needs as usize => Ok(place),
@@ -253,8 +278,8 @@ async fn read(
                 None => Work::Answer(Box::default()),
             };
             let counts_for = match &work {
-                Work::Answer(request) if matches!(request.call, Some(Call::List(_))) => LIST,
-                _ => 1,
+                Work::Answer(request) => weight(request),
+                Work::Refuse(_) => 1,
             };
             let Ok(place) = room.clone().acquire_many_owned(counts_for).await else {
                 return;
@@ -270,6 +295,17 @@ async fn read(
             });
         }
     }
+}
+
+/// For how many requests one counts: what it and its response may take in memory.
+fn weight(request: &proto::Request) -> u32 {
+    let list = if matches!(request.call, Some(Call::List(_))) {
+        LIST
+    } else {
+        1
+    };
+    let bytes = u32::try_from(request.encoded_len() / REQUEST_BYTES).unwrap_or(AT_ONCE);
+    list.saturating_add(bytes).min(AT_ONCE)
 }
 
 /// The watches of a conversation, and the waits, by the numbers that the other side gives them.
@@ -387,6 +423,63 @@ async fn refuse(what: What, number: u64, telling: &Telling) -> bool {
 mod tests {
     use super::super::sharing::Messages;
     use super::*;
+
+    #[test]
+    fn what_no_message_has_room_for_is_an_error_of_an_unknown_outcome() {
+        let page = |bytes: usize| {
+            let value = vec![0; bytes].into();
+            let entries = vec![proto::Entry {
+                value,
+                ..proto::Entry::default()
+            }];
+            Answer::Page(proto::Page {
+                entries,
+                ..proto::Page::default()
+            })
+        };
+        let fits = What::Response(page(MAX_PART - 100).into()).fitting();
+        assert!(fits.bytes() > MAX_PART - 100);
+        let What::Response(told) = What::Response(page(MAX_PART).into()).fitting() else {
+            panic!("it is no response");
+        };
+        let Some(Answer::Failure(said)) = told.answer else {
+            panic!("{told:?}");
+        };
+        assert!(matches!(crate::link::failure(said), Error::OutcomeUnknown { .. }));
+    }
+
+    /// However many a handle sends at once, and however large.
+    #[test]
+    fn a_conversation_works_on_a_bounded_number_of_bytes() {
+        let command = |bytes: usize| {
+            let operation = proto::Operation {
+                key: "/ns/a".into(),
+                write: Some(proto::operation::Write::Put(proto::Put {
+                    value: vec![0; bytes].into(),
+                    ..proto::Put::default()
+                })),
+            };
+            let txn = proto::Txn {
+                conditions: Vec::new(),
+                operations: vec![operation],
+            };
+            let change = Some(proto::command::Change::Txn(txn));
+            let command = proto::Command {
+                change,
+                ..proto::Command::default()
+            };
+            proto::Request {
+                call: Some(Call::Command(command)),
+                ..proto::Request::default()
+            }
+        };
+        assert_eq!(weight(&command(100)), 1);
+        let large = command(900_000);
+        let at_once = (AT_ONCE / weight(&large)) as usize;
+        assert!((8..=18).contains(&at_once), "{at_once}");
+        assert!(at_once * large.encoded_len() <= 16 << 20);
+        assert_eq!(weight(&command(100 << 20)), AT_ONCE);
+    }
 
     #[test]
     fn what_the_last_part_says_too_is_told_with_it() {

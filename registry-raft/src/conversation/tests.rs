@@ -234,6 +234,29 @@ async fn each_of_many_watches_is_told_each_change_once() {
     }
 }
 
+/// What else is in flight on the stream gets its response.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_is_too_large_is_refused_before_it_is_sent() {
+    let spoken = Spoken::start().await;
+    let watch = spoken.watch();
+    let get = proto::Get {
+        key: "k".repeat(crate::transport::MAX_MESSAGE),
+        ..proto::Get::default()
+    };
+    let request = proto::Request {
+        call: Some(Call::Get(get)),
+        ..proto::Request::default()
+    };
+    let refused = within(PATIENCE, spoken.conversation.ask(request)).await.unwrap().answer;
+    assert!(
+        matches!(&refused, Some(Answer::Failure(said)) if said.kind() == proto::failure::Kind::Invalid),
+        "{refused:?}"
+    );
+    assert!(!spoken.conversation.has_ended());
+    assert!(matches!(spoken.get("/a").await, Ok(Some(Answer::Get(_)))));
+    drop(watch);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wait_ends_on_the_member_when_nobody_waits_any_more() {
     let spoken = Spoken::start().await;

@@ -202,6 +202,34 @@ fn a_part_is_told_with_the_rest_of_it() {
     );
 }
 
+/// A member that was slow to pass on its events marks what the watch has reported before: after a break it goes on from the
+/// newest.
+#[test]
+fn an_old_mark_takes_a_watch_back_nowhere() {
+    let gone = |kind: proto::event::Kind| {
+        let deleted = proto::Event {
+            kind: kind.into(),
+            entry: Some(proto::Entry {
+                key: "/ns/a".into(),
+                create_revision: 5,
+                mod_revision: 5,
+                ..proto::Entry::default()
+            }),
+            revision: 7,
+        };
+        let events = vec![deleted];
+        Item::Changes(proto::Changes { events, more: false })
+    };
+    let deleted = gone(proto::event::Kind::Deleted);
+    let (feed, _watch) = registry_api::watch::feed();
+    let mut reader = Reader::new(Namespace::parse("/ns").unwrap(), feed, Some(Revision(4)));
+    reader.begin();
+    for item in [part("/ns/a", false), deleted, Item::Synced(4)] {
+        assert!(reader.take(&item.into()));
+    }
+    assert_eq!(reader.reported(), Some(Revision(7)));
+}
+
 /// Also of what it was about to be told.
 #[test]
 fn a_reset_leaves_nothing_of_what_was_told_before_it() {

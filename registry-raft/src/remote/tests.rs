@@ -170,6 +170,60 @@ async fn what_bridges_a_gap_is_told_in_the_order_of_revisions() {
     store.stop().await;
 }
 
+/// What takes more than a message at one revision: the watch is told all of it, and no other call of the handle is disturbed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_keys_that_end_at_once_disturb_no_other_call() {
+    const KEYS: usize = 40_000;
+    let store = Alone::start().await;
+    let options = Options {
+        namespace: Namespace::parse(&format!("/{}", "n".repeat(200))).unwrap(),
+        ..Options::default()
+    };
+    let local = store.member.connect(&options).await.unwrap();
+    let puts: Vec<_> = (0..KEYS).map(|n| key(&format!("k/{n}"))).collect();
+    for some in puts.chunks(registry_api::MAX_OPERATIONS) {
+        let txn = some.iter().fold(Txn::new(), |txn, key| txn.put(key, ""));
+        local.commit(txn).await.unwrap();
+    }
+    let remote = RaftConfig::remote([store.member.address().unwrap().to_string()]);
+    let remote = crate::connect(&remote, &options).await.unwrap();
+    let request = WatchRequest::new(key("k"), WatchScope::Subtree);
+    let mut watch = remote.watch(request).await.unwrap();
+    while !matches!(next(&mut watch).await, WatchItem::Synced(_)) {}
+    let told = async {
+        let mut told = 0;
+        while told < KEYS {
+            if let WatchItem::Changes(events) = next(&mut watch).await {
+                told += events.len();
+            }
+        }
+        told
+    };
+    let others = async {
+        let deleted = local.delete_prefix(&key("k").into()).await.unwrap();
+        for n in 0..200 {
+            remote.put(&key("other"), n.to_string()).await.unwrap();
+        }
+        deleted
+    };
+    let (told, deleted) = tokio::join!(told, others);
+    assert_eq!((told, deleted), (KEYS, KEYS as u64));
+    drop(watch);
+    for handle in [local, remote] {
+        handle.close().await.unwrap();
+    }
+    store.stop().await;
+}
+
+/// A message that can't be encoded or decoded ends the stream: what was in flight may have been carried out.
+#[test]
+fn a_message_of_the_wrong_size_leaves_the_outcome_unknown() {
+    let ended = status_error(tonic::Status::out_of_range("encoded message length too large"));
+    assert!(matches!(ended, Error::OutcomeUnknown { .. }), "{ended:?}");
+    let ended = status_error(tonic::Status::invalid_argument("what a proxy says"));
+    assert!(matches!(ended, Error::OutcomeUnknown { .. }), "{ended:?}");
+}
+
 /// A small page comes along with a commit, and with the end of a key; for a large one the handle asks.
 #[tokio::test]
 async fn a_small_listing_comes_along() {

@@ -18,7 +18,7 @@ use crate::proto::request::Call;
 use crate::proto::response::Answer;
 use crate::proto::watch_response::Item;
 use crate::service::MAX_LIMIT;
-use crate::transport::{MAX_MESSAGE, status_error};
+use crate::transport::{CUT, part_len, status_error};
 
 /// How long a watch that lost its member looks for another, and waits until that has begun it, before it tries the next.
 const TO_REOPEN: Duration = Duration::from_secs(10);
@@ -257,8 +257,14 @@ impl Reader {
         }
     }
 
+    /// The revision that the next stream begins after.
+    #[cfg(test)]
+    pub(crate) fn reported(&self) -> Option<Revision> {
+        self.told
+    }
+
     /// A stream begins, with what comes after that which was told.
-    fn begin(&mut self) {
+    pub(crate) fn begin(&mut self) {
         self.listing = self.told.is_none();
         let again = std::mem::replace(&mut self.began, true);
         self.current = (self.listing && again).then(Vec::new);
@@ -266,7 +272,7 @@ impl Reader {
     }
 
     /// Takes the next item, and says whether the stream is of any more use.
-    fn take(&mut self, response: &proto::WatchResponse) -> bool {
+    pub(crate) fn take(&mut self, response: &proto::WatchResponse) -> bool {
         self.pass_on(response).unwrap_or_else(|error| {
             self.failed = Some(error);
             false
@@ -296,7 +302,8 @@ impl Reader {
                     self.feed.changes(self.picture.replace(current, revision));
                 }
                 self.listing = false;
-                self.told = Some(revision);
+                // A stream that was cut while its events waited to be coalesced may mark what was reported before.
+                self.told = self.told.max(Some(revision));
                 self.feed.synced(revision);
             }
             Some(Item::Failure(said)) => match failure(said.clone()) {
@@ -372,29 +379,21 @@ pub(crate) fn to_messages(namespace: &Namespace, item: Result<WatchItem>) -> Vec
 
 /// Changes that belong together, in as many messages as their size takes.
 fn messages(namespace: &Namespace, events: &[Event]) -> Vec<Item> {
-    let mut parts = vec![proto::Changes::default()];
-    let mut bytes = 0;
+    let mut parts = Vec::new();
+    let (mut part, mut bytes) = (proto::Changes::default(), 0);
     for event in events {
-        let size = event.key().as_str().len() + event.entry().value.len();
-        if bytes + size > MAX_MESSAGE / 4 && bytes > 0 {
-            parts.push(proto::Changes::default());
+        let event = message(namespace, event);
+        let size = part_len(&event);
+        if bytes + size > CUT && bytes > 0 {
+            part.more = true;
+            parts.push(Item::Changes(std::mem::take(&mut part)));
             bytes = 0;
         }
         bytes += size;
-        parts
-            .last_mut()
-            .expect("there is one from the start")
-            .events
-            .push(message(namespace, event));
+        part.events.push(event);
     }
-    let last = parts.len() - 1;
-    let more = |(at, changes): (usize, proto::Changes)| {
-        Item::Changes(proto::Changes {
-            more: at < last,
-            ..changes
-        })
-    };
-    parts.into_iter().enumerate().map(more).collect()
+    parts.push(Item::Changes(part));
+    parts
 }
 
 fn message(namespace: &Namespace, event: &Event) -> proto::Event {
@@ -421,5 +420,49 @@ fn message(namespace: &Namespace, event: &Event) -> proto::Event {
         kind: kind.into(),
         entry: Some(entry),
         revision: event.revision().0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message;
+    use registry_api::{DeleteCause, Key, SessionId};
+
+    use super::*;
+
+    /// Events are cut by what they take on the wire: here the namespace is most of it.
+    #[test]
+    fn changes_are_cut_by_their_encoded_size() {
+        let namespace = Namespace::parse(&format!("/{}", "n".repeat(255))).unwrap();
+        let event = |n: u64, value: usize| {
+            let last = Entry {
+                key: Key::parse(&format!("/{n}")).unwrap(),
+                value: vec![0; value].into(),
+                create_revision: Revision(u64::MAX - n),
+                mod_revision: Revision(u64::MAX),
+                session: Some(SessionId(u64::MAX)),
+            };
+            Event::Deleted {
+                last,
+                revision: Revision(u64::MAX),
+                cause: DeleteCause::SessionEnded,
+            }
+        };
+        for (count, value) in [(40_000, 0), (10, 900_000), (3, 700_000), (1, 900_000), (0, 0)] {
+            let events: Vec<_> = (0..count).map(|n| event(n, value)).collect();
+            let parts = messages(&namespace, &events);
+            let last = parts.len() - 1;
+            let mut told = 0;
+            for (at, part) in parts.into_iter().enumerate() {
+                let Item::Changes(changes) = &part else {
+                    panic!("{part:?}");
+                };
+                assert_eq!(changes.more, at < last, "of {count}, part {at} of {last}");
+                told += changes.events.len() as u64;
+                let bytes = proto::WatchResponse::from(part).encoded_len();
+                assert!(bytes <= CUT + 16, "{count} events: {bytes} bytes");
+            }
+            assert_eq!(told, count);
+        }
     }
 }

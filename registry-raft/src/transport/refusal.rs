@@ -114,10 +114,10 @@ pub(crate) fn status_error(status: tonic::Status) -> Error {
             denied("it speaks TLS only: set registry.raft.tls".into())
         }
         Code::Unauthenticated | Code::PermissionDenied => denied(status.message().to_owned()),
-        Code::InvalidArgument | Code::Unimplemented | Code::OutOfRange => {
-            Error::InvalidRequest(status.message().into())
-        }
-        // Everything else may have come after the request was read.
+        // The other side does not know the method, so nothing was read.
+        Code::Unimplemented => Error::InvalidRequest(status.message().into()),
+        // Everything else may have come after the request was read. A message that is too large to be encoded or decoded
+        // (OUT_OF_RANGE) ends the stream with all that is in flight on it, writes that were carried out included.
         _ => {
             let beneath = causes(&status).skip(1).last().map(ToString::to_string);
             Error::OutcomeUnknown {
