@@ -340,6 +340,9 @@ fn said() -> Vec<Vec<u8>> {
         list: [("a".to_owned(), "h:1".to_owned())].into(),
         membership: Some(membership),
         membership_log_id: id,
+        proposed: vec![3; 16].into(),
+        removed: true,
+        address: "h:1".into(),
     };
     [
         append.encode_to_vec(),

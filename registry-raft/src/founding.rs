@@ -24,7 +24,7 @@ use crate::member::Core;
 use crate::network::Lane;
 use crate::proto::registry::peer::v1 as message;
 use crate::transport::Transport;
-use crate::types::{LogId, Peer};
+use crate::types::Peer;
 use crate::wire;
 
 /// How long a greeting may take, and the pause before the next.
@@ -40,6 +40,9 @@ const REMINDER: Duration = Duration::from_secs(5);
 pub(crate) struct Group {
     pub(crate) cluster: [u8; 16],
     pub(crate) members: BTreeMap<u64, Peer>,
+    /// Whether the membership is in the log of the member that reported it. The Raft leader replicates it then, and the
+    /// group's first entry may have been another one.
+    pub(crate) has_log: bool,
 }
 
 /// What stands behind a member's address from the first moment on; the member itself comes later.
@@ -52,8 +55,25 @@ struct Behind {
     name: String,
     list: BTreeMap<String, String>,
     transport: Transport,
-    group: Mutex<Option<Group>>,
+    decision: Mutex<Decision>,
     core: OnceLock<Core>,
+}
+
+/// What this process has decided about the group that it founds.
+#[derive(Debug, Default)]
+struct Decision {
+    /// The group that it is about to found. A greeting that proposes another one takes this back.
+    proposed: Option<[u8; 16]>,
+    group: Option<Group>,
+}
+
+/// The result of greeting everybody on the list once.
+enum Round {
+    /// A member has the group already.
+    Founded(Group),
+    /// All responded, and none of them is in a group.
+    All(BTreeMap<String, u64>),
+    Missing(Vec<String>),
 }
 
 impl Door {
@@ -63,7 +83,7 @@ impl Door {
             name: name.into(),
             list: list.clone(),
             transport,
-            group: Mutex::default(),
+            decision: Mutex::default(),
             core: OnceLock::new(),
         }))
     }
@@ -80,10 +100,33 @@ impl Door {
 
     /// Who is here, and what group it knows.
     pub(crate) fn greeting(&self) -> message::Greeting {
+        let decision = self.0.decision.lock();
+        self.greeting_of(&decision)
+    }
+
+    /// The response to the greeting of another member.
+    pub(crate) fn respond(&self, theirs: &message::Greeting) -> message::Greeting {
+        let mut decision = self.0.decision.lock();
+        let same_list = is_list(&theirs.list, &self.0.list);
+        if same_list && !theirs.proposed.is_empty() && decision.proposed.is_some_and(|own| *theirs.proposed != own) {
+            decision.proposed = None;
+        }
+        let mut greeting = self.greeting_of(&decision);
+        greeting.removed = self.core().is_some_and(|core| {
+            *theirs.cluster == core.identity().cluster
+                && core.store().read(|inner| inner.state.removed.contains(&theirs.id))
+        });
+        greeting
+    }
+
+    fn greeting_of(&self, decision: &Decision) -> message::Greeting {
         let mut greeting = message::Greeting {
             id: self.0.id,
             name: self.0.name.clone(),
             list: self.0.list.clone().into_iter().collect(),
+            proposed: decision
+                .proposed
+                .map_or_else(Bytes::new, |proposed| Bytes::copy_from_slice(&proposed)),
             ..message::Greeting::default()
         };
         if let Some(core) = self.core() {
@@ -92,67 +135,109 @@ impl Door {
             greeting.membership_log_id = at.as_ref().map(wire::log_id_to);
             greeting.membership = (at.is_some()).then(|| wire::membership_to(&membership));
         }
-        if let Some(group) = self.0.group.lock().as_ref().filter(|_| greeting.membership.is_none()) {
+        if let Some(group) = decision.group.as_ref().filter(|_| greeting.membership.is_none()) {
             greeting.cluster = Bytes::copy_from_slice(&group.cluster);
             greeting.membership = group.membership().ok().as_ref().map(wire::membership_to);
         }
         greeting
     }
 
-    /// Greets everybody on the list until all are known, or one knows the group already.
+    /// Greets everybody on the list, round after round, until all respond in one round or one of them has the group.
     ///
-    /// It waits for all, however long: with less, who lost its disk could not be told from who never had one.
+    /// It waits for all, however long: with fewer, a member that lost its disk could not be told from one that is new.
+    ///
+    /// Ids of an earlier round do not count: their members may have founded the group since. When a round has found all,
+    /// the member proposes the group to all of them in a second round, and founds it only if all respond as before. A
+    /// member that receives another proposal takes its own back and begins again. So of two members that propose
+    /// different groups at most one founds its own: the second rounds would each have to begin after the other's
+    /// greeting. And a group that acknowledged anything before a disk was replaced is found in the second round, which
+    /// begins after the new disk was seen.
     ///
     /// # Errors
     /// [`Error::Config`] if another has another list, or is not who it should be; [`Error::Storage`] if the group knows
     /// another disk under this member's name.
     pub(crate) async fn found(&self) -> Result<Group> {
         let (me, list) = (&self.0, &self.0.list);
+        if let Some(group) = me.decision.lock().group.clone() {
+            return Ok(group);
+        }
         let lanes: Vec<_> = list
             .iter()
             .filter(|(name, _)| **name != me.name)
-            .map(|(name, address)| (name, Lane::new(&me.transport, address)))
+            .map(|(name, address)| (name.as_str(), Lane::new(&me.transport, address)))
             .collect();
-        let mut ids = BTreeMap::from([(me.name.clone(), me.id)]);
-        let mut said = Instant::now();
-        while ids.len() < list.len() {
-            for (name, lane) in lanes
-                .iter()
-                .filter(|(name, _)| !ids.contains_key(*name))
-                .collect::<Vec<_>>()
-            {
-                let Ok(greeting) = greet(lane, self.greeting()).await else {
-                    continue;
-                };
-                if greeting.name != **name {
-                    let reason = format!("at {} is member {:?}, not {name:?}", list[*name], greeting.name);
-                    return Err(refused("cluster", reason));
-                }
-                if let Some(group) = self.known_to(&greeting)? {
-                    return Ok(group);
-                }
-                if greeting.list.clone().into_iter().collect::<BTreeMap<_, _>>() != *list {
-                    let reason = format!("member {name} has another list: {}", shown(&greeting.list));
-                    return Err(refused("cluster", reason));
-                }
-                ids.insert((*name).clone(), greeting.id);
-            }
-            if ids.len() < list.len() {
-                if said.elapsed() > REMINDER {
-                    said = Instant::now();
-                    let missing: Vec<_> = list.keys().filter(|name| !ids.contains_key(*name)).collect();
+        let mut reminded = Instant::now();
+        loop {
+            match self.greet_all(&lanes).await? {
+                Round::Founded(group) => return Ok(group),
+                Round::Missing(missing) if reminded.elapsed() > REMINDER => {
+                    reminded = Instant::now();
                     tracing::warn!(?missing, "the group is founded when all on the list are there");
                 }
-                tokio::time::sleep(PAUSE).await;
+                Round::Missing(_) => {}
+                Round::All(ids) => {
+                    let group = self.group_of_list(&ids);
+                    self.propose(&group);
+                    match self.greet_all(&lanes).await? {
+                        Round::Founded(group) => return Ok(group),
+                        Round::All(again) if again == ids && self.decide(&group) => return Ok(group),
+                        Round::All(_) | Round::Missing(_) => me.decision.lock().proposed = None,
+                    }
+                }
             }
+            tokio::time::sleep(PAUSE).await;
         }
-        let members = ids.into_iter().map(|(name, id)| {
-            let address = list[&name].clone();
-            (id, Peer { name, address })
+    }
+
+    /// Greets everybody on the list once.
+    async fn greet_all(&self, lanes: &[(&str, Lane)]) -> Result<Round> {
+        let (me, list) = (&self.0, &self.0.list);
+        let mut ids = BTreeMap::from([(me.name.clone(), me.id)]);
+        let mut missing = Vec::new();
+        for (name, lane) in lanes {
+            let Ok(greeting) = greet(lane, self.greeting()).await else {
+                missing.push((*name).to_owned());
+                continue;
+            };
+            if greeting.name != *name {
+                let reason = format!("at {} is member {:?}, not {name:?}", list[*name], greeting.name);
+                return Err(refused("cluster", reason));
+            }
+            if let Some(group) = self.known_to(&greeting)? {
+                return Ok(Round::Founded(group));
+            }
+            if !is_list(&greeting.list, list) {
+                let reason = format!("member {name} has another list: {}", shown(&greeting.list));
+                return Err(refused("cluster", reason));
+            }
+            ids.insert((*name).to_owned(), greeting.id);
+        }
+        Ok(match missing.is_empty() {
+            true => Round::All(ids),
+            false => Round::Missing(missing),
+        })
+    }
+
+    fn group_of_list(&self, ids: &BTreeMap<String, u64>) -> Group {
+        let members = ids.iter().map(|(name, id)| {
+            let (name, address) = (name.clone(), self.0.list[name].clone());
+            (*id, Peer { name, address })
         });
-        let group = Group::of(members.collect());
-        *me.group.lock() = Some(group.clone());
-        Ok(group)
+        Group::of(members.collect())
+    }
+
+    pub(crate) fn propose(&self, group: &Group) {
+        self.0.decision.lock().proposed = Some(group.cluster);
+    }
+
+    /// Founds the group, unless another member has proposed another one since this member proposed it.
+    pub(crate) fn decide(&self, group: &Group) -> bool {
+        let mut decision = self.0.decision.lock();
+        let stands = decision.proposed == Some(group.cluster);
+        if stands {
+            decision.group = Some(group.clone());
+        }
+        stands
     }
 
     /// Asks the members at these addresses for the group that they are. Who is in it is not asked: the one that answers
@@ -209,7 +294,11 @@ impl Door {
         let cluster = Uuid::from_slice(&greeting.cluster).map_err(unavailable)?.into_bytes();
         let membership = wire::membership_from(membership).map_err(unavailable)?;
         let members: BTreeMap<_, _> = membership.nodes().map(|(id, peer)| (*id, peer.clone())).collect();
-        Ok(Some(Group { cluster, members }))
+        Ok(Some(Group {
+            cluster,
+            members,
+            has_log: greeting.membership_log_id.is_some(),
+        }))
     }
 }
 
@@ -221,7 +310,11 @@ impl Group {
             .map(|(id, peer)| format!("{id} {} {}\n", peer.name, peer.address))
             .collect();
         let cluster = Uuid::new_v5(&Uuid::NAMESPACE_OID, text.as_bytes()).into_bytes();
-        Self { cluster, members }
+        Self {
+            cluster,
+            members,
+            has_log: false,
+        }
     }
 
     fn membership(&self) -> std::io::Result<Membership<u64, Peer>> {
@@ -250,13 +343,6 @@ pub(crate) fn refuse_namesake(members: &BTreeMap<u64, Peer>, id: u64, name: &str
 pub(crate) async fn greet(lane: &Lane, greeting: message::Greeting) -> Result<message::Greeting, Status> {
     lane.ask(GREETING, |mut client| async move { client.greet(greeting).await })
         .await
-}
-
-/// Whether a membership that another told is newer than what `at` this member has, and without it.
-fn is_removed(greeting: &message::Greeting, id: u64, at: Option<LogId>) -> bool {
-    let theirs = greeting.membership_log_id.map(wire::log_id_from);
-    let mut members = greeting.membership.iter().flat_map(|membership| &membership.nodes);
-    theirs > at && !members.any(|node| node.id == id)
 }
 
 impl Core {
@@ -319,24 +405,28 @@ impl Core {
         }
     }
 
-    /// Asks the other members, one at a time: openraft does not forget a leader that has become silent.
+    /// Whether the group has removed this member, as far as its own state or one other member's says.
+    ///
+    /// A membership without this member is no proof: a member that joins applies those from before its admission, and
+    /// one that starts again may have applied less than it has in its log. The state has the ids of all that were removed.
+    /// One member is asked in each turn, since openraft does not forget a leader that has become silent.
     async fn was_removed(&self, door: &Door, turn: usize) -> bool {
-        let (at, membership) = self.membership();
         let us = self.identity().member;
-        if at.is_none() {
-            return false;
-        }
-        if membership.get_node(&us).is_none() {
-            // A Raft leader that is removed sees to it first that the others know.
+        let (removed, others) = self.store().read(|inner| {
+            let others = inner.membership.nodes().filter(|(id, _)| **id != us);
+            let others: Vec<_> = others.map(|(id, peer)| (*id, peer.address.clone())).collect();
+            (inner.state.removed.contains(&us), others)
+        });
+        if removed {
+            // A Raft leader that is removed first replicates that to the others.
             return self.leads().is_none();
         }
-        let others: Vec<_> = membership.nodes().filter(|(id, _)| **id != us).collect();
-        let Some((id, peer)) = others.get(turn % others.len().max(1)) else {
+        let Some((id, address)) = others.get(turn % others.len().max(1)) else {
             return false;
         };
-        let lane = self.network().lane(**id, &peer.address);
+        let lane = self.network().lane(*id, address);
         match greet(&lane, door.greeting()).await {
-            Ok(greeting) => *greeting.cluster == self.identity().cluster && is_removed(&greeting, us, at),
+            Ok(greeting) => *greeting.cluster == self.identity().cluster && greeting.removed,
             Err(_) => false,
         }
     }
@@ -354,6 +444,10 @@ fn differences<'a>(list: &BTreeMap<String, String>, members: impl Iterator<Item 
     listed
         .chain(others.map(|(name, address)| format!("{name} at {address} is a member")))
         .collect()
+}
+
+fn is_list(theirs: &std::collections::HashMap<String, String>, list: &BTreeMap<String, String>) -> bool {
+    theirs.len() == list.len() && list.iter().all(|(name, address)| theirs.get(name) == Some(address))
 }
 
 fn shown(list: &std::collections::HashMap<String, String>) -> String {

@@ -8,6 +8,10 @@ mod awake;
 mod differing;
 #[cfg(test)]
 mod foreign;
+#[cfg(test)]
+mod founders;
+#[cfg(test)]
+mod joiner;
 mod keeping;
 #[cfg(test)]
 mod late;

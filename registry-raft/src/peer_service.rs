@@ -50,8 +50,8 @@ fn stopped(error: impl std::fmt::Display) -> Status {
 
 #[tonic::async_trait]
 impl Peers for PeerService {
-    async fn greet(&self, _: Request<message::Greeting>) -> Result<Response<message::Greeting>, Status> {
-        Ok(Response::new(self.door.greeting()))
+    async fn greet(&self, request: Request<message::Greeting>) -> Result<Response<message::Greeting>, Status> {
+        Ok(Response::new(self.door.respond(request.get_ref())))
     }
 
     async fn admit(&self, request: Request<message::Admission>) -> Result<Response<message::Admitted>, Status> {

@@ -205,7 +205,7 @@ fn elects_from(membership: &Membership<u64, Peer>, term: u64, member: u64, timer
     Instant::now() + Duration::from_millis(if heard_one { timers.millis().2 } else { 0 })
 }
 
-async fn serve(
+pub(super) async fn serve(
     door: Door,
     transport: Transport,
     listener: tokio::net::TcpListener,
@@ -291,6 +291,10 @@ impl Core {
                 field: "registry.raft.cluster".into(),
                 reason: "the group that the others found is another one; one of them has lost its data".into(),
             });
+        }
+        if group.has_log {
+            // The group runs. Its first entry is the Raft leader's to replicate: the members may have changed since.
+            return Ok(());
         }
         match self.raft.initialize(group.members).await {
             // Another that founds the same group has come first, and leads or was voted for.
