@@ -11,8 +11,9 @@ mod watch;
 
 use std::convert::Infallible;
 use std::future::Future;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -29,7 +30,7 @@ use answer::Refusal;
 
 /// How many connections there may be; more wait their turn.
 const CONNECTIONS: usize = 512;
-/// How long the head of a request may take, and a connection be idle.
+/// How long the head of a request may take, and a connection have no request in flight.
 const PATIENCE: Duration = Duration::from_secs(15);
 /// How long a request waits for the handle at the start.
 const ARRIVAL: Duration = Duration::from_secs(5);
@@ -97,9 +98,19 @@ pub async fn serve(
 
 /// Answers the requests of one connection.
 async fn answer_all(door: Door, stream: Stream, mut stopped: signal::Receiver<bool>) {
+    let (requests, mut changes) = signal::channel(0_usize);
+    let requests = Arc::new(requests);
     let service = tower::service_fn(move |request: Request<hyper::body::Incoming>| {
-        let door = door.clone();
-        async move { Ok::<_, Infallible>(door.answer(request.map(Body::new)).await) }
+        let (door, in_flight) = (door.clone(), InFlight::new(&requests));
+        async move {
+            let response = door.answer(request.map(Body::new)).await;
+            Ok::<_, Infallible>(response.map(|body| {
+                Body::new(Responding {
+                    body,
+                    _in_flight: in_flight,
+                })
+            }))
+        }
     });
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(PATIENCE);
@@ -109,9 +120,20 @@ async fn answer_all(door: Door, stream: Stream, mut stopped: signal::Receiver<bo
         // An error says that the server is gone.
         let _ = stopped.wait_for(|stop| *stop).await;
     };
+    // One that only responds to pings would keep its place for ever.
+    let idle = async {
+        loop {
+            match tokio::time::timeout(PATIENCE, changes.changed()).await {
+                Err(_) if *changes.borrow() == 0 => return,
+                Err(_) | Ok(Ok(())) => {}
+                // It has ended.
+                Ok(Err(_)) => std::future::pending().await,
+            }
+        }
+    };
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
-        () = asked_to_stop => {
+        () = async { tokio::select! { () = asked_to_stop => {}, () = idle => {} } } => {
             connection.as_mut().graceful_shutdown();
             match tokio::time::timeout(GRACE, connection).await {
                 Ok(ended) => ended,
@@ -122,6 +144,48 @@ async fn answer_all(door: Door, stream: Stream, mut stopped: signal::Receiver<bo
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "a connection ended early");
+    }
+}
+
+/// One request that is in flight until this is dropped.
+struct InFlight(Arc<signal::Sender<usize>>);
+
+impl InFlight {
+    fn new(requests: &Arc<signal::Sender<usize>>) -> Self {
+        requests.send_modify(|count| *count += 1);
+        Self(requests.clone())
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
+}
+
+/// The body of a response, whose request is in flight until it is sent.
+struct Responding {
+    body: Body,
+    _in_flight: InFlight,
+}
+
+impl hyper::body::Body for Responding {
+    type Data = <Body as hyper::body::Body>::Data;
+    type Error = <Body as hyper::body::Body>::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<hyper::body::Frame<Self::Data>, Self::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> hyper::body::SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -535,6 +535,39 @@ async fn who_is_slow_keeps_nobody_waiting() {
     assert_eq!(served.asks("/v1/kv/a", &[]).await.text(), "whole");
 }
 
+/// It answers every ping, and asks for nothing: its place is free again after a while. A watch keeps its own.
+#[tokio::test]
+async fn an_idle_connection_that_answers_pings_does_not_keep_its_place() {
+    const SETTINGS: u8 = 4;
+    const PING: u8 = 6;
+    let served = Served::start().await;
+    let mut watching = served.watches("/v1/watch/a", &["--http2-prior-knowledge"]).await;
+    assert_eq!(watching.next().await.0, "synced");
+    let mut idle = tokio::net::TcpStream::connect(("127.0.0.1", served.port))
+        .await
+        .unwrap();
+    let frame = |length: u8, kind: u8, flags: u8| [0, 0, length, kind, flags, 0, 0, 0, 0];
+    idle.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+    idle.write_all(&frame(0, SETTINGS, 0)).await.unwrap();
+    let mut pings = 0;
+    let ended = within(2 * PATIENCE, async {
+        loop {
+            let mut head = [0; 9];
+            idle.read_exact(&mut head).await?;
+            let mut body = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+            idle.read_exact(&mut body).await?;
+            if head[3] == PING && head[4] == 0 {
+                pings += 1;
+                idle.write_all(&[&frame(8, PING, 1)[..], &body].concat()).await?;
+            }
+        }
+    });
+    let ended: std::io::Result<()> = ended.await;
+    println!("{pings} pings, then {}", ended.unwrap_err());
+    served.puts("/a", "1").await;
+    assert_eq!(watching.next().await.0, "created");
+}
+
 #[tokio::test]
 async fn with_tls_and_a_token_both_are_asked_for() {
     const TOKEN: &str = "a-word-that-nobody-guesses";

@@ -121,3 +121,36 @@ impl Events {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::StreamExt;
+    use registry_api::{Entry, Key, watch};
+
+    use super::*;
+
+    /// One text of a whole batch would be as large as all that it tells.
+    #[tokio::test]
+    async fn each_event_of_a_batch_is_a_text_of_its_own() {
+        const EVENTS: usize = 50;
+        const VALUE: usize = 10_000;
+        let (feed, watch) = watch::feed();
+        let created = |n: usize| {
+            Event::Created(Entry {
+                key: Key::parse(&format!("/k/{n}")).unwrap(),
+                value: vec![b'v'; VALUE].into(),
+                create_revision: Revision(1),
+                mod_revision: Revision(1),
+                session: None,
+            })
+        };
+        feed.changes((0..EVENTS).map(created).collect());
+        feed.synced(Revision(1));
+        drop(feed);
+        let texts: Vec<_> = Events::of(watch, false).stream().map(Result::unwrap).collect().await;
+        assert_eq!(texts.len(), EVENTS + 1);
+        let largest = texts.iter().map(String::len).max();
+        assert!(largest < Some(2 * VALUE), "{largest:?}");
+        assert!(texts[EVENTS].starts_with("id: 1\nevent: synced"), "{}", texts[EVENTS]);
+    }
+}
