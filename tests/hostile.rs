@@ -4,6 +4,9 @@
 #![allow(clippy::unwrap_used)]
 #![cfg(feature = "raft")]
 
+#[path = "../registry-raft/tests/security/authority.rs"]
+#[allow(dead_code)]
+mod authority;
 mod clusters;
 
 use std::net::SocketAddr;
@@ -285,6 +288,116 @@ async fn who_announces_gigabytes_sends_without_end_or_trickles() {
     member.serves(512 * MIB).await;
     drop(held);
     member.lets_go().await;
+}
+
+/// Many streams on one connection, each with the beginning of a message, as fast as the member takes it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_connection_with_many_unfinished_messages_takes_little_memory() {
+    const WINDOW_UPDATE: u8 = 8;
+    const CHUNK: usize = 16_000;
+    let member = Besieged::start().await;
+    let mut stream = open(member.cluster.address()).await;
+    stream.write_all(&hello()).await.unwrap();
+    let (mut reader, mut writer) = stream.into_split();
+    // What the member lets the connection send, beyond the 65,535 bytes that it begins with.
+    let (room, mut has_room) = tokio::sync::watch::channel(65_535_usize);
+    let reading = tokio::spawn(async move {
+        loop {
+            let mut head = [0; 9];
+            reader.read_exact(&mut head).await?;
+            let [a, b, c, kind, _, stream @ ..] = head;
+            let mut body = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+            reader.read_exact(&mut body).await?;
+            if kind == WINDOW_UPDATE && stream == [0; 4] {
+                let more = u32::from_be_bytes(body[..4].try_into().unwrap());
+                room.send_modify(|room| *room += more as usize);
+            }
+        }
+        #[allow(unreachable_code)]
+        Ok::<_, std::io::Error>(())
+    });
+    let mut sent = 0;
+    let writing = async {
+        for id in (1..3_000).step_by(2) {
+            let head = [&[0][..], &(7_u32 << 20).to_be_bytes()].concat();
+            let begun = [request(id, "/registry.v1.Registry/Converse"), frame(DATA, 0, id, &head)];
+            writer.write_all(&begun.concat()).await?;
+            sent += head.len();
+            for _ in 0..60 {
+                let enough = has_room.wait_for(|room| *room >= sent + CHUNK);
+                match tokio::time::timeout(Duration::from_secs(2), enough).await {
+                    Ok(Ok(_)) => {}
+                    // It takes no more, or has hung up.
+                    _ => return Ok(()),
+                }
+                writer.write_all(&frame(DATA, 0, id, &[7; CHUNK])).await?;
+                sent += CHUNK;
+            }
+        }
+        Ok::<_, std::io::Error>(())
+    };
+    let written = writing.await;
+    println!("sent {} MiB: {written:?}", sent as u64 / MIB);
+    member.serves(400 * MIB).await;
+    reading.abort();
+    drop(writer);
+    member.lets_go().await;
+}
+
+/// Thousands of callers without a certificate that say nothing, or only how a handshake begins: those who prove who they are
+/// are served at once all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silent_handshakes_hold_nobody_up() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let authority = authority::Authority::new("the group's");
+    let (own, client) = (
+        authority.sign(dir.path(), "member"),
+        authority.sign(dir.path(), "client"),
+    );
+    let mut config = RaftConfig::default();
+    config.data_dir = Some(dir.path().join("data"));
+    config.listen = Some("127.0.0.1:0".into());
+    config.tls = Some(own);
+    let member = raft::Member::start(&config).await.unwrap();
+    let address = member.address().unwrap();
+    let many = (process::take_open_files() / 3).min(3_000);
+    let siege = tokio::spawn(async move {
+        let mut held = std::collections::VecDeque::new();
+        loop {
+            for n in 0..50 {
+                let Ok(mut silent) = TcpStream::connect(address).await else {
+                    continue;
+                };
+                if n % 2 == 0 {
+                    // A record of a handshake of 512 bytes, which do not come. It may have been hung up on.
+                    let _ = silent.write_all(&[22, 3, 1, 2, 0]).await;
+                }
+                held.push_back(silent);
+            }
+            while held.len() > many as usize {
+                held.pop_front();
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    // So long that the silent ones would hold all places by then.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let mut remote = RaftConfig::remote([address.to_string()]);
+    remote.tls = Some(client);
+    let mut slowest = Duration::ZERO;
+    for n in 0..10 {
+        let began = Instant::now();
+        let registry = raft::connect(&remote, &Options::default()).await.unwrap();
+        registry.put(&key("/a"), n.to_string()).await.unwrap();
+        slowest = slowest.max(began.elapsed());
+        registry.close().await.unwrap();
+    }
+    println!("served within {slowest:?}");
+    assert!(!siege.is_finished());
+    siege.abort();
+    // A member gives a connection two seconds.
+    assert!(slowest < Duration::from_secs(2), "{slowest:?}");
+    member.stop().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -19,6 +19,7 @@ mod gate;
 mod refusal;
 mod tls;
 mod token;
+mod unfinished;
 
 use std::future::Future;
 use std::io;
@@ -35,12 +36,14 @@ use tonic::codegen::http::Uri;
 use tonic::service::Routes;
 use tonic::service::interceptor::InterceptorLayer;
 use tonic::transport::{Channel, Endpoint, Server};
+use tower::util::MapRequestLayer;
 
 use crate::config::RaftConfig;
 use crate::link::BACKEND;
 use refusal::Refusal;
 use tls::Proofs;
 use token::{Demand, Say, Token};
+use unfinished::Unfinished;
 
 pub use gate::{Gate, Guard};
 pub(crate) use refusal::status_error;
@@ -71,6 +74,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const SILENCE: Duration = Duration::from_secs(2);
 /// The same, on the side that was called.
 const SILENCE_OF_CALLERS: Duration = Duration::from_secs(10);
+
+/// How many requests one connection has in flight: each holds what has come of its next message. A handle needs two or
+/// three, and a member some more; one that begins more waits.
+const STREAMS: u32 = 32;
 
 /// The pause after a connection that could not be taken.
 const NOT_TAKEN: Duration = Duration::from_millis(100);
@@ -147,13 +154,16 @@ impl Transport {
 
     /// Answers until `stop`, and until what is under way then has ended.
     pub(crate) async fn serve(&self, listener: TcpListener, routes: Routes, stop: impl Future<Output = ()>) {
+        let unfinished = Unfinished::default();
         let server = Server::builder()
+            .max_concurrent_streams(STREAMS)
             .initial_stream_window_size(WINDOW)
             .initial_connection_window_size(WINDOW)
             .max_frame_size(FRAME)
             .http2_keepalive_interval(Some(SILENCE_OF_CALLERS))
             .http2_keepalive_timeout(Some(SILENCE_OF_CALLERS))
             .layer(InterceptorLayer::new(Demand(self.token.clone())))
+            .layer(MapRequestLayer::new(move |request| unfinished.count(request)))
             .add_routes(routes);
         let served = match &self.proofs {
             Some(proofs) => {

@@ -1,11 +1,15 @@
 //! TLS 1.3, with a certificate on both sides.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
-use futures_util::{Stream, StreamExt};
+use futures_util::future::{AbortHandle, abortable};
+use futures_util::stream::{self, FuturesUnordered};
+use futures_util::{FutureExt, Stream, StreamExt};
 use registry_api::{Error, Result};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -19,9 +23,12 @@ use super::accepted;
 use super::refusal::Refusal;
 use crate::config::{Tls, refused};
 
-/// How many callers may be proving who they are at once; more wait their turn.
-const HANDSHAKES: usize = 256;
-/// How long a caller may take to prove it, and then how long one that was refused may take to hear so.
+/// How many callers may be proving who they are at once. For one more, the one that has taken longest is given up: those
+/// that mean to prove it take milliseconds.
+const HANDSHAKES: usize = 1024;
+/// How long a caller may be silent at first, how long it may take to prove who it is, and then how long one that was refused
+/// may take to hear so.
+const FIRST_BYTE: Duration = Duration::from_secs(1);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 const FAREWELL: Duration = Duration::from_secs(1);
 /// What a handshake begins with (RFC 8446, section 5.1).
@@ -120,11 +127,48 @@ impl Proofs {
     /// The callers who proved who they are.
     pub(super) fn accept(&self, listener: TcpListener) -> impl Stream<Item = server::TlsStream<TcpStream>> + use<> {
         let acceptor = self.acceptor.clone();
-        accepted(listener)
-            .map(move |tcp| admit(acceptor.clone(), tcp))
-            .buffer_unordered(HANDSHAKES)
-            .filter_map(std::future::ready)
+        newest(HANDSHAKES, accepted(listener), move |tcp| admit(acceptor.clone(), tcp))
     }
+}
+
+/// The results of work on each of those that arrive, as they come. Of more than `most` at once, the work that was begun first
+/// is given up.
+fn newest<T, R, F>(most: usize, arriving: impl Stream<Item = T>, mut work: impl FnMut(T) -> F) -> impl Stream<Item = R>
+where
+    F: Future<Output = Option<R>>,
+{
+    let mut arriving = Box::pin(arriving);
+    let mut working = FuturesUnordered::new();
+    let (mut begun, mut given_up_by) = (0_u64, BTreeMap::new());
+    stream::poll_fn(move |context| {
+        loop {
+            match working.poll_next_unpin(context) {
+                Poll::Ready(Some((number, result))) => {
+                    given_up_by.remove(&number);
+                    if let Ok(Some(result)) = result {
+                        return Poll::Ready(Some(result));
+                    }
+                    continue;
+                }
+                Poll::Ready(None) | Poll::Pending => {}
+            }
+            match arriving.poll_next_unpin(context) {
+                Poll::Ready(Some(next)) => {
+                    if given_up_by.len() >= most
+                        && let Some((_, oldest)) = given_up_by.pop_first()
+                    {
+                        AbortHandle::abort(&oldest);
+                    }
+                    begun += 1;
+                    let (number, (result, give_up)) = (begun, abortable(work(next)));
+                    given_up_by.insert(number, give_up);
+                    working.push(result.map(move |result| (number, result)));
+                }
+                Poll::Ready(None) if working.is_empty() => return Poll::Ready(None),
+                Poll::Ready(None) | Poll::Pending => return Poll::Pending,
+            }
+        }
+    })
 }
 
 async fn admit(acceptor: TlsAcceptor, tcp: TcpStream) -> Option<server::TlsStream<TcpStream>> {
@@ -141,8 +185,10 @@ async fn admit(acceptor: TlsAcceptor, tcp: TcpStream) -> Option<server::TlsStrea
 /// `None` for a caller that left without a word, as load balancers do.
 async fn handshake(acceptor: &TlsAcceptor, tcp: TcpStream) -> Result<server::TlsStream<TcpStream>, Option<String>> {
     let mut first = [0];
-    if !matches!(tcp.peek(&mut first).await, Ok(1)) {
-        return Err(None);
+    match tokio::time::timeout(FIRST_BYTE, tcp.peek(&mut first)).await {
+        Ok(Ok(1)) => {}
+        Ok(_) => return Err(None),
+        Err(_) => return Err(Some(format!("it was silent for {FIRST_BYTE:?}"))),
     }
     if first != [HANDSHAKE_RECORD] {
         farewell(tcp, &SPEAK_TLS).await;
@@ -197,4 +243,42 @@ pub(super) fn contents(field: &str, path: &Path) -> Result<Vec<u8>> {
 
 fn wrong<E: std::fmt::Display>(field: &str, path: &Path) -> impl Fn(E) -> Error {
     move |error| refused(field, format!("{}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::{mpsc, oneshot};
+    use tokio_stream::wrappers::UnboundedReceiverStream;
+
+    use super::*;
+
+    /// Each that arrives says what it comes to once it is told, if it was not given up.
+    #[tokio::test]
+    async fn the_oldest_makes_room_for_the_newest() {
+        let (arrive, arriving) = mpsc::unbounded_channel::<oneshot::Receiver<u8>>();
+        let arriving = UnboundedReceiverStream::new(arriving);
+        let mut results = Box::pin(newest(3, arriving, |come| async move { come.await.ok() }));
+        let mut waiting: Vec<_> = (0..5)
+            .map(|_| {
+                let (tell, told) = oneshot::channel();
+                arrive.send(told).unwrap();
+                tell
+            })
+            .collect();
+        assert!(results.next().now_or_never().is_none());
+        let given_up: Vec<_> = waiting.iter().map(oneshot::Sender::is_closed).collect();
+        assert_eq!(given_up, [true, true, false, false, false]);
+        // One that is done makes room for one more.
+        waiting.swap_remove(4).send(4).unwrap();
+        assert_eq!(results.next().await, Some(4));
+        let (tell, told) = oneshot::channel();
+        arrive.send(told).unwrap();
+        assert!(results.next().now_or_never().is_none());
+        assert!(!waiting[2].is_closed() && !waiting[3].is_closed());
+        tell.send(5).unwrap();
+        assert_eq!(results.next().await, Some(5));
+        drop(arrive);
+        waiting.clear();
+        assert_eq!(results.next().await, None);
+    }
 }
