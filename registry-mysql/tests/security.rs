@@ -43,7 +43,8 @@ async fn a_user_works_in_its_database_and_nobody_else_does() {
         "{missing:?}"
     );
     // Rights that are taken away while a handle is open are told to it.
-    server.run("REVOKE ALL ON test.* FROM app; KILL USER app").await;
+    server.run("REVOKE ALL ON test.* FROM app").await;
+    server.kill_connections("app").await;
     let refused = registry.put(&key("/a"), "2").await;
     assert!(matches!(refused, Err(Error::AccessDenied { .. })), "{refused:?}");
 }

@@ -1,4 +1,6 @@
-//! A real MariaDB on loopback.
+//! A real server on loopback: MariaDB or MySQL.
+//!
+//! Its programs are those of the folder in `REGISTRY_MYSQL_BIN`, or of `PATH`; MariaDB's if both are there.
 
 #![allow(missing_docs, unreachable_pub, dead_code, clippy::unwrap_used)]
 
@@ -14,7 +16,78 @@ use registry_mysql::{MysqlConfig, Url};
 use registry_tests::process::free_port;
 use rustix::process::{Pid, Signal, kill_process};
 use sqlx::mysql::MySqlConnectOptions;
-use sqlx::{AssertSqlSafe, ConnectOptions, Executor, MySqlConnection};
+use sqlx::{AssertSqlSafe, ConnectOptions, Executor, MySqlConnection, Row};
+
+const MISSING: &str =
+    "no server: apt-get install mariadb-server, or let REGISTRY_MYSQL_BIN be a folder with one's programs";
+
+/// Whose server it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Product {
+    MariaDb,
+    MySql,
+}
+
+impl Product {
+    fn server(self) -> &'static str {
+        match self {
+            Self::MariaDb => "mariadbd",
+            Self::MySql => "mysqld",
+        }
+    }
+
+    fn arguments(self) -> &'static [&'static str] {
+        match self {
+            Self::MariaDb => &["--innodb-log-file-size=8M"],
+            Self::MySql => &[
+                "--innodb-redo-log-capacity=8M",
+                "--mysqlx=OFF",
+                "--secure-file-priv=NULL",
+            ],
+        }
+    }
+}
+
+pub fn product() -> Product {
+    let is_there = |folder: &Path| folder.join("mariadbd").exists();
+    let mariadb = match std::env::var_os("REGISTRY_MYSQL_BIN") {
+        Some(folder) => is_there(Path::new(&folder)),
+        None => std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).any(|folder| is_there(&folder)),
+    };
+    if mariadb { Product::MariaDb } else { Product::MySql }
+}
+
+fn program(name: &str) -> Command {
+    match std::env::var_os("REGISTRY_MYSQL_BIN") {
+        Some(folder) => Command::new(Path::new(&folder).join(name)),
+        None => Command::new(name),
+    }
+}
+
+/// What makes a folder of data. Nothing in it has to survive a crash.
+fn install(data: &Path) -> Command {
+    let mut install = match product() {
+        Product::MariaDb => {
+            let mut install = program("mariadb-install-db");
+            install.args([
+                "--no-defaults",
+                "--auth-root-authentication-method=normal",
+                "--skip-test-db",
+            ]);
+            install
+        }
+        Product::MySql => {
+            let mut install = program("mysqld");
+            install.args(["--no-defaults", "--initialize-insecure", "--innodb-doublewrite=OFF"]);
+            install
+        }
+    };
+    install
+        .args(product().arguments())
+        .args(["--user=root", "--innodb-flush-log-at-trx-commit=0"])
+        .arg(format!("--datadir={}", data.display()));
+    install
+}
 
 /// Ends with the test: the process is killed, its data is deleted.
 pub struct Server {
@@ -31,22 +104,16 @@ impl Server {
 
     pub async fn start_with(arguments: &[&str]) -> Self {
         let data = tempfile::tempdir().unwrap();
-        let installed = Command::new("mariadb-install-db")
-            .args([
-                "--no-defaults",
-                "--auth-root-authentication-method=normal",
-                "--skip-test-db",
-            ])
-            .args(["--user=root", "--innodb-log-file-size=8M"])
-            .arg(format!("--datadir={}", data.path().join("data").display()))
+        let installed = install(&data.path().join("data"))
             // One that starts deletes the temporary tables of others in its folder for them.
             .env("TMPDIR", data.path())
             .output()
-            .expect("MariaDB is missing: apt-get install mariadb-server");
+            .expect(MISSING);
         assert!(
             installed.status.success(),
-            "{}",
-            String::from_utf8_lossy(&installed.stdout)
+            "{}{}",
+            String::from_utf8_lossy(&installed.stdout),
+            String::from_utf8_lossy(&installed.stderr)
         );
         let mut server = Self {
             port: 0,
@@ -60,10 +127,16 @@ impl Server {
             server.spawn();
             if server.is_ready().await {
                 server.run("CREATE DATABASE IF NOT EXISTS test").await;
+                if product() == Product::MySql {
+                    // Its root is one of the socket only.
+                    server
+                        .run("CREATE USER root@'127.0.0.1'; GRANT ALL ON *.* TO root@'127.0.0.1' WITH GRANT OPTION")
+                        .await;
+                }
                 return server;
             }
         }
-        panic!("MariaDB does not start: {}", server.log());
+        panic!("the server does not start: {}", server.log());
     }
 
     /// A file beside the server's data.
@@ -89,18 +162,15 @@ impl Server {
     pub fn spawn(&mut self) {
         let file = |name: &str| self.file(name).display().to_string();
         let log = std::fs::File::create(self.file("log")).unwrap();
-        let process = Command::new("mariadbd")
+        let process = program(product().server())
             .args([
                 "--no-defaults",
                 "--user=root",
                 "--bind-address=127.0.0.1",
                 "--max-connections=2000",
             ])
-            .args([
-                "--innodb-log-file-size=8M",
-                "--innodb-buffer-pool-size=64M",
-                "--skip-name-resolve",
-            ])
+            .args(product().arguments())
+            .args(["--innodb-buffer-pool-size=64M", "--skip-name-resolve"])
             .arg(format!("--datadir={}", file("data")))
             .arg(format!("--socket={}", file("socket")))
             .arg(format!("--pid-file={}", file("pid")))
@@ -110,7 +180,7 @@ impl Server {
             .stdout(Stdio::null())
             .stderr(log)
             .spawn();
-        self.process = Some(process.expect("MariaDB is missing: apt-get install mariadb-server"));
+        self.process = Some(process.expect(MISSING));
     }
 
     /// Waits until it answers; `false` if it has ended instead.
@@ -140,6 +210,21 @@ impl Server {
             process.kill().unwrap();
             process.wait().unwrap();
         }
+    }
+
+    /// Shuts it down, as an operator does.
+    pub async fn stop(&mut self) {
+        self.signal(Signal::TERM);
+        let mut process = self.process.take().unwrap();
+        tokio::task::spawn_blocking(move || process.wait())
+            .await
+            .unwrap()
+            .unwrap();
+    }
+
+    /// For the next start.
+    pub fn add_argument(&mut self, argument: &str) {
+        self.arguments.push(argument.to_owned());
     }
 
     pub async fn restart(&mut self) {
@@ -177,6 +262,21 @@ impl Server {
             .execute(sqlx::raw_sql(AssertSqlSafe(sql)))
             .await
             .unwrap();
+    }
+}
+
+impl Server {
+    /// Ends the connections of a user; those of an application's pool and of handles.
+    pub async fn kill_connections(&self, user: &str) {
+        let kill = format!(
+            "SELECT CONCAT('KILL ', id) FROM information_schema.processlist WHERE user = '{user}' AND db = 'test'"
+        );
+        let mut root = self.root().await;
+        for row in root.fetch_all(sqlx::raw_sql(AssertSqlSafe(kill))).await.unwrap() {
+            let kill: String = row.try_get_unchecked(0).unwrap();
+            // It may be gone already.
+            let _ = root.execute(sqlx::raw_sql(AssertSqlSafe(kill))).await;
+        }
     }
 }
 
@@ -254,4 +354,20 @@ pub async fn until(what: &str, holds: impl AsyncFn() -> bool) {
         assert!(began.elapsed() < Duration::from_secs(30), "not in 30 s: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// The causes of an error, in one line.
+pub fn causes(error: &registry_api::Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        line = format!("{line}: {error}");
+        cause = error.source();
+    }
+    line
+}
+
+pub async fn within<T>(limit: Duration, what: &str, wait: impl Future<Output = T>) -> T {
+    let waited = tokio::time::timeout(limit, wait).await;
+    waited.unwrap_or_else(|_| panic!("not within {limit:?}: {what}"))
 }

@@ -1,4 +1,4 @@
-//! MariaDB as the conformance suite wants it.
+//! The server as the conformance suite wants it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use sqlx::Executor;
 use tokio::sync::Mutex;
 
-use super::{Server, url};
+use super::{Product, Server, product, url};
 
 /// A namespace on the server that the tests of a process share. It ends with the last test that runs.
 pub struct Shared<const SNAPSHOT_ISOLATION: bool>(Own);
@@ -125,9 +125,13 @@ impl<const SNAPSHOT_ISOLATION: bool> Cluster for Shared<SNAPSHOT_ISOLATION> {
         let server = match running.upgrade() {
             Some(server) => server,
             None => {
-                let isolation = if SNAPSHOT_ISOLATION { "ON" } else { "OFF" };
-                let isolation = format!("--innodb-snapshot-isolation={isolation}");
-                let server = Arc::new(Mutex::new(Server::start_with(&[&isolation]).await));
+                let arguments: &[&str] = match (product(), SNAPSHOT_ISOLATION) {
+                    (Product::MariaDb, true) => &["--innodb-snapshot-isolation=ON"],
+                    (Product::MariaDb, false) => &["--innodb-snapshot-isolation=OFF"],
+                    // It has no such setting.
+                    (Product::MySql, _) => &[],
+                };
+                let server = Arc::new(Mutex::new(Server::start_with(arguments).await));
                 *running = Arc::downgrade(&server);
                 server
             }
