@@ -17,6 +17,7 @@ use crate::error::{self, Shared, Trouble, Verdict};
 use crate::gather::{Job, Request};
 use crate::line::{Answer, Backoff, Line, NO_BOUND, column, number};
 use crate::plan::{Change, Found, Held, Plan, Probes, What};
+use crate::settings;
 use crate::store::{Counters, Store};
 use crate::tables::{Hex, Nullable, Tables};
 
@@ -149,6 +150,7 @@ fn begin(store: &Store, batch: &[Request], probes: &Probes) -> String {
             ));
         }
     }
+    ask(settings::READ_ONLY.into());
     sql
 }
 
@@ -161,7 +163,8 @@ fn lock(store: &Store) -> String {
 }
 
 /// The answers to [`begin`].
-fn read(store: &Store, probes: &Probes, answers: Vec<Answer>) -> Result<Plan, Trouble> {
+fn read(store: &Store, probes: &Probes, mut answers: Vec<Answer>) -> Result<Plan, Trouble> {
+    store.lines.route.check_writable(answers.pop())?;
     let failed = |source| Trouble::Client {
         endpoint: store.lines.route.endpoint.clone(),
         source,

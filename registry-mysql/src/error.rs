@@ -6,6 +6,8 @@ use std::time::Duration;
 use registry_api::{BoxError, Error, with_causes};
 use sqlx::mysql::MySqlDatabaseError;
 
+use crate::settings::Wrong;
+
 /// The word in [`Error`] for this kind of store.
 pub(crate) const BACKEND: &str = "mysql";
 
@@ -18,10 +20,15 @@ pub(crate) enum Trouble {
     Silent { endpoint: String, waited: Duration },
     #[error("{0} is read-only: a replica, or a server that is being replaced")]
     ReadOnly(String),
-    #[error("max_allowed_packet of {endpoint} is {found} bytes, at least {least} are needed for the largest values")]
-    SmallPackets { endpoint: String, found: u64, least: u64 },
-    #[error("autocommit is off at {0}: reads would stay in the past")]
-    NoAutocommit(String),
+    #[error("{} is {} at {endpoint}: {}", .wrong.variable, .wrong.found, .wrong.reason)]
+    Setting { endpoint: String, wrong: Wrong },
+    #[error(
+        "{endpoint} offers no TLS, and the account's password can't be sent without it (caching_sha2_password and \
+         sha256_password need an encrypted connection): turn TLS on at the server, and set registry.mysql.tls to verify \
+         it; {}",
+        with_causes(.source)
+    )]
+    NeedsTls { endpoint: String, source: sqlx::Error },
     #[error("the namespace is gone from the tables at {0}")]
     NoNamespace(String),
     #[error(transparent)]
@@ -33,16 +40,18 @@ pub(crate) enum Trouble {
 /// What a trouble says of the request it befell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// The connection was lost, or could not be made. Another may do better.
+    /// The connection was lost, could not be made, or leads to a server that takes no writes. Another may do better.
     Lost,
     /// Others were in the way: a deadlock, or a lock waited for too long. The server undid it; it may be tried again.
     Conflict,
-    /// The server has no room, or takes no writes now.
+    /// The server has no room.
     Unable,
     /// The server refused who is asking, or what they may do.
     Denied,
     /// A setting of the server's can't be worked with.
     Setting(&'static str),
+    /// The password needs a connection with TLS.
+    Tls,
     /// The tables are not what they should be.
     Schema,
     /// Anything else that the server says.
@@ -55,9 +64,10 @@ impl Trouble {
             Self::Client { source, .. } => verdict_of(source),
             Self::Repeated(shared) => shared.0.verdict(),
             Self::Silent { .. } | Self::Stopped => Verdict::Lost,
-            Self::ReadOnly(_) => Verdict::Unable,
-            Self::SmallPackets { .. } => Verdict::Setting("max_allowed_packet"),
-            Self::NoAutocommit(_) => Verdict::Setting("autocommit"),
+            // Another server is the primary now, or is about to be.
+            Self::ReadOnly(_) => Verdict::Lost,
+            Self::Setting { wrong, .. } => Verdict::Setting(wrong.variable),
+            Self::NeedsTls { .. } => Verdict::Tls,
             Self::NoNamespace(_) => Verdict::Schema,
         }
     }
@@ -71,6 +81,10 @@ impl Trouble {
             },
             Verdict::Setting(variable) => Error::Config {
                 field: format!("the server's {variable}"),
+                reason: self.to_string(),
+            },
+            Verdict::Tls => Error::Config {
+                field: "registry.mysql.tls".into(),
                 reason: self.to_string(),
             },
             Verdict::Schema => Error::Storage {
@@ -108,10 +122,11 @@ fn verdict_of(error: &sqlx::Error) -> Verdict {
 /// The numbers are those of MySQL 8 and MariaDB 10.11; where only one of them has one, it says so.
 fn verdict_of_number(number: u16) -> Verdict {
     match number {
-        // Record has changed since last read (MariaDB, innodb_snapshot_isolation); lock wait timeout; deadlock.
-        1020 | 1205 | 1213 => Verdict::Conflict,
-        // Too many connections, server shutdown, handshake errors, aborting, killed (1927: MariaDB, 3169: MySQL, 1317:
-        // the query), a statement that took too long (1969: MariaDB, 3024: MySQL), starting up.
+        // Record has changed since last read (MariaDB, innodb_snapshot_isolation); lock wait timeout; deadlock; rolled back
+        // by group replication (MySQL).
+        1020 | 1205 | 1213 | 3101 => Verdict::Conflict,
+        // Too many connections, server shutdown, handshake errors, aborting, packets out of order, killed (1927: MariaDB,
+        // 3169: MySQL, 1317: the query), a statement that took too long (1969: MariaDB, 3024: MySQL), starting up.
         1040
         | 1043
         | 1053
@@ -119,7 +134,7 @@ fn verdict_of_number(number: u16) -> Verdict {
         | 1079
         | 1080
         | 1152
-        | 1158..=1161
+        | 1156..=1161
         | 1184
         | 1203
         | 1317
@@ -127,12 +142,20 @@ fn verdict_of_number(number: u16) -> Verdict {
         | 1969
         | 3024
         | 3169 => Verdict::Lost,
-        // Disk full, write error, error from the storage engine, no room in the table space, out of resources, read-only.
-        1021 | 1026 | 1030 | 1114 | 1037 | 1041 | 1135 | 1180 | 1290 | 1792 | 1836 | 1874 => Verdict::Unable,
+        // MySQL closes a connection that was idle (4031), or because it stops (3168) or goes offline (3032); a member leaves
+        // its replication group (3100).
+        3032 | 3100 | 3168 | 4031 => Verdict::Lost,
+        // The server is read-only (1290, 1792, 1836; 1874: MariaDB): another one is the primary, or will be.
+        1290 | 1792 | 1836 | 1874 => Verdict::Lost,
+        // Disk full, write error, error from the storage engine, no room in the table space, out of resources.
+        1021 | 1026 | 1030 | 1114 | 1037 | 1041 | 1135 | 1180 => Verdict::Unable,
         // A user, a host, a password, a right, a database, a table or a column of it; a bound of the account; TLS asked for.
         1044 | 1045 | 1129 | 1130 | 1131 | 1132 | 1133 | 1141 | 1142 | 1143 | 1226 | 1227 | 1370 | 1410 | 1698
         | 1820 | 1862 | 3118 | 3159 | 4151 => Verdict::Denied,
+        1104 => Verdict::Setting("max_join_size"),
         1153 => Verdict::Setting("max_allowed_packet"),
+        1175 => Verdict::Setting("sql_safe_updates"),
+        1665 => Verdict::Setting("binlog_format"),
         1049 => Verdict::Setting("database"),
         // No such table, column, database object; a table of another shape.
         1051 | 1054 | 1136 | 1146 | 1364 | 1366 | 1406 => Verdict::Schema,
@@ -169,7 +192,14 @@ mod tests {
             (1020, Verdict::Conflict),
             (1205, Verdict::Conflict),
             (1213, Verdict::Conflict),
-            (1290, Verdict::Unable),
+            (1290, Verdict::Lost),
+            (1792, Verdict::Lost),
+            (1836, Verdict::Lost),
+            (3032, Verdict::Lost),
+            (3168, Verdict::Lost),
+            (4031, Verdict::Lost),
+            (1665, Verdict::Setting("binlog_format")),
+            (1153, Verdict::Setting("max_allowed_packet")),
             (1114, Verdict::Unable),
             (1045, Verdict::Denied),
             (1146, Verdict::Schema),

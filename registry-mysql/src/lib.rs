@@ -20,6 +20,7 @@ mod plan;
 mod poll;
 mod schema;
 mod session;
+mod settings;
 mod store;
 mod sweep;
 mod tables;

@@ -6,22 +6,28 @@
 //! went away, by an error) is closed, and the server undoes what was open on it.
 
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use registry_api::Result;
 use sqlx::mysql::{MySqlConnectOptions, MySqlRow, MySqlSslMode};
 use sqlx::pool::PoolConnection;
-use sqlx::{AssertSqlSafe, ConnectOptions, Decode, Either, Executor, MySql, MySqlConnection, MySqlPool, Row, Type};
+use sqlx::{
+    AssertSqlSafe, ConnectOptions, Connection as _, Decode, Either, Executor, MySql, MySqlConnection, MySqlPool, Row,
+    Type,
+};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use crate::config::{self, MysqlConfig, Server, Tls};
 use crate::error::{Trouble, Verdict};
+use crate::settings::{self, Settings};
 
-/// The least `max_allowed_packet`: a transaction of 900,000 bytes takes twice that as literals, and names besides.
-const LEAST_PACKET: u64 = 4 << 20;
+/// How long a connection may be unused before it is not used again. Gateways forget connections that are idle for some
+/// minutes (350 s at AWS, 4 min at Azure) and tell neither end; the server's own `wait_timeout` closes them too.
+const MAX_IDLE: Duration = Duration::from_secs(30);
 
 /// Where lines lead.
 #[derive(Clone, Debug)]
@@ -30,6 +36,10 @@ pub(crate) struct Route {
     pub(crate) endpoint: String,
     /// How long the server may be silent in the middle of an answer.
     patience: Duration,
+    /// TLS is required by our settings.
+    encrypted: bool,
+    /// The known faults of the server's version were logged.
+    warned: Arc<AtomicBool>,
 }
 
 #[derive(Clone, Debug)]
@@ -55,6 +65,8 @@ impl Route {
             source: pool.map_or_else(|| Source::Server(options.clone()), Source::Pool),
             endpoint,
             patience,
+            encrypted: matches!(&config.server, Server::Url { tls: Some(_), .. }),
+            warned: Arc::default(),
         })
     }
 
@@ -94,32 +106,65 @@ impl Route {
         let opened = timeout(self.patience, opening).await.map_err(|_| self.silent())?;
         let line = Line {
             route: self,
-            connection: Some(opened.map_err(|error| self.failed(error))?),
+            connection: Some(opened.map_err(|error| self.not_opened(error))?),
         };
         // Each time: behind one address there may be another server than last time.
-        let (line, answers) = line
-            .ask(
-                "SELECT @@global.read_only, @@autocommit, @@max_allowed_packet",
-                NO_BOUND,
-            )
-            .await?;
-        let settings = answers.first().and_then(|answer| answer.rows.first());
-        let settings = settings.ok_or_else(|| self.failed(sqlx::Error::RowNotFound))?;
-        let setting = |place| number(settings, place).map_err(|error| self.failed(error));
-        if setting(0)? != 0 {
-            return Err(Trouble::ReadOnly(self.endpoint.clone()));
+        let sql = match &self.source {
+            Source::Server(_) => format!("{}; {}", settings::SET, settings::show()),
+            // An application's connections stay as they are.
+            Source::Pool(_) => settings::show(),
+        };
+        let (line, mut answers) = line.ask(&sql, NO_BOUND).await?;
+        let rows = answers.pop().unwrap_or_default().rows;
+        let setting = |row: &MySqlRow| Ok((column(row, 0)?, column::<Option<String>>(row, 1)?.unwrap_or_default()));
+        let found: Result<Settings, sqlx::Error> = rows.iter().map(setting).collect();
+        self.check(&found.map_err(|error| self.failed(error))?)?;
+        Ok(line)
+    }
+
+    fn not_opened(&self, source: sqlx::Error) -> Trouble {
+        let endpoint = self.endpoint.clone();
+        match source {
+            // Without TLS the one thing that the client can't do is to send a password under RSA.
+            sqlx::Error::Configuration(_) if !self.encrypted => Trouble::NeedsTls { endpoint, source },
+            source => Trouble::Client { endpoint, source },
         }
-        if setting(1)? == 0 {
-            return Err(Trouble::NoAutocommit(self.endpoint.clone()));
+    }
+
+    /// Checks the answer to [`settings::READ_ONLY`].
+    pub(crate) fn check_writable(&self, answer: Option<Answer>) -> Result<(), Trouble> {
+        let row = answer.and_then(|answer| answer.rows.into_iter().next());
+        let row = row.ok_or_else(|| self.failed(sqlx::Error::RowNotFound))?;
+        for place in 0..row.len() {
+            let value = column::<&[u8]>(&row, place).map_err(|error| self.failed(error))?;
+            if settings::is_on(value) {
+                return Err(Trouble::ReadOnly(self.endpoint.clone()));
+            }
         }
-        match setting(2)? {
-            found if found < LEAST_PACKET => Err(Trouble::SmallPackets {
-                endpoint: self.endpoint.clone(),
-                found,
-                least: LEAST_PACKET,
-            }),
-            _ => Ok(line),
+        Ok(())
+    }
+
+    fn check(&self, found: &Settings) -> Result<(), Trouble> {
+        let endpoint = || self.endpoint.clone();
+        settings::check(found).map_err(|wrong| Trouble::Setting {
+            endpoint: endpoint(),
+            wrong,
+        })?;
+        if settings::is_read_only(found) {
+            return Err(Trouble::ReadOnly(endpoint()));
         }
+        if let Some(version) = found.get("version")
+            && !self.warned.swap(true, Ordering::Relaxed)
+        {
+            for fault in settings::known_faults(version) {
+                tracing::warn!(
+                    endpoint = self.endpoint,
+                    version,
+                    "a known fault of the server: {fault}"
+                );
+            }
+        }
+        Ok(())
     }
 }
 
@@ -216,9 +261,15 @@ impl Line<'_> {
 /// Lines to one place.
 pub(crate) struct Lines {
     pub(crate) route: Route,
-    idle: Mutex<Vec<MySqlConnection>>,
+    idle: Mutex<Vec<Idle>>,
     /// How many requests may be under way at once.
     places: Semaphore,
+}
+
+/// A connection that is not in use.
+struct Idle {
+    connection: MySqlConnection,
+    since: Instant,
 }
 
 impl Lines {
@@ -230,7 +281,7 @@ impl Lines {
         }
     }
 
-    fn idle(&self) -> MutexGuard<'_, Vec<MySqlConnection>> {
+    fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -238,10 +289,19 @@ impl Lines {
     pub(crate) async fn take(&self) -> Result<Line<'_>, Trouble> {
         let idle = self.idle().pop();
         match idle {
-            Some(connection) => Ok(Line {
+            Some(idle) if idle.since.elapsed() < MAX_IDLE => Ok(Line {
                 route: &self.route,
-                connection: Some(Connection::Own(connection)),
+                connection: Some(Connection::Own(idle.connection)),
             }),
+            Some(idle) => {
+                // The last one given back is on top, so those below have been idle for longer.
+                let others = std::mem::take(&mut *self.idle());
+                for idle in others.into_iter().chain([idle]) {
+                    // The server hears of it if the connection still exists; nobody waits for an answer.
+                    let _ = timeout(Duration::from_millis(100), idle.connection.close()).await;
+                }
+                self.route.open().await
+            }
             None => self.route.open().await,
         }
     }
@@ -249,7 +309,10 @@ impl Lines {
     /// Gives a line back whose answer was read to its end.
     pub(crate) fn give_back(&self, mut line: Line<'_>) {
         match line.connection.take() {
-            Some(Connection::Own(connection)) => self.idle().push(connection),
+            Some(Connection::Own(connection)) => self.idle().push(Idle {
+                connection,
+                since: Instant::now(),
+            }),
             // Dropped as it is, it returns to its pool.
             Some(Connection::Pooled(_)) | None => {}
         }
@@ -260,7 +323,9 @@ impl Lines {
         self.idle().clear();
     }
 
-    /// Asks what may be asked twice: on another line when one is lost, and again when others were in the way.
+    /// Sends a request that may be sent twice: on another line when one is lost or leads to a server that is not the
+    /// primary any more, and again when others were in the way. An answer that was cut comes from a server that was the
+    /// primary when the line was opened, and is not checked further.
     pub(crate) async fn ask(&self, deadline: Instant, sql: &str, room: usize) -> Result<Vec<Answer>> {
         let mut backoff = Backoff::default();
         let mut last = None;
@@ -288,7 +353,12 @@ impl Lines {
 
     async fn try_ask(&self, sql: &str, room: usize) -> Result<Vec<Answer>, Trouble> {
         let _place = self.places.acquire().await.map_err(|_| Trouble::Stopped)?;
-        let (line, answers) = self.take().await?.ask(sql, room).await?;
+        let sql = format!("{}; {}", sql.trim_end_matches([';', '\n']), settings::READ_ONLY);
+        let (line, mut answers) = self.take().await?.ask(&sql, room).await?;
+        // The rest of a cut answer was not read, and the check with it.
+        if answers.last().is_none_or(|answer| !answer.cut) {
+            self.route.check_writable(answers.pop())?;
+        }
         self.give_back(line);
         Ok(answers)
     }

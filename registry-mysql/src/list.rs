@@ -102,26 +102,32 @@ impl Store {
             .as_ref()
             .map(|key| format!(" AND name > {}", Hex::key(key)))
             .unwrap_or_default();
-        let rows = list.limit.min(self.size.rows());
-        // One more, to know whether more follow.
-        let sql = format!(
-            "{}; SELECT {ENTRY} FROM {entries} WHERE {place}{after} ORDER BY name LIMIT {}",
-            self.select_revision(),
-            rows + 1
-        );
-        let answers = self.ask_at_once(deadline, &sql, AnswerSize::ROOM).await?;
-        let revision = Revision(self.counters(answers.first())?.revision);
-        let Some(answer) = answers.get(1) else {
-            return Ok(Page {
-                entries: Vec::new(),
-                next: None,
-                revision,
-            });
+        let (mut found, revision, rows, more) = loop {
+            let rows = list.limit.min(self.size.rows());
+            // One more, to know whether more follow.
+            let sql = format!(
+                "{}; SELECT {ENTRY} FROM {entries} WHERE {place}{after} ORDER BY name LIMIT {}",
+                self.select_revision(),
+                rows + 1
+            );
+            let answers = self.ask_at_once(deadline, &sql, AnswerSize::ROOM).await?;
+            let revision = Revision(self.counters(answers.first())?.revision);
+            let Some(answer) = answers.get(1) else {
+                return Ok(Page {
+                    entries: Vec::new(),
+                    next: None,
+                    revision,
+                });
+            };
+            let found = self.entries(&answer.rows)?;
+            self.size
+                .learn(found.len(), found.iter().map(|entry| entry.value.len()).sum());
+            // A cut answer does not say whether the server was still the primary. The next one asks for fewer rows; one
+            // row and the one more are never cut.
+            if !answer.cut || rows == 1 {
+                break (found, revision, rows, answer.cut || answer.rows.len() > rows);
+            }
         };
-        let mut found = self.entries(&answer.rows)?;
-        self.size
-            .learn(found.len(), found.iter().map(|entry| entry.value.len()).sum());
-        let more = answer.cut || answer.rows.len() > rows;
         found.truncate(rows);
         let next = found.last().filter(|_| more).map(|entry| entry.key.clone());
         Ok(Page {

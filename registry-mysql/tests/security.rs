@@ -6,7 +6,7 @@ mod harness;
 
 use std::sync::Arc;
 
-use harness::{Server, key, options};
+use harness::{Product, Server, key, options, product};
 use registry_api::{Error, Read, Registry, Result};
 use registry_mysql::{Identity, MysqlConfig, Server as Place, Tls, Url};
 use sqlx::{Executor, Row};
@@ -125,4 +125,37 @@ async fn tls_needs_the_authority_and_a_certificate() {
     );
     // Without a word about TLS it is used all the same where it is offered.
     connect("root", None).await.unwrap().close().await.unwrap();
+}
+
+/// Without TLS the password of `caching_sha2_password`, which is MySQL's default, can't be sent. With MariaDB's default it
+/// can.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_that_needs_tls_says_so() {
+    let server = match product() {
+        Product::MySql => Server::start_with(&["--tls-version="]).await,
+        Product::MariaDb => Server::start_with(&["--skip-ssl"]).await,
+    };
+    server
+        .run("CREATE USER app IDENTIFIED BY 'app s@cret'; GRANT ALL ON test.* TO app")
+        .await;
+    let connected = connect_as(&server, "app:app%20s%40cret", "test").await;
+    match product() {
+        Product::MySql => {
+            let refused = connected.expect_err("it can't log in");
+            let said = refused.to_string();
+            assert!(
+                matches!(&refused, Error::Config { field, .. } if field == "registry.mysql.tls"),
+                "{refused:?}"
+            );
+            assert!(
+                said.contains("caching_sha2_password") && !said.contains("s@cret"),
+                "{said}"
+            );
+        }
+        Product::MariaDb => {
+            let registry = connected.unwrap();
+            registry.put(&key("/a"), "1").await.unwrap();
+            registry.close().await.unwrap();
+        }
+    }
 }

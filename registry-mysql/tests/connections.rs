@@ -1,0 +1,118 @@
+//! Connections that are dead, closed or killed, and what a handle makes of them.
+
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use harness::{Server, connect, key, options, until, url, within};
+use registry_api::{Options, Read, Registry, SessionTtl};
+use registry_mysql::MysqlConfig;
+use registry_tests::Wire;
+use sqlx::{Executor, Row};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+async fn value(registry: &Arc<dyn Registry>, path: &str) -> Option<String> {
+    let entry = registry.get(&key(path), Read::Linearizable).await.unwrap();
+    entry.map(|entry| String::from_utf8(entry.value.to_vec()).unwrap())
+}
+
+/// Connections that a gateway has forgotten are not used again after half a minute; nobody says that they are dead.
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_died_while_they_were_idle_are_not_used() {
+    let server = Server::start().await;
+    let wire = Wire::to(server.address().parse().unwrap()).await;
+    let rare = Options {
+        // Keep-alives and reads of the sessions are rare, and keep no connection alive.
+        session_ttl: SessionTtl::new(Duration::from_secs(3600)).unwrap(),
+        ..options()
+    };
+    let config = MysqlConfig::new(url(&wire.address().to_string()));
+    let registry = registry_mysql::connect(&config, &rare).await.unwrap();
+    let puts = (0..4).map(|n| {
+        let registry = registry.clone();
+        tokio::spawn(async move {
+            let key = key(&format!("/{n}"));
+            registry.put(&key, "").await.unwrap();
+            registry.get(&key, Read::Linearizable).await.unwrap();
+        })
+    });
+    for put in puts.collect::<Vec<_>>() {
+        put.await.unwrap();
+    }
+    // No condition to wait for: the time itself is what is tested.
+    tokio::time::sleep(Duration::from_secs(31)).await;
+    wire.stall_present();
+    let began = Instant::now();
+    registry.put(&key("/a"), "").await.unwrap();
+    assert_eq!(value(&registry, "/a").await, Some(String::new()));
+    registry.close().await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+}
+
+/// MySQL says so (4031) before it closes an idle connection; MariaDB just closes it.
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_the_server_closed_while_idle_are_replaced_without_the_callers_notice() {
+    let server = Server::start().await;
+    server.run("SET GLOBAL wait_timeout = 1").await;
+    let registry = connect(&server.address()).await;
+    let connections = async || {
+        let open = sqlx::raw_sql("SELECT COUNT(*) FROM information_schema.processlist WHERE db = 'test'");
+        let rows = server.root().await.fetch_all(open).await.unwrap();
+        rows[0].try_get_unchecked::<u64, _>(0).unwrap()
+    };
+    for _ in 0..3 {
+        let gets = (0..8).map(|_| {
+            let registry = registry.clone();
+            tokio::spawn(async move { registry.get(&key("/a"), Read::Linearizable).await })
+        });
+        for get in gets.collect::<Vec<_>>() {
+            get.await.unwrap().unwrap();
+        }
+        registry.put(&key("/a"), "").await.unwrap();
+        // One for keep-alives stays, and one that reads the sessions. Each call of the next round meets a dead one.
+        until("the others are closed", async || connections().await <= 2).await;
+    }
+    registry.close().await.unwrap();
+}
+
+/// A client that is paused between the two trips of a write finds its connection closed and its write undone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_that_waited_too_long_in_the_middle_is_tried_again() {
+    let server = Server::start().await;
+    let wire = Wire::to(server.address().parse().unwrap()).await;
+    let patient = Options {
+        request_timeout: Duration::from_secs(30),
+        session_ttl: SessionTtl::new(Duration::from_secs(60)).unwrap(),
+        ..options()
+    };
+    let config = MysqlConfig::new(url(&wire.address().to_string()));
+    let registry = registry_mysql::connect(&config, &patient).await.unwrap();
+    registry.put(&key("/a"), "0").await.unwrap();
+    for n in 1..4 {
+        // Its answer is held up for longer than the server lets a client think.
+        wire.slow(Duration::from_secs(4));
+        let put = tokio::spawn({
+            let registry = registry.clone();
+            async move { registry.put(&key("/a"), n.to_string()).await }
+        });
+        let holds = async |wanted: bool| {
+            let sql = "SELECT COUNT(*) FROM information_schema.innodb_trx WHERE trx_rows_locked > 0";
+            until("the lock is taken, and let go", async || {
+                tokio::time::sleep(Duration::from_millis(150)).await;
+                let rows = server.root().await.fetch_all(sqlx::raw_sql(sql)).await.unwrap();
+                (rows[0].try_get_unchecked::<u64, _>(0).unwrap() > 0) == wanted
+            })
+            .await;
+        };
+        holds(true).await;
+        holds(false).await;
+        wire.mend();
+        within(PATIENCE, "the put", put).await.unwrap().unwrap();
+        assert_eq!(value(&registry, "/a").await, Some(n.to_string()));
+    }
+    registry.close().await.unwrap();
+}
