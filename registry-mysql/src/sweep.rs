@@ -19,7 +19,7 @@ use crate::tables::Tables;
 
 /// How many handles look after all the others; the rest look after these.
 const SWEEPERS: usize = 8;
-/// How many changes are trimmed by one statement.
+/// How many changes one statement trims, and the rest of the revision of the last one.
 const TRIMMED: u64 = 1000;
 
 /// Sweeps until the handle is closed.
@@ -140,13 +140,22 @@ impl Sweep {
             "{isolation}; UPDATE {namespaces} SET compacted = {until} WHERE id = {namespace} AND compacted < {until}"
         );
         self.store.ask(self.store.deadline(), &told).await?;
-        let delete = format!(
-            "{isolation}; DELETE FROM {changes} WHERE namespace = {namespace} AND revision <= {until} \
-             ORDER BY revision, position LIMIT {TRIMMED}"
+        let last = format!(
+            "SELECT revision FROM {changes} WHERE namespace = {namespace} AND revision <= {until} \
+             ORDER BY revision, position LIMIT 1 OFFSET {}",
+            TRIMMED - 1
         );
         loop {
-            let answers = self.store.ask(self.store.deadline(), &delete).await?;
-            if answers.last().is_none_or(|answer| answer.affected < TRIMMED) {
+            // Whole revisions, so that no reader of the table finds a part of one.
+            let answers = self.store.ask(self.store.deadline(), &last).await?;
+            let row = answers.first().and_then(|answer| answer.rows.first());
+            let upto = self.store.decode(row.map(|row| number(row, 0)).transpose())?;
+            let delete = format!(
+                "{isolation}; DELETE FROM {changes} WHERE namespace = {namespace} AND revision <= {}",
+                upto.unwrap_or(until)
+            );
+            self.store.ask(self.store.deadline(), &delete).await?;
+            if upto.is_none() {
                 return Ok(());
             }
         }
