@@ -14,8 +14,8 @@ use sqlx::mysql::MySqlRow;
 use tokio::time::{Instant, timeout_at};
 
 use crate::error::{self, Shared, Trouble, Verdict};
-use crate::gather::{Job, Request};
-use crate::line::{Answer, Backoff, Line, NO_BOUND, column, number};
+use crate::gather::{Job, MAX_SQL, Request};
+use crate::line::{Answer, Line, NO_BOUND, column, number};
 use crate::plan::{Change, Found, Held, Plan, Probes, What};
 use crate::settings;
 use crate::store::{Counters, Store};
@@ -23,6 +23,9 @@ use crate::tables::{Hex, Nullable, Tables};
 
 /// How long the server lets a client think while it holds the lock, in seconds.
 const MAX_THOUGHT: u64 = 3;
+
+/// The most bytes of the names in one statement that reads keys, about.
+const MAX_LIST: usize = 1 << 20;
 
 /// The kinds of changes, as they are stored.
 pub(crate) const PUT: u64 = 0;
@@ -60,9 +63,14 @@ pub(crate) async fn attempt(store: &Store, batch: &mut Vec<Request>, sequence: u
 async fn try_attempt(store: &Store, batch: &mut Vec<Request>, sequence: u64) -> Result<Tried, Trouble> {
     let probes = Probes::of(batch.iter().filter_map(Request::txn));
     let begin = begin(store, batch, &probes);
-    let line = store.lines.take().await?;
-    let (line, answers) = line.ask(&begin, NO_BOUND).await?;
-    let mut plan = read(store, &probes, answers)?;
+    let mut line = store.lines.take().await?;
+    let mut answers = Vec::new();
+    for packet in &begin.packets {
+        let (same, some) = line.ask(packet, NO_BOUND).await?;
+        line = same;
+        answers.extend(some);
+    }
+    let mut plan = read(store, &probes, begin.lists, answers)?;
     let before = plan.revision;
     batch.retain(|request| !request.claimed.swap(true, Ordering::AcqRel));
     let mut write = Write {
@@ -107,24 +115,34 @@ async fn finish(store: &Store, line: Line<'_>) {
     }
 }
 
-/// Takes the lock and reads what the requests touch.
-fn begin(store: &Store, batch: &[Request], probes: &Probes) -> String {
+/// The statements that take the lock and read what the requests touch.
+struct Begin {
+    /// One, but for a single request of many long names, whose statements are longer than the least packet.
+    packets: Vec<String>,
+    /// How many statements read the keys.
+    lists: usize,
+}
+
+fn begin(store: &Store, batch: &[Request], probes: &Probes) -> Begin {
     let Tables {
         entries,
         sessions,
         namespace,
         ..
     } = &store.tables;
-    let mut sql = format!(
+    let mut packets = vec![format!(
         "SET @registry_wait = @@SESSION.wait_timeout, SESSION wait_timeout = {MAX_THOUGHT}; {}",
         lock(store)
-    );
-    let mut ask = |query: String| {
-        sql.push_str("; ");
-        sql.push_str(&query);
+    )];
+    let mut ask = |query: String| match packets.last_mut() {
+        Some(packet) if packet.len() + query.len() < MAX_SQL => {
+            packet.push_str("; ");
+            packet.push_str(&query);
+        }
+        _ => packets.push(query),
     };
-    let names = list(probes.keys.iter().map(Hex::key));
-    if !names.is_empty() {
+    let lists = lists(probes.keys.iter().map(Hex::key));
+    for names in &lists {
         ask(format!(
             "SELECT name, create_revision, mod_revision, session FROM {entries} \
              WHERE namespace = {namespace} AND name IN ({names})"
@@ -151,7 +169,10 @@ fn begin(store: &Store, batch: &[Request], probes: &Probes) -> String {
         }
     }
     ask(settings::READ_ONLY.into());
-    sql
+    Begin {
+        packets,
+        lists: lists.len(),
+    }
 }
 
 /// Begins a transaction with the counter's lock.
@@ -163,7 +184,7 @@ fn lock(store: &Store) -> String {
 }
 
 /// The answers to [`begin`].
-fn read(store: &Store, probes: &Probes, mut answers: Vec<Answer>) -> Result<Plan, Trouble> {
+fn read(store: &Store, probes: &Probes, lists: usize, mut answers: Vec<Answer>) -> Result<Plan, Trouble> {
     store.lines.route.check_writable(answers.pop())?;
     let failed = |source| Trouble::Client {
         endpoint: store.lines.route.endpoint.clone(),
@@ -177,8 +198,8 @@ fn read(store: &Store, probes: &Probes, mut answers: Vec<Answer>) -> Result<Plan
         ..Plan::default()
     };
     let mut rows = || answers.next().map(|answer| answer.rows).unwrap_or_default();
-    if !probes.keys.is_empty() {
-        plan.keys = probes.keys.iter().map(|key| (key.as_str().to_owned(), None)).collect();
+    plan.keys = probes.keys.iter().map(|key| (key.as_str().to_owned(), None)).collect();
+    for _ in 0..lists {
         for row in rows() {
             let (name, found) = found(&row).map_err(failed)?;
             plan.keys.insert(name, Some(found));
@@ -332,12 +353,7 @@ impl Write<'_> {
             "REPLACE INTO {entries} ({columns}) SELECT {columns} FROM {changes} \
              WHERE namespace = {namespace} AND revision > {before} AND kind = {PUT} ORDER BY revision, position"
         ));
-        let gone = list(
-            plan.keys
-                .iter()
-                .filter(|(_, found)| found.is_none())
-                .map(|(name, _)| Hex(name.as_bytes())),
-        );
+        let gone = list(plan.gone().map(|name| Hex(name.as_bytes())));
         if !gone.is_empty() {
             self.statement(format!(
                 "DELETE FROM {entries} WHERE namespace = {namespace} AND name IN ({gone})"
@@ -376,62 +392,91 @@ pub(crate) fn latest(batch: &[Request]) -> Option<Instant> {
     batch.iter().map(|request| request.deadline).max()
 }
 
-fn list(items: impl Iterator<Item = impl std::fmt::Display>) -> String {
-    let mut list = String::new();
+/// Items with commas between them, in as many lists as it takes to keep each below about [`MAX_LIST`] bytes.
+fn lists(items: impl Iterator<Item = impl std::fmt::Display>) -> Vec<String> {
+    let mut lists = Vec::<String>::new();
     for item in items {
-        let comma = if list.is_empty() { "" } else { ", " };
         // Writing to a string does not fail.
-        let _ = write!(list, "{comma}{item}");
+        let _ = match lists.last_mut() {
+            Some(list) if list.len() < MAX_LIST => write!(list, ", {item}"),
+            _ => {
+                lists.push(String::new());
+                lists.last_mut().map_or(Ok(()), |list| write!(list, "{item}"))
+            }
+        };
     }
-    list
+    lists
 }
 
-/// Commits a batch, as often as it takes, and answers every request in it.
-pub(crate) async fn commit(store: &Store, mut batch: Vec<Request>, sequence: &mut u64, last: &impl Fn(Option<Shared>)) {
-    let mut backoff = Backoff::default();
-    loop {
-        batch.retain(|request| !request.answer.is_closed());
-        let Some(deadline) = latest(&batch) else { return };
-        *sequence += 1;
-        let tried = match timeout_at(deadline, attempt(store, &mut batch, *sequence)).await {
-            Ok(tried) => tried,
-            // Each of them has been told by its own deadline.
-            Err(_) => return store.lines.forget_idle(),
-        };
-        let trouble = match tried {
-            Tried::Done(answers) => {
-                last(None);
-                for (request, answer) in batch.into_iter().zip(answers) {
-                    // Whoever waits no longer takes no answer.
-                    let _ = request.answer.send(answer);
-                }
-                return;
-            }
-            Tried::Unknown(trouble) => {
-                let cause = Shared(Arc::new(trouble));
-                return answer_all(batch, || error::unknown(cause.clone()));
-            }
-            Tried::Nothing(trouble) => trouble,
-        };
-        match trouble.verdict() {
-            Verdict::Lost | Verdict::Conflict => {
-                store.lines.forget_idle();
-                last(Some(Shared(Arc::new(trouble))));
-                if !backoff.wait_until(deadline).await {
-                    return;
-                }
-            }
-            _ => {
-                let cause = Arc::new(trouble);
-                return answer_all(batch, || Trouble::Repeated(Shared(cause.clone())).unchanged());
+fn list(items: impl Iterator<Item = impl std::fmt::Display>) -> String {
+    lists(items).join(", ")
+}
+
+/// What became of a batch.
+pub(crate) enum Outcome {
+    /// Every request in it was answered, or its caller has stopped waiting.
+    Answered,
+    /// Nothing happened, and it may be tried again.
+    Again { batch: Vec<Request>, verdict: Verdict },
+}
+
+/// Tries to commit a batch once. Gives it back if it may be tried again, as it is or in parts.
+pub(crate) async fn commit(
+    store: &Store,
+    mut batch: Vec<Request>,
+    sequence: u64,
+    last: &impl Fn(Option<Shared>),
+) -> Outcome {
+    batch.retain(|request| !request.answer.is_closed());
+    let Some(deadline) = latest(&batch) else {
+        return Outcome::Answered;
+    };
+    let Ok(tried) = timeout_at(deadline, attempt(store, &mut batch, sequence)).await else {
+        // The callers have returned at their own deadlines.
+        store.lines.forget_idle();
+        return Outcome::Answered;
+    };
+    match tried {
+        Tried::Done(answers) => {
+            last(None);
+            for (request, answer) in batch.into_iter().zip(answers) {
+                // A caller that has stopped waiting takes no answer.
+                let _ = request.answer.send(answer);
             }
         }
+        Tried::Unknown(trouble) => {
+            let cause = Shared(Arc::new(trouble));
+            answer_all(batch, || error::unknown(cause.clone()));
+        }
+        Tried::Nothing(trouble) => {
+            let verdict = trouble.verdict();
+            if matches!(verdict, Verdict::Lost | Verdict::Conflict) {
+                store.lines.forget_idle();
+                last(Some(Shared(Arc::new(trouble))));
+                return Outcome::Again { batch, verdict };
+            }
+            if batch.len() > 1 && may_be_of_one(verdict) {
+                return Outcome::Again { batch, verdict };
+            }
+            let cause = Arc::new(trouble);
+            answer_all(batch, || Trouble::Repeated(Shared(cause.clone())).unchanged());
+        }
     }
+    Outcome::Answered
+}
+
+/// Whether one request of a batch, or its length, may be the reason of a failure. A server that gets too long a statement
+/// closes the connection, and its error (1153) may be lost with it.
+pub(crate) fn may_be_of_one(verdict: Verdict) -> bool {
+    matches!(
+        verdict,
+        Verdict::Lost | Verdict::Other | Verdict::Setting("max_allowed_packet")
+    )
 }
 
 fn answer_all(batch: Vec<Request>, error: impl Fn() -> registry_api::Error) {
     for request in batch {
-        // Whoever waits no longer takes no answer.
+        // A caller that has stopped waiting takes no answer.
         let _ = request.answer.send(Err(error()));
     }
 }

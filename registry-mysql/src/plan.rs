@@ -111,6 +111,8 @@ pub(crate) struct Plan {
     pub(crate) revision: u64,
     /// Every key that was asked for; absent ones too.
     pub(crate) keys: BTreeMap<String, Option<Found>>,
+    /// The keys that the batch deleted. It may have put them again.
+    pub(crate) deleted: BTreeSet<String>,
     pub(crate) below: HashMap<Key, Vec<String>>,
     pub(crate) sessions: BTreeSet<SessionId>,
     pub(crate) changes: Vec<Change>,
@@ -151,6 +153,12 @@ impl Plan {
             revision: Revision(self.revision),
             changed,
         })
+    }
+
+    /// The keys that existed before the batch or within it, and do not after it.
+    pub(crate) fn gone(&self) -> impl Iterator<Item = &str> {
+        let is_gone = |name: &&String| self.keys.get(*name).is_none_or(Option::is_none);
+        self.deleted.iter().filter(is_gone).map(String::as_str)
     }
 
     fn key(&self, key: &Key) -> Option<Found> {
@@ -222,6 +230,7 @@ impl Plan {
         };
         if gone && let Some(last) = found.take() {
             self.push(key, What::Delete(last.value), position);
+            self.deleted.insert(key.as_str().to_owned());
         }
         if let Operation::Put { value, kind, .. } = operation {
             let session = session.filter(|_| *kind == Kind::Ephemeral);
