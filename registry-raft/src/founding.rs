@@ -382,6 +382,7 @@ impl Core {
                 }
             };
             tracing::error!(reason, "the member ends");
+            self.standing().close();
             self.store().end_watches();
             // An error says that it had ended already.
             let _ = self.raft().shutdown().await;

@@ -24,6 +24,7 @@ use crate::proto;
 use crate::proto::registry::peer::v1 as message;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
+use crate::read_index::of_term;
 use crate::service::why;
 use crate::types::{LogId, Peer};
 use crate::wire;
@@ -40,9 +41,11 @@ pub(crate) enum Leader {
     Other(u64, Peer),
 }
 
-/// Readers that wait until the local copy has what was acknowledged before they asked.
-pub(crate) type Readers = mpsc::Sender<oneshot::Sender<std::result::Result<(), String>>>;
-type Waiting = mpsc::Receiver<oneshot::Sender<std::result::Result<(), String>>>;
+/// Readers that wait until the local copy has what was acknowledged before they asked. The answer is the term in which a
+/// majority confirmed this member as the leader since then, if it was this member that led.
+pub(crate) type Readers = mpsc::Sender<oneshot::Sender<Confirmed>>;
+type Waiting = mpsc::Receiver<oneshot::Sender<Confirmed>>;
+type Confirmed = std::result::Result<Option<u64>, String>;
 
 pub(crate) fn readers() -> (Readers, Waiting) {
     mpsc::channel(READERS)
@@ -82,12 +85,13 @@ impl Core {
         }
     }
 
-    /// Whether a majority has answered this member as their leader so short a time ago.
+    /// Whether a majority has acknowledged this member as their leader so short a time ago.
     pub(crate) fn majority_heard_within(&self, patience: Duration) -> bool {
         let metrics = self.raft().metrics();
         let metrics = metrics.borrow_watched();
-        let voters = metrics.membership_config.membership().voter_ids().count();
-        voters == 1 || metrics.last_quorum_acked.is_some_and(|at| at.elapsed() < patience)
+        let mut voters = metrics.membership_config.membership().voter_ids();
+        let needs_no_other = voters.all(|voter| voter == self.identity().member);
+        needs_no_other || metrics.last_quorum_acked.is_some_and(|at| at.elapsed() < patience)
     }
 
     /// Who leads, as soon as somebody does. It never gives up: the caller has a deadline.
@@ -191,26 +195,30 @@ impl Core {
         }
     }
 
-    /// Waits until the local copy has all that was acknowledged before, for a read: a lease will do where it may.
+    /// Waits until the local copy has all that was acknowledged before, for a read: a lease will do where the config allows
+    /// it (section 6.4.1 of Ongaro's dissertation).
     pub(crate) async fn up_to_date(&self) -> Result<()> {
-        if self.is_leased() { Ok(()) } else { self.barrier().await }
-    }
-
-    /// Whether what the local copy has is all that was acknowledged, by this machine's clock: this member leads,
-    /// nobody else can yet, and it has applied what earlier leaders acknowledged. Its own acknowledgements follow what it
-    /// has applied. Only where the config allows it. (The lease of Ongaro's dissertation, section 6.4.1.)
-    fn is_leased(&self) -> bool {
-        let Some(term) = self.leads_surely().filter(|_| self.lease_reads()) else {
-            return false;
-        };
-        let applied = self.store().read(|inner| inner.applied);
-        applied.is_some_and(|applied| applied.committed_leader_id().term == term)
+        if self.lease_reads()
+            && let Some(term) = self.leads_surely()
+            && self.applied_all_committed(term).await?
+        {
+            return Ok(());
+        }
+        self.barrier().await
     }
 
     /// Waits until the local copy has all that was acknowledged before, by what the others say.
     pub(crate) async fn barrier(&self) -> Result<()> {
-        if self.alone().has_all() {
-            return Ok(());
+        self.confirmed().await.map(|_| ())
+    }
+
+    /// As [`Core::barrier`]. Returns the term in which this member was the leader for certain after the call began, if it
+    /// was.
+    pub(crate) async fn confirmed(&self) -> Result<Option<u64>> {
+        if let Some(term) = self.leads_alone()
+            && self.applied_all_committed(term).await?
+        {
+            return Ok(Some(term));
         }
         // Whoever leads is waited for by each of those who ask, as long as they like.
         self.leader().await?;
@@ -221,6 +229,34 @@ impl Core {
             .map_err(|_| unavailable("the member has stopped"))?;
         let answered = waits.await.map_err(|_| unavailable("the member has stopped"))?;
         answered.map_err(unavailable)
+    }
+
+    /// The term in which this member leads as the only voter.
+    pub(crate) fn leads_alone(&self) -> Option<u64> {
+        let (term, effective) = self.leads_with()?;
+        self.standing().is_only_voter_in(term, &effective).then_some(term)
+    }
+
+    /// Waits until this member has applied all that is committed at this moment: its followers and learners may have told
+    /// readers of it already. The caller knows that no other member can have led since, and that this one leads in `term`.
+    /// Returns `false` if nothing of that term is committed: what earlier leaders committed is not known then.
+    async fn applied_all_committed(&self, term: u64) -> Result<bool> {
+        let applied = self.store().read(|inner| of_term(inner.applied, term));
+        // Nothing is committed that is not in the leader's log: often there is nothing to wait for.
+        if applied.is_some() && applied >= self.last() {
+            return Ok(true);
+        }
+        Box::pin(self.apply_all_committed(term)).await
+    }
+
+    async fn apply_all_committed(&self, term: u64) -> Result<bool> {
+        let committed = self
+            .raft()
+            .with_raft_state(|state| state.local_committed().max(state.cluster_committed()).copied());
+        match of_term(committed.await.map_err(unavailable)?, term) {
+            Some(committed) => self.applied(committed).await.map(|()| true),
+            None => Ok(false),
+        }
     }
 
     /// Asks for all readers that wait, round after round.
@@ -239,18 +275,16 @@ impl Core {
         }
     }
 
-    /// Follows the log up to where the Raft leader is.
-    async fn follow_up(&self) -> Result<()> {
+    /// Follows the log up to where the Raft leader is. Returns the term in which this member was confirmed as the leader, if
+    /// it leads itself.
+    async fn follow_up(&self) -> Result<Option<u64>> {
         let us = self.identity();
         let (id, peer) = match self.leader().await? {
             Leader::Other(id, peer) => (id, peer),
             Leader::This => {
-                let alone = self.alone().since();
-                self.applied(self.read_index(None).await?).await?;
-                if let Some(since) = alone {
-                    self.alone().caught_up(since);
-                }
-                return Ok(());
+                let index = self.read_index(None).await?;
+                self.applied(index).await?;
+                return Ok(Some(index.committed_leader_id().term));
             }
         };
         let request = message::ReadIndexRequest {
@@ -263,7 +297,7 @@ impl Core {
         let told = |status: Status| unavailable(status.message().to_owned());
         us.check_answer(answer.header.as_ref(), id).map_err(told)?;
         let index = answer.index.map(wire::log_id_from).ok_or_else(not_understood)?;
-        self.applied(index).await
+        self.applied(index).await.map(|()| None)
     }
 
     /// Waits until this member has applied the log so far.

@@ -19,7 +19,6 @@
 //!
 //! Everything of openraft stays inside this crate: messages are our own, on the wire and on disk.
 
-mod alone;
 mod backend;
 mod backup;
 #[cfg(test)]
@@ -46,6 +45,7 @@ mod remote;
 mod service;
 mod session;
 mod snapshot;
+mod standing;
 mod state;
 mod state_machine;
 mod status;

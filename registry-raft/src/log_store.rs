@@ -11,10 +11,10 @@ use openraft::{EntryPayload, LogState, RaftLogReader};
 use registry_api::Result;
 use tokio::sync::oneshot;
 
-use crate::alone::Alone;
 use crate::disk::{Disk, Folder};
 use crate::log::{self, Identity, Job, Log, OnFatal, Options, Place, Segment};
-use crate::types::{LogEntry, LogId, TypeConfig, Vote};
+use crate::standing::Standing;
+use crate::types::{LogEntry, LogId, StoredMembership, TypeConfig, Vote};
 
 /// The most bytes of entries that are read for one message to another member.
 const READ_BYTES: u64 = 2 << 20;
@@ -22,9 +22,9 @@ const READ_BYTES: u64 = 2 << 20;
 /// An entry that is to be read: from memory, or from its file.
 type Found = (LogId, Option<LogEntry>, Option<(Place, Segment)>);
 
-/// A member's log, and whether by it the member is alone. Cloning shares both.
+/// A member's log, and the member's place in the group by it. Clones share both.
 #[derive(Clone, Debug)]
-pub(crate) struct LogStore(Arc<Log>, Arc<Alone>);
+pub(crate) struct LogStore(Arc<Log>, Standing);
 
 impl LogStore {
     /// Opens the log in that directory.
@@ -38,15 +38,27 @@ impl LogStore {
     /// As [`LogStore::open`], on any disk.
     pub(crate) fn on(disk: Arc<dyn Disk>, identity: Identity, options: Options, on_fatal: OnFatal) -> Result<Self> {
         let log = Log::open(disk, identity, options, on_fatal)?;
-        Ok(Self(Arc::new(log), Arc::new(Alone::new(identity.member))))
+        Ok(Self::of(log, identity.member))
     }
 
     pub(crate) fn in_memory(member: u64) -> Self {
-        Self(Arc::new(Log::in_memory()), Arc::new(Alone::new(member)))
+        Self::of(Log::in_memory(), member)
     }
 
-    pub(crate) fn alone(&self) -> &Alone {
+    fn of(log: Log, member: u64) -> Self {
+        let standing = Standing::new(member);
+        let vote = log.state.lock().vote;
+        vote.iter().for_each(|vote| standing.note_vote(vote));
+        Self(Arc::new(log), standing)
+    }
+
+    pub(crate) fn standing(&self) -> &Standing {
         &self.1
+    }
+
+    /// The last entry of the log.
+    pub(crate) fn last(&self) -> Option<LogId> {
+        self.0.state.lock().last()
     }
 
     /// The term that this member has promised itself to: noted before anybody is told, and durable when they are.
@@ -147,6 +159,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn save_vote(&mut self, vote: &Vote) -> io::Result<()> {
         self.0.state.lock().vote = Some(*vote);
+        self.1.note_vote(vote);
         self.wait(|done| Job::Vote(*vote, done)).await
     }
 
@@ -172,7 +185,8 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             let mut state = self.0.state.lock();
             for entry in &entries {
                 if let EntryPayload::Membership(membership) = &entry.payload {
-                    self.1.note(Some(membership));
+                    let membership = StoredMembership::new(Some(entry.log_id), membership.clone());
+                    self.1.note_membership(Some(membership));
                 }
                 state.push(entry.clone(), None)?;
             }
@@ -185,7 +199,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> io::Result<()> {
         self.0.state.lock().truncate_after(last);
-        self.1.note(None);
+        self.1.note_membership(None);
         self.wait(|done| Job::Truncate(last, done)).await
     }
 

@@ -15,6 +15,8 @@ mod joiner;
 mod keeping;
 #[cfg(test)]
 mod late;
+#[cfg(test)]
+mod leading;
 mod opening;
 #[cfg(test)]
 mod starting;
@@ -33,7 +35,6 @@ use registry_api::{BoxError, Error, Namespace, Options, Registry, Result, Watch,
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Semaphore, oneshot, watch};
 
-use crate::alone::Alone;
 use crate::backend::RaftRegistry;
 use crate::config::{RaftConfig, Timers};
 use crate::directory::Directory;
@@ -48,10 +49,11 @@ use crate::proto;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
 use crate::snapshot::Snapshots;
+use crate::standing::Standing;
 use crate::state_machine::StateMachine;
 use crate::status::Status;
 use crate::store::Store;
-use crate::types::TypeConfig;
+use crate::types::{LogId, StoredMembership, TypeConfig};
 use awake::Awake;
 use opening::{in_span_of, start, workers};
 
@@ -61,7 +63,7 @@ const START: Duration = Duration::from_secs(60);
 const CHANGE: Duration = Duration::from_secs(30);
 /// How long a member that stops waits for what is under way.
 const GRACE: Duration = Duration::from_secs(1);
-/// How many bytes of changes may be on their way at once; more wait their turn.
+/// How many bytes of changes may be in flight at once; more wait their turn.
 const IN_FLIGHT: usize = 64 << 20;
 
 /// A member of the group, in this process.
@@ -304,7 +306,7 @@ impl Running {
         self.stop.send_replace(true);
         core.store.end_watches();
         // Another process may acknowledge what this one never hears of.
-        core.alone().note(None);
+        core.standing().close();
         let closed = self.threads.handle()?.block_on(async {
             if let Some(server) = self.server {
                 let grace = tokio::time::timeout(GRACE, server).await;
@@ -340,8 +342,6 @@ pub(crate) struct Core {
     lease_reads: bool,
     /// Until when it elects nobody.
     elects_from: Instant,
-    /// Whether another is about to lead.
-    handing_over: watch::Sender<bool>,
     /// Which Raft leader was heard last, and when.
     heard: Arc<Mutex<Option<(u64, Instant)>>>,
     /// Who answered when this member last asked whether it leads.
@@ -370,8 +370,13 @@ impl Core {
         &self.store
     }
 
-    pub(crate) fn alone(&self) -> &Alone {
-        self.log.alone()
+    pub(crate) fn standing(&self) -> &Standing {
+        self.log.standing()
+    }
+
+    /// The last entry of this member's log.
+    pub(crate) fn last(&self) -> Option<LogId> {
+        self.log.last()
     }
 
     /// The term that this member has promised itself to.
@@ -407,10 +412,6 @@ impl Core {
         &self.heard
     }
 
-    pub(crate) fn handing_over(&self) -> &watch::Sender<bool> {
-        &self.handing_over
-    }
-
     pub(crate) fn readers(&self) -> &Readers {
         &self.readers
     }
@@ -423,13 +424,18 @@ impl Core {
         }
     }
 
-    /// The term this member leads in, if it does.
+    /// The term this member leads in, if it does, as far as the Raft task has told.
     pub(crate) fn leads(&self) -> Option<u64> {
+        self.leads_with().map(|(term, _)| term)
+    }
+
+    /// The term this member leads in, and the membership that its Raft task goes by.
+    pub(crate) fn leads_with(&self) -> Option<(u64, Arc<StoredMembership>)> {
         // What is told before the rest: who waits for this alone must not find it as it was.
         let metrics = self.raft.server_metrics();
         let metrics = metrics.borrow_watched();
-        (metrics.current_leader == Some(self.identity.member) && metrics.state.is_leader())
-            .then_some(metrics.vote.leader_id().term)
+        let leads = metrics.current_leader == Some(self.identity.member) && metrics.state.is_leader();
+        leads.then(|| (metrics.vote.leader_id().term, metrics.membership_config.clone()))
     }
 }
 

@@ -1,6 +1,9 @@
 //! Who is in the group, changed while it runs; and who of them leads.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver;
@@ -18,7 +21,7 @@ use crate::proto::registry::peer::v1 as message;
 use crate::proto::request::Call;
 use crate::types::{LogId, Peer};
 
-/// How often it is looked whether this member still leads.
+/// How often a leadership is checked that may end by time alone.
 const LOOK: Duration = Duration::from_millis(20);
 /// The pause before a change is asked for again.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -225,14 +228,32 @@ impl Core {
     }
 
     /// Makes another member lead, and waits until it does.
+    ///
+    /// openraft takes no transfer back: if it fails, this member sends no heartbeats any more, and its followers elect
+    /// another one at any time. It leads for certain only in a later term.
+    ///
+    /// # Cancel safety
+    /// The transfer goes on.
     pub(crate) async fn transfer(&self, to: u64) -> Result<()> {
         if to == self.identity().member {
             return Ok(());
         }
-        // Who asks whether this member leads is told the end before another can begin.
-        self.handing_over().send_replace(true);
-        let handed = async {
-            self.raft().trigger().transfer_leader(to).await.map_err(unavailable)?;
+        // The program is told that the leadership ends before another member can lead.
+        let resigning = self.standing().resign();
+        let core = self.clone();
+        let transfer = tokio::spawn(async move {
+            let transferred = core.transfer_now(to).await;
+            drop(resigning);
+            transferred
+        });
+        transfer.await.map_err(unavailable)?
+    }
+
+    async fn transfer_now(&self, to: u64) -> Result<()> {
+        self.raft().trigger().transfer_leader(to).await.map_err(unavailable)?;
+        // It has begun, in whatever term that was, when the next request is answered.
+        self.raft().with_raft_state(|_| ()).await.map_err(unavailable)?;
+        let transferred = async {
             let mut metrics = self.raft().server_metrics();
             loop {
                 match self.known_leader() {
@@ -243,12 +264,10 @@ impl Core {
             }
         };
         let patience = Duration::from_millis(2 * self.timers().millis().2);
-        let handed = match tokio::time::timeout(patience, handed).await {
-            Ok(handed) => handed,
+        match tokio::time::timeout(patience, transferred).await {
+            Ok(transferred) => transferred,
             Err(_) => Err(unavailable("the other member did not take over")),
-        };
-        self.handing_over().send_replace(false);
-        handed
+        }
     }
 
     /// Before an orderly stop: makes another member lead, so that nobody waits for the silence.
@@ -282,16 +301,19 @@ impl Core {
         next
     }
 
-    /// Tells in which term this member leads, as long as no other can, as far as its clock tells.
-    pub(crate) async fn keep_leadership(self, told: watch::Sender<Option<u64>>, mut stopping: watch::Receiver<bool>) {
+    /// Tells the program in which term this member leads, as what decides it changes. It may end by time alone:
+    /// [`Core::keep_lease`] sees to that.
+    pub(crate) async fn keep_leadership(self, lease: Lease, mut stopping: watch::Receiver<bool>) {
         // All that changes, which is every entry too; and who leads, which seldom does.
         let mut all = self.raft().metrics();
         let mut server = self.raft().server_metrics();
-        let mut handing_over = self.handing_over().subscribe();
+        let mut told = self.standing().leadership();
         while !*stopping.borrow_and_update() {
-            handing_over.mark_unchanged();
-            let leads = self.leads_surely();
-            told.send_if_modified(|told| std::mem::replace(told, leads) != leads);
+            self.standing().publish(|| self.leads_surely());
+            let leads = *told.borrow_and_update();
+            if leads.is_some() {
+                lease.begins();
+            }
             let changed = async {
                 match leads.is_none() && self.leads().is_some() {
                     // A majority is about to be heard.
@@ -300,22 +322,65 @@ impl Core {
                 }
             };
             tokio::select! {
-                // It may end by time alone.
-                () = tokio::time::sleep(LOOK), if leads.is_some() => {}
                 changed = changed => if changed.is_err() { break },
-                // An error says that the member is gone.
-                _ = handing_over.changed() => {}
+                // Errors say that the member is gone.
+                _ = told.changed() => {}
                 _ = stopping.changed() => {}
             }
         }
-        told.send_replace(None);
+        self.standing().publish(|| None);
     }
 
-    /// The term this member leads in, if a majority heard it a short time ago: the others elect nobody else for
-    /// `election_timeout_max` after they heard it. Not while it hands over.
+    /// Ends the leadership that the program was told of when its time has run out. On a thread of its own: whatever keeps the
+    /// member's other threads busy delays it no more than the machine does.
+    pub(crate) fn keep_lease(self) -> Result<Lease> {
+        let ended = Arc::new(AtomicBool::new(false));
+        let ends = ended.clone();
+        let keep = move || {
+            let told = self.standing().leadership();
+            while !ends.load(Ordering::Acquire) {
+                let leads = *told.borrow();
+                match leads {
+                    Some(_) => std::thread::park_timeout(LOOK),
+                    None => std::thread::park(),
+                }
+                if told.borrow().is_some() {
+                    self.standing().publish(|| self.leads_surely());
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("registry-lease".into()).spawn(keep);
+        let thread = thread.map_err(unavailable)?.thread().clone();
+        Ok(Lease { thread, ended })
+    }
+
+    /// The term this member leads in, if a majority acknowledged it a short time ago: the others elect no other member for
+    /// `election_timeout_max` after they did. `None` also as soon as its own log says that they need not wait.
     pub(crate) fn leads_surely(&self) -> Option<u64> {
-        let term = self.leads().filter(|_| !*self.handing_over().borrow())?;
+        let (term, effective) = self.leads_with()?;
         let lease = Duration::from_millis(self.timers().millis().2).mul_f64(0.8);
-        self.majority_heard_within(lease).then_some(term)
+        let heard = self.majority_heard_within(lease);
+        (heard && self.standing().may_lead(term, &effective)).then_some(term)
+    }
+}
+
+/// The thread that ends a leadership by time. It ends when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    thread: Thread,
+    ended: Arc<AtomicBool>,
+}
+
+impl Lease {
+    /// The program was told that the member leads.
+    fn begins(&self) {
+        self.thread.unpark();
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Release);
+        self.thread.unpark();
     }
 }

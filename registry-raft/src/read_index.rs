@@ -41,9 +41,30 @@ struct Known {
     membership: Membership<u64, Peer>,
 }
 
+impl Known {
+    /// The index of a read, if these have promised themselves to no later term than `term` since it began. `None` as long as
+    /// nothing of that term is committed: the leader does not know until then how much earlier leaders have committed
+    /// (section 6.4 of the dissertation, step 1), which comes before its first entry.
+    fn index(self, term: u64, true_to: &BTreeSet<u64>) -> Result<Option<LogId>> {
+        if self.term != Some(term) {
+            return Err(no_leader());
+        }
+        if !is_majority(&self.membership, true_to) {
+            return Err(unavailable("the members have changed meanwhile"));
+        }
+        Ok(of_term(self.committed, term))
+    }
+}
+
+/// The id of an entry, if it is of that term.
+pub(crate) fn of_term(id: Option<LogId>, term: u64) -> Option<LogId> {
+    id.filter(|id| id.committed_leader_id().term == term)
+}
+
 impl Core {
     /// How far a member must have applied the log for a read that began before this was called. `with` has promised itself
-    /// to no later term than it says, since the read began.
+    /// to no later term than it says, since the read began. The index is of the term in which this member was confirmed as the
+    /// leader since then.
     ///
     /// # Errors
     /// [`registry_api::Error::Unavailable`] if this member does not lead, or no majority says so.
@@ -68,22 +89,13 @@ impl Core {
             }
         });
         let (known, asked) = tokio::join!(known, self.majority(term, &membership, true_to));
-        let (known, true_to) = (known.map_err(unavailable)?, asked?);
-        if known.term != Some(term) {
-            return Err(no_leader());
+        if let Some(index) = known.map_err(unavailable)?.index(term, &asked?)? {
+            return Ok(index);
         }
-        if !is_majority(&known.membership, &true_to) {
-            return Err(unavailable("the members have changed meanwhile"));
-        }
-        let of_term = |id: &LogId| id.committed_leader_id().term == term;
-        if let Some(committed) = known.committed.filter(of_term) {
-            return Ok(committed);
-        }
-        // What earlier leaders committed comes before the first entry of this term.
         let mut changes = self.raft().data_metrics();
         loop {
             let applied = self.store().read(|inner| inner.applied);
-            if let Some(applied) = applied.filter(of_term) {
+            if let Some(applied) = of_term(applied, term) {
                 return Ok(applied);
             }
             changes.changed().await.map_err(unavailable)?;
@@ -175,6 +187,28 @@ mod tests {
         let configs: Vec<BTreeSet<u64>> = configs.iter().map(|voters| voters.iter().copied().collect()).collect();
         let nodes: BTreeMap<_, _> = (1..=6).map(|id| (id, Peer::default())).collect();
         Membership::new(configs, nodes).unwrap()
+    }
+
+    #[test]
+    fn a_read_waits_for_an_entry_of_the_leaders_own_term() {
+        let known = |term, committed: Option<(u64, u64)>| Known {
+            term,
+            committed: committed.map(|(term, index)| LogId::new_term_index(term, index)),
+            membership: membership(&[&[1, 2, 3]]),
+        };
+        let (some, few) = (BTreeSet::from([1, 2]), BTreeSet::from([1]));
+        let index = |known: Known| known.index(2, &some).ok();
+        assert_eq!(
+            index(known(Some(2), Some((2, 9)))),
+            Some(Some(LogId::new_term_index(2, 9)))
+        );
+        assert_eq!(index(known(Some(2), Some((1, 8)))), Some(None));
+        assert_eq!(index(known(Some(2), None)), Some(None));
+        // It does not lead any more, or not in this term.
+        assert_eq!(index(known(None, Some((2, 9)))), None);
+        assert_eq!(index(known(Some(3), Some((3, 9)))), None);
+        // No majority of the present members said so.
+        assert!(known(Some(2), Some((2, 9))).index(2, &few).is_err());
     }
 
     #[test]

@@ -82,6 +82,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     {
         let mut chunks = entries.ready_chunks(CHUNK);
         while let Some(chunk) = chunks.next().await {
+            #[cfg(test)]
+            let _applies = self.store.applies.clone().read_owned().await;
             let mut steps = Vec::with_capacity(chunk.len());
             for entry in chunk {
                 let (entry, responder) = entry?;

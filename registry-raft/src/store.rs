@@ -31,6 +31,9 @@ pub(crate) struct Store {
     inner: Arc<RwLock<Inner>>,
     watchers: Arc<Mutex<Watchers>>,
     digests: Arc<watch::Sender<(u64, Bytes)>>,
+    /// Entries are applied while this can be read: a test holds them up.
+    #[cfg(test)]
+    pub(crate) applies: Arc<tokio::sync::RwLock<()>>,
 }
 
 #[derive(Debug, Default)]

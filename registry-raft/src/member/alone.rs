@@ -34,7 +34,7 @@ async fn a_member_that_has_stopped_answers_nothing_from_what_it_knew() {
     let before = first.connect(&Options::default()).await.unwrap();
     put(&before, "1").await;
     assert_eq!(value(&before).await.unwrap(), "1");
-    assert!(first.core.alone().has_all());
+    assert!(first.core.leads_alone().is_some());
     let core = first.core.clone();
     first.stop().await.unwrap();
     let second = Member::start(&config(&dir, "a", Vec::new())).await.unwrap();
@@ -47,7 +47,7 @@ async fn a_member_that_has_stopped_answers_nothing_from_what_it_knew() {
     put(&after, "2").await;
     let old = value(&before).await;
     assert!(old.is_err(), "{old:?}");
-    assert!(!core.alone().has_all());
+    assert!(!core.leads_alone().is_some());
     second.stop().await.unwrap();
 }
 
@@ -57,12 +57,12 @@ async fn a_member_with_company_asks_it() {
     let first = Member::start(&config(&dir, "a", Vec::new())).await.unwrap();
     let registry = first.connect(&Options::default()).await.unwrap();
     put(&registry, "1").await;
-    assert!(first.core.alone().has_all());
+    assert!(first.core.leads_alone().is_some());
     let address = first.address().unwrap().to_string();
     let second = Member::start(&config(&dir, "b", vec![address])).await.unwrap();
     // A learner acknowledges nothing, and is never alone.
     assert_eq!(value(&registry).await.unwrap(), "1");
-    assert!(first.core.alone().has_all() && !second.core.alone().has_all());
+    assert!(first.core.leads_alone().is_some() && !second.core.leads_alone().is_some());
     let at_second = second.connect(&Options::default()).await.unwrap();
     assert_eq!(value(&at_second).await.unwrap(), "1");
     let name = || "b".to_owned();
@@ -71,7 +71,7 @@ async fn a_member_with_company_asks_it() {
         .await
         .unwrap();
     assert_eq!(value(&registry).await.unwrap(), "1");
-    assert!(!first.core.alone().has_all() && !second.core.alone().has_all());
+    assert!(!first.core.leads_alone().is_some() && !second.core.leads_alone().is_some());
     first
         .change_members(MemberChange::Transfer { name: name() })
         .await
@@ -84,10 +84,10 @@ async fn a_member_with_company_asks_it() {
         .await
         .unwrap();
     eventually(PATIENCE, || async {
-        value(&at_second).await.is_ok() && second.core.alone().has_all()
+        value(&at_second).await.is_ok() && second.core.leads_alone().is_some()
     })
     .await;
-    assert!(!first.core.alone().has_all());
+    assert!(!first.core.leads_alone().is_some());
     put(&at_second, "3").await;
     let old = value(&registry).await;
     assert!(!matches!(&old, Ok(value) if value != "3"), "{old:?}");

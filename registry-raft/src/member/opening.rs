@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{InitializeError, RaftError};
-use openraft::{Membership, Raft, SnapshotPolicy};
+use openraft::{Raft, SnapshotPolicy};
 use registry_api::{Error, Result};
 use tokio::runtime::Builder;
 use tokio::sync::{Semaphore, watch};
@@ -30,7 +30,7 @@ use crate::snapshot::Snapshots;
 use crate::state_machine::StateMachine;
 use crate::store::Store;
 use crate::transport::{MAX_MESSAGE, Transport};
-use crate::types::{Peer, TypeConfig};
+use crate::types::{Peer, StoredMembership, TypeConfig};
 
 /// How long one of many waits at its start for a Raft leader.
 const QUORUM: Duration = Duration::from_secs(10);
@@ -110,7 +110,7 @@ pub(super) async fn start(config: &RaftConfig) -> Result<Started> {
     .map_err(unavailable)?;
     let (membership, term) = recovered(&raft).await?;
     // Nobody else reaches the log yet.
-    log.alone().note(Some(&membership));
+    log.standing().note_membership(Some(membership.clone()));
     let elects_from = elects_from(&membership, term, identity.member, config.timers);
     let (readers, waiting) = leader::readers();
     let core = Core {
@@ -127,7 +127,6 @@ pub(super) async fn start(config: &RaftConfig) -> Result<Started> {
         timers: config.timers,
         lease_reads: config.lease_reads,
         elects_from,
-        handing_over: watch::channel(false).0,
         heard: Arc::default(),
         answered: Arc::default(),
         awake: Arc::default(),
@@ -148,8 +147,9 @@ pub(super) async fn start(config: &RaftConfig) -> Result<Started> {
     tokio::spawn(core.clone().keep_time(stopping.clone()));
     let (end, ended) = watch::channel(None);
     tokio::spawn(core.clone().keep_house(config.snapshot_log_bytes(), stopping.clone()));
-    let (lead, leadership) = watch::channel(None);
-    tokio::spawn(core.clone().keep_leadership(lead, stopping.clone()));
+    let leadership = core.standing().leadership();
+    let lease = core.clone().keep_lease()?;
+    tokio::spawn(core.clone().keep_leadership(lease, stopping.clone()));
     tokio::spawn(core.clone().keep_company(door, directory.clone(), end, stopping));
     Ok(Started {
         core,
@@ -189,9 +189,9 @@ pub(super) fn raft_config(config: &RaftConfig) -> Result<openraft::Config> {
 }
 
 /// What is in the log: the membership and the term. Metrics say neither before openraft's own task has run.
-pub(super) async fn recovered(raft: &Raft<TypeConfig, StateMachine>) -> Result<(Membership<u64, Peer>, u64)> {
+pub(super) async fn recovered(raft: &Raft<TypeConfig, StateMachine>) -> Result<(StoredMembership, u64)> {
     let recovered = raft.with_raft_state(|state| {
-        let membership = state.membership_state.effective().membership().clone();
+        let membership = (**state.membership_state.effective()).clone();
         (membership, state.vote_ref().leader_id().term)
     });
     recovered.await.map_err(unavailable)
@@ -199,8 +199,8 @@ pub(super) async fn recovered(raft: &Raft<TypeConfig, StateMachine>) -> Result<(
 
 /// From when on a member that starts may elect. It has forgotten when it last heard a Raft leader, who counts on its silence:
 /// it is taken to have heard one just now. Who has never heard any, or has no others, need not wait.
-fn elects_from(membership: &Membership<u64, Peer>, term: u64, member: u64, timers: Timers) -> Instant {
-    let others = membership.voter_ids().any(|voter| voter != member);
+fn elects_from(membership: &StoredMembership, term: u64, member: u64, timers: Timers) -> Instant {
+    let others = membership.membership().voter_ids().any(|voter| voter != member);
     let heard_one = term > 0 && others;
     Instant::now() + Duration::from_millis(if heard_one { timers.millis().2 } else { 0 })
 }

@@ -109,7 +109,7 @@ async fn what_is_in_its_log_is_known_before_anything_else_has_run() {
     );
     let raft = raft.await.unwrap();
     let (membership, term) = recovered(&raft).await.unwrap();
-    let voters: Vec<_> = membership.voter_ids().collect();
+    let voters: Vec<_> = membership.membership().voter_ids().collect();
     let mut members: Vec<_> = identities.iter().map(|identity| identity.member).collect();
     members.sort_unstable();
     assert_eq!(voters, members);

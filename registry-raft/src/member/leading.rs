@@ -1,0 +1,256 @@
+//! What a leader may answer and promise, and for how long, while other members follow it, leave it and lead in its place.
+
+use std::collections::BTreeMap;
+
+use futures_util::future::join_all;
+use registry_api::Key;
+use registry_tests::process::free_port;
+use registry_tests::{Direction, Wire, cluster::eventually, within};
+
+use super::*;
+use crate::command::{Change, Command};
+
+const PATIENCE: Duration = Duration::from_secs(40);
+const NAMES: [&str; 3] = ["a", "b", "c"];
+
+/// Members of this process, each behind a wire.
+struct Group {
+    members: Vec<Member>,
+    wires: Vec<Wire>,
+    dir: tempfile::TempDir,
+}
+
+impl Group {
+    async fn start(size: usize, set: impl Fn(usize, &mut RaftConfig)) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let listen: Vec<_> = (0..size).map(|_| format!("127.0.0.1:{}", free_port())).collect();
+        let wires = join_all(listen.iter().map(|address| Wire::to(address.parse().unwrap()))).await;
+        let names = NAMES.iter().map(|name| (*name).to_owned());
+        let list: BTreeMap<_, _> = names.zip(wires.iter().map(|wire| wire.address().to_string())).collect();
+        let config = |at: usize| {
+            let mut config = RaftConfig {
+                member: Some(NAMES[at].into()),
+                data_dir: Some(dir.path().join(NAMES[at])),
+                listen: Some(listen[at].clone()),
+                cluster: list.clone(),
+                ..RaftConfig::default()
+            };
+            set(at, &mut config);
+            config
+        };
+        let configs: Vec<_> = (0..size).map(config).collect();
+        let members = join_all(configs.iter().map(Member::start)).await;
+        let members = members.into_iter().map(Result::unwrap).collect();
+        Self { members, wires, dir }
+    }
+
+    fn core(&self, at: usize) -> &Core {
+        &self.members[at].core
+    }
+
+    /// The member that leads, and has been told so.
+    async fn leader(&self) -> usize {
+        let leads =
+            |at: &usize| self.members[*at].leads().is_some() && self.members[*at].leadership().borrow().is_some();
+        eventually(PATIENCE, || async { (0..self.members.len()).any(|at| leads(&at)) }).await;
+        (0..self.members.len()).find(leads).unwrap()
+    }
+
+    /// Makes this member the leader.
+    async fn led_by(&self, at: usize) {
+        let name = NAMES[at].to_owned();
+        let transferred = self.members[at].change_members(MemberChange::Transfer { name });
+        within(PATIENCE, transferred).await.unwrap();
+        eventually(PATIENCE, || async { self.members[at].leadership().borrow().is_some() }).await;
+    }
+
+    async fn stop(self) {
+        for stopped in join_all(self.members.into_iter().map(Member::stop)).await {
+            stopped.unwrap();
+        }
+        drop(self.dir);
+    }
+}
+
+fn key() -> Key {
+    Key::parse("/a").unwrap()
+}
+
+fn put(value: &'static str) -> Command {
+    let txn = registry_api::Txn::new().put(&key(), value);
+    Command::new(Change::Txn(crate::command::txn_to_proto(&Namespace::default(), &txn)))
+}
+
+/// A linearizable read at a member; `None` if it is not answered in that time.
+async fn read_at(core: &Core, patience: Duration) -> Option<String> {
+    let get = proto::Get {
+        key: Namespace::default().qualify(key().as_str()),
+        ..proto::Get::default()
+    };
+    match core.serve(Call::Get(get), patience).await {
+        Ok(Answer::Get(found)) => Some(String::from_utf8(found.entry.unwrap().value.to_vec()).unwrap()),
+        Ok(other) => panic!("{other:?}"),
+        Err(_) => None,
+    }
+}
+
+/// The leader of a group of two is removed, and does not hear that the other, which needs no vote but its own, has the entry.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removed_leader_of_two_leads_no_more_and_reads_nothing_by_its_lease() {
+    let group = Group::start(2, |_, config| config.lease_reads = true).await;
+    group.led_by(0).await;
+    let (old, next) = (&group.members[0], &group.members[1]);
+    old.core.propose(&put("1")).await.unwrap();
+    assert_eq!(read_at(&old.core, PATIENCE).await.as_deref(), Some("1"));
+    group.wires[1].slow(Duration::from_millis(25));
+    let us = old.core.identity().member;
+    let removing = tokio::spawn({
+        let core = old.core.clone();
+        async move {
+            let change = proto::ChangeMembers {
+                kind: proto::change_members::Kind::Remove.into(),
+                name: "a".into(),
+                address: String::new(),
+            };
+            core.change_members(change).await
+        }
+    });
+    // The last entry of its removal is on its way; what the other says is lost.
+    within(PATIENCE, async {
+        let mut metrics = old.core.raft.server_metrics();
+        while metrics
+            .borrow_watched()
+            .membership_config
+            .membership()
+            .voter_ids()
+            .any(|voter| voter == us)
+        {
+            metrics.changed().await.unwrap();
+        }
+    })
+    .await;
+    group.wires[1].cut_one_way(Direction::ToClient);
+    eventually(PATIENCE, || async { next.leads().is_some() }).await;
+    next.core.propose(&put("2")).await.unwrap();
+    let told = (old.leads(), *old.leadership().borrow());
+    assert_eq!(told, (None, None), "{:?} leads", next.leads());
+    assert!(
+        old.core.leads().is_some(),
+        "it has heard of its successor: the wire was not cut in time"
+    );
+    let read = read_at(&old.core, Duration::from_millis(300)).await;
+    assert!(read.as_deref() != Some("1"), "it reads what was true before");
+    removing.abort();
+    group.wires.iter().for_each(Wire::mend);
+    group.stop().await;
+}
+
+/// What is committed is told by another member before the leader itself has applied it.
+async fn reads_at_a_leader_that_applies_late(group: &Group, leader: usize, other: usize) {
+    let (leader, other) = (group.core(leader), group.core(other));
+    leader.propose(&put("1")).await.unwrap();
+    assert_eq!(read_at(other, PATIENCE).await.as_deref(), Some("1"));
+    assert_eq!(read_at(leader, PATIENCE).await.as_deref(), Some("1"));
+    let late = leader.store.applies.clone().write_owned().await;
+    let putting = tokio::spawn({
+        let leader = leader.clone();
+        async move { leader.propose(&put("2")).await }
+    });
+    eventually(PATIENCE, || async {
+        read_at(other, PATIENCE).await.as_deref() == Some("2")
+    })
+    .await;
+    let early = read_at(leader, Duration::from_millis(300)).await;
+    assert_eq!(early, None, "a read goes back in time");
+    drop(late);
+    putting.await.unwrap().unwrap();
+    assert_eq!(read_at(leader, PATIENCE).await.as_deref(), Some("2"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_read_at_the_only_voter_is_not_older_than_one_at_its_learner() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = |name: &str, join: Vec<String>| RaftConfig {
+        member: Some(name.into()),
+        data_dir: Some(dir.path().join(name)),
+        listen: Some("127.0.0.1:0".into()),
+        join,
+        ..RaftConfig::default()
+    };
+    let voter = Member::start(&config("a", Vec::new())).await.unwrap();
+    let address = voter.address().unwrap().to_string();
+    let learner = Member::start(&config("b", vec![address])).await.unwrap();
+    let group = Group {
+        members: vec![voter, learner],
+        wires: Vec::new(),
+        dir: tempfile::tempdir().unwrap(),
+    };
+    reads_at_a_leader_that_applies_late(&group, 0, 1).await;
+    group.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_read_by_the_lease_is_not_older_than_one_at_a_follower() {
+    let group = Group::start(3, |_, config| config.lease_reads = true).await;
+    let leader = group.leader().await;
+    reads_at_a_leader_that_applies_late(&group, leader, (leader + 1) % 3).await;
+    group.stop().await;
+}
+
+/// The member that is to lead does not take over. openraft takes no transfer back, and the followers wait no more for this
+/// leader, so it does not lead for certain in all of that term.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transfer_ends_the_leadership_whether_or_not_another_takes_over() {
+    let group = Group::start(3, |_, _| {}).await;
+    let leader = group.leader().await;
+    let member = &group.members[leader];
+    let (term, told) = (member.leads().unwrap(), member.leadership());
+    // One that never answers.
+    let next = (leader + 1) % 3;
+    group.wires[next].cut();
+    let transferring = tokio::spawn({
+        let (core, next) = (member.core.clone(), group.core(next).identity().member);
+        async move { core.transfer(next).await }
+    });
+    // It is told at the latest when the transfer has begun, while nobody else can lead yet.
+    let begun = async || {
+        let begun = member
+            .core
+            .raft
+            .with_raft_state(|state| state.vote_ref().leader_id().term);
+        begun.await.unwrap()
+    };
+    eventually(PATIENCE, || async { told.borrow().is_none() }).await;
+    assert_eq!(begun().await, term, "it is told once another leads");
+    while member.core.leads() == Some(term) {
+        let leads = (member.leads(), *told.borrow());
+        // It may be elected again meanwhile.
+        if leads.0.or(leads.1) == Some(term) && member.core.leads() == Some(term) {
+            panic!("it leads for certain while it transfers its leadership, or has tried to: {leads:?}");
+        }
+        tokio::task::yield_now().await;
+    }
+    transferring.await.unwrap().unwrap_err();
+    group.wires[next].mend();
+    group.leader().await;
+    group.stop().await;
+}
+
+/// All threads that the member's tasks run on are busy, and no majority acknowledges it: by its clock it leads no more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_that_runs_out_is_told_while_the_members_threads_are_busy() {
+    let group = Group::start(3, |_, _| {}).await;
+    let leader = group.leader().await;
+    let member = &group.members[leader];
+    let mut told = member.leadership();
+    let threads = member.running.as_ref().unwrap().threads.handle().unwrap();
+    let (release, busy): (Vec<_>, Vec<_>) = (0..workers()).map(|_| std::sync::mpsc::channel::<()>()).unzip();
+    for busy in busy {
+        threads.spawn(async move { busy.recv().unwrap_err() });
+    }
+    within(PATIENCE, told.wait_for(Option::is_none)).await.unwrap();
+    drop(release);
+    // It is told again once it leads for certain.
+    group.leader().await;
+    group.stop().await;
+}
