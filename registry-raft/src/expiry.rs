@@ -8,7 +8,8 @@
 //!
 //! A session that is silent for half its TTL, when no live one is, has that noted in the log, and again with each further
 //! eighth. The next leader grants it only the rest: elections, however many, do not keep a dead session. One that is heard
-//! again has that noted before it is told so.
+//! again has that noted before its keep-alive is answered. A keep-alive that has arrived and waits for the majority's
+//! confirmation is no silence: otherwise a busy group would write entries about live sessions, and be busier for it.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -49,8 +50,12 @@ struct Deadlines {
 struct Deadline {
     at: Instant,
     ttl: Duration,
-    /// How much of the silence is noted in the log, or on its way there.
+    /// How much of the silence is noted in the log or proposed to be, and how often the session had been heard again before
+    /// that: the note is void once it was heard once more.
     noted: Duration,
+    heard: u64,
+    /// When its last keep-alive arrived, confirmed or not.
+    arrived: Option<Instant>,
 }
 
 /// A session as a leader finds it in the replicated state.
@@ -75,12 +80,21 @@ pub(crate) struct Due {
 }
 
 impl Expiry {
-    /// Counts a session's TTL from `now` on. The caller has made sure that this member still leads. Answers whether the
-    /// log says, or is about to, that the session was silent: it must say otherwise before the session is told anything.
+    /// Notes that a keep-alive has arrived, which is not confirmed yet: it promises nothing, and is no silence.
+    pub(crate) fn arrived(&self, session: SessionId, now: Instant) {
+        if let Some(deadline) = self.deadlines.lock().sessions.get_mut(&session.0) {
+            deadline.arrived = deadline.arrived.max(Some(now));
+        }
+    }
+
+    /// Counts a session's TTL from `now` on. The caller has made sure, since the keep-alive arrived, that this member leads in
+    /// `term`, and has read since then that the session was heard again `heard` times. Returns whether the log says, or is
+    /// about to, that the session was silent since: it must say otherwise before the keep-alive is answered.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if it is about to be expired, or not known to the leader yet: ask again.
-    pub(crate) fn extend(&self, session: SessionId, now: Instant) -> Result<bool> {
+    /// [`Error::Unavailable`] if the session is about to be expired, or if this member does not count in that term: a later
+    /// leader counts by itself, and knows nothing of what would be promised here.
+    pub(crate) fn extend(&self, session: SessionId, term: u64, heard: u64, now: Instant) -> Result<bool> {
         let mut deadlines = self.deadlines.lock();
         let not_now = |reason: &str| {
             Err(Error::Unavailable {
@@ -88,18 +102,18 @@ impl Expiry {
                 source: reason.into(),
             })
         };
+        if deadlines.term != Some(term) {
+            return not_now("the member does not count the sessions' time in this term");
+        }
         if deadlines.expiring.contains(&session.0) {
             return not_now("the session is being expired");
-        }
-        if deadlines.term.is_none() {
-            return not_now("the member leads no longer");
         }
         // One that is not there yet was opened just now, and gets its full TTL with the next look.
         let Some(deadline) = deadlines.sessions.get_mut(&session.0) else {
             return Ok(false);
         };
         deadline.at = deadline.at.max(now + deadline.ttl);
-        Ok(!std::mem::take(&mut deadline.noted).is_zero())
+        Ok(!deadline.noted.is_zero() && deadline.heard >= heard)
     }
 
     /// This member does not lead: it counts nothing.
@@ -132,8 +146,15 @@ impl Expiry {
                 at: now + known.ttl.saturating_sub(known.silent),
                 ttl: known.ttl,
                 noted: known.silent,
+                heard: known.heard,
+                arrived: None,
             });
+            if deadline.heard != known.heard {
+                (deadline.noted, deadline.heard) = (known.silent, known.heard);
+            }
             let silence = deadline.ttl.saturating_sub(deadline.at.saturating_duration_since(now));
+            let arrived = deadline.arrived.map(|arrived| now.saturating_duration_since(arrived));
+            let silence = arrived.map_or(silence, |arrived| silence.min(arrived));
             let next = (deadline.ttl / 2).max(deadline.noted + deadline.ttl / 8);
             if deadline.at <= now && !deadlines.expiring.contains(&known.session) {
                 deadlines.expiring.insert(known.session);
@@ -217,8 +238,69 @@ mod tests {
         assert_eq!(noted, [500, 650, 800, 950]);
         let rest = run_known(&Expiry::default(), 2, start, 5_000, Duration::from_millis(800));
         assert_eq!(rest, Some(200));
-        assert!(expiry.extend(S, start + Duration::from_millis(950)).unwrap());
-        assert!(!expiry.extend(S, start + Duration::from_millis(950)).unwrap());
+    }
+
+    /// A second keep-alive that comes before the log says that the session was heard is not answered without that either.
+    #[test]
+    fn a_session_that_was_silent_is_answered_once_the_log_says_that_it_was_heard() {
+        let (expiry, start) = (Expiry::default(), Instant::now());
+        let at = |ms| start + Duration::from_millis(ms);
+        let known = |heard, silent| Known {
+            session: S.0,
+            ttl: TTL,
+            silent: Duration::from_millis(silent),
+            heard,
+            keys: 0,
+        };
+        expiry.due(1, start, [known(0, 0)].into_iter());
+        assert_eq!(expiry.due(1, at(500), [known(0, 0)].into_iter()).silent.len(), 1);
+        for _ in 0..3 {
+            assert!(expiry.extend(S, 1, 0, at(550)).unwrap(), "the note may be in the log");
+        }
+        // The state says that it was heard, once before the leader looks again and once after.
+        assert!(!expiry.extend(S, 1, 1, at(560)).unwrap());
+        expiry.due(1, at(600), [known(1, 0)].into_iter());
+        assert!(!expiry.extend(S, 1, 1, at(610)).unwrap());
+        // It is noted once more: what was read before that does not make it void.
+        for ms in [1_200, 1_300] {
+            expiry.due(1, at(ms), [known(1, 0)].into_iter());
+        }
+        assert!(expiry.extend(S, 1, 1, at(1_310)).unwrap());
+        assert!(expiry.extend(S, 1, 0, at(1_310)).unwrap());
+    }
+
+    /// However long the majority's confirmation takes; what has not arrived is silence.
+    #[test]
+    fn a_keep_alive_that_waits_to_be_confirmed_is_no_silence_and_no_promise() {
+        let (expiry, start) = (Expiry::default(), Instant::now());
+        let known = Known {
+            session: S.0,
+            ttl: TTL,
+            silent: Duration::ZERO,
+            heard: 0,
+            keys: 0,
+        };
+        let mut due = Due::default();
+        for ms in (0..=1_000).step_by(100) {
+            let now = start + Duration::from_millis(ms);
+            if ms % 300 == 0 {
+                expiry.arrived(S, now);
+            }
+            assert_eq!(due, Due::default(), "after {ms} ms");
+            due = expiry.due(1, now, [known].into_iter());
+        }
+        assert_eq!(due.expired, [[S.0]], "nobody confirmed one");
+    }
+
+    #[test]
+    fn a_keep_alive_counts_only_in_the_term_that_was_confirmed() {
+        let (expiry, start) = (Expiry::default(), Instant::now());
+        assert!(expiry.extend(S, 2, 0, start).is_err(), "it has not begun to count");
+        assert_eq!(run(&expiry, 2, start, 500), None);
+        for term in [1, 3] {
+            assert!(expiry.extend(S, term, 0, start + Duration::from_millis(900)).is_err());
+        }
+        assert_eq!(run(&expiry, 2, start + Duration::from_millis(600), 5_000), Some(400));
     }
 
     #[test]
@@ -270,7 +352,7 @@ mod tests {
             let now = start + Duration::from_millis(ms);
             assert_eq!(expiry.due(1, now, [known].into_iter()), Due::default());
             if ms % 300 == 0 {
-                assert!(!expiry.extend(S, now).unwrap());
+                assert!(!expiry.extend(S, 1, 0, now).unwrap());
             }
         }
     }
@@ -284,7 +366,7 @@ mod tests {
     fn a_keep_alive_counts_anew() {
         let (expiry, start) = (Expiry::default(), Instant::now());
         assert_eq!(run(&expiry, 1, start, 900), None);
-        expiry.extend(S, start + Duration::from_millis(900)).unwrap();
+        expiry.extend(S, 1, 0, start + Duration::from_millis(900)).unwrap();
         assert_eq!(run(&expiry, 1, start + Duration::from_millis(1_000), 5_000), Some(900));
     }
 
@@ -292,9 +374,9 @@ mod tests {
     fn a_keep_alive_comes_too_late_for_one_that_is_being_expired() {
         let (expiry, start) = (Expiry::default(), Instant::now());
         assert_eq!(run(&expiry, 1, start, 1_000), Some(1_000));
-        assert!(expiry.extend(S, start).is_err());
+        assert!(expiry.extend(S, 1, 0, start).is_err());
         expiry.settled(&[S.0]);
-        expiry.extend(S, start).unwrap();
+        expiry.extend(S, 1, 0, start).unwrap();
     }
 
     #[test]
@@ -313,6 +395,6 @@ mod tests {
         let expiry = Expiry::default();
         assert_eq!(run(&expiry, 1, Instant::now(), 500), None);
         expiry.rest();
-        assert!(expiry.extend(S, Instant::now()).is_err());
+        assert!(expiry.extend(S, 1, 0, Instant::now()).is_err());
     }
 }

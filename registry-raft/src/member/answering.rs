@@ -162,7 +162,7 @@ impl Core {
                 Answer::ReplyThenPage(proto::ReplyThenPage { reply, page })
             }
             Call::KeepAlive(keep_alive) => {
-                self.keep_alive(SessionId(keep_alive.session)).await?;
+                Box::pin(self.keep_alive(SessionId(keep_alive.session))).await?;
                 Answer::Done(proto::Unit {})
             }
             Call::Members(change) => {
@@ -261,19 +261,22 @@ impl Core {
     }
 
     async fn keep_alive(&self, session: SessionId) -> Result<()> {
-        let known = || match self.store.read(|inner| inner.state.sessions.contains_key(&session.0)) {
-            true => Ok(()),
-            false => Err(Error::SessionExpired { session }),
+        let known = || {
+            let found = self.store.read(|inner| {
+                let known = inner.state.sessions.get(&session.0)?;
+                Some((known.silent_ms > 0, known.heard))
+            });
+            found.ok_or(Error::SessionExpired { session })
         };
+        self.expiry.arrived(session, Instant::now());
         // Only a leader that still leads may promise a TTL: a deposed one's successor counts already.
-        self.barrier().await?;
-        known()?;
+        let Some(term) = self.confirmed().await? else {
+            return Err(unavailable("the Raft leader has changed"));
+        };
+        let (_, heard) = known()?;
         // Counted anew first, so that nothing older is noted after what follows.
-        let noted = self.expiry.extend(session, Instant::now())?;
-        let silent = self.store.read(|inner| {
-            let known = inner.state.sessions.get(&session.0);
-            known.is_some_and(|known| known.silent_ms > 0)
-        });
+        let noted = self.expiry.extend(session, term, heard, Instant::now())?;
+        let (silent, _) = known()?;
         if noted || silent {
             // In the log before it is promised: another leader would grant it less.
             let heard = self.propose(&Command::new(Change::Heard(session.0))).await?;
@@ -281,7 +284,7 @@ impl Core {
                 return Err(Error::SessionExpired { session });
             }
         }
-        known()
+        known().map(|_| ())
     }
 
     pub(crate) async fn watch(

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use futures_util::future::join_all;
-use registry_api::Key;
+use registry_api::{Key, SessionId};
 use registry_tests::process::free_port;
 use registry_tests::{Direction, Wire, cluster::eventually, within};
 
@@ -64,6 +64,16 @@ impl Group {
         eventually(PATIENCE, || async { self.members[at].leadership().borrow().is_some() }).await;
     }
 
+    async fn session(&self, at: usize, ttl: Duration) -> SessionId {
+        let ttl_ms = u64::try_from(ttl.as_millis()).unwrap();
+        let open = Command::new(Change::Open(proto::OpenSession { ttl_ms }));
+        let reply = self.core(at).propose(&open).await.unwrap();
+        match reply.result.unwrap() {
+            crate::command::Outcome::SessionOpened(session) => SessionId(session),
+            other => panic!("{other:?}"),
+        }
+    }
+
     async fn stop(self) {
         for stopped in join_all(self.members.into_iter().map(Member::stop)).await {
             stopped.unwrap();
@@ -79,6 +89,10 @@ fn key() -> Key {
 fn put(value: &'static str) -> Command {
     let txn = registry_api::Txn::new().put(&key(), value);
     Command::new(Change::Txn(crate::command::txn_to_proto(&Namespace::default(), &txn)))
+}
+
+fn keep_alive(session: SessionId) -> Call {
+    Call::KeepAlive(proto::KeepAlive { session: session.0 })
 }
 
 /// A linearizable read at a member; `None` if it is not answered in that time.
@@ -194,6 +208,64 @@ async fn a_read_by_the_lease_is_not_older_than_one_at_a_follower() {
     let group = Group::start(3, |_, config| config.lease_reads = true).await;
     let leader = group.leader().await;
     reads_at_a_leader_that_applies_late(&group, leader, (leader + 1) % 3).await;
+    group.stop().await;
+}
+
+/// A keep-alive that was passed on to it comes right after it lost its leadership: its successor counts by itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deposed_leader_promises_no_session_anything() {
+    let group = Group::start(3, |_, _| {}).await;
+    let mut leader = group.leader().await;
+    let session = group.session(leader, Duration::from_secs(60)).await;
+    for round in 0..20 {
+        let old = group.core(leader);
+        eventually(PATIENCE, || async {
+            old.serve_here(keep_alive(session), PATIENCE).await.is_ok()
+        })
+        .await;
+        let next = (leader + 1) % 3;
+        within(PATIENCE, old.transfer(group.core(next).identity().member))
+            .await
+            .unwrap();
+        let promised = old.serve_here(keep_alive(session), PATIENCE).await;
+        assert!(promised.is_err(), "round {round}: {promised:?}");
+        leader = next;
+        group.leader().await;
+    }
+    group.stop().await;
+}
+
+/// No majority says that it still leads: another may, and count the session's time by itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_without_a_majority_promises_no_session_anything() {
+    let group = Group::start(3, |_, _| {}).await;
+    let leader = group.leader().await;
+    let session = group.session(leader, Duration::from_secs(60)).await;
+    let core = group.core(leader).clone();
+    eventually(PATIENCE, || async {
+        core.serve_here(keep_alive(session), PATIENCE).await.is_ok()
+    })
+    .await;
+    let others = (0..3).filter(|at| *at != leader);
+    others.for_each(|at| group.wires[at].cut());
+    let promised = core.serve_here(keep_alive(session), Duration::from_millis(300)).await;
+    assert!(promised.is_err(), "{promised:?}");
+    group.wires.iter().for_each(Wire::mend);
+    group.stop().await;
+}
+
+/// Of a session that was silent the log says so: the next leader would grant it less than what a keep-alive promises.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_session_is_heard_in_the_log_before_it_is_answered() {
+    let group = Group::start(1, |_, _| {}).await;
+    let core = group.core(0);
+    let session = group.session(0, Duration::from_secs(2)).await;
+    let silent = || core.store.read(|inner| inner.state.sessions[&session.0].silent_ms);
+    for _ in 0..2 {
+        eventually(PATIENCE, || async { silent() > 0 }).await;
+        core.serve(keep_alive(session), PATIENCE).await.unwrap();
+        assert_eq!(silent(), 0);
+    }
     group.stop().await;
 }
 
