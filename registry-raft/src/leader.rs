@@ -19,6 +19,7 @@ use crate::command::not_understood;
 use crate::directory::removed_for_good;
 use crate::link::{BACKEND, failure, millis, of_question};
 use crate::member::{Core, unavailable};
+use crate::network::Way;
 use crate::peers::{Appended, refused};
 use crate::proto;
 use crate::proto::registry::peer::v1 as message;
@@ -147,7 +148,7 @@ impl Core {
         patience: Duration,
         deposed: impl Future<Output = ()>,
     ) -> Result<Answer> {
-        let lane = self.network().lane(id, &peer.address);
+        let lane = self.network().lane_for(id, &peer.address, Way::of(&call));
         let silent = |_| unavailable(format!("{}: no answer within {patience:.1?}", peer.address));
         let conversation = tokio::time::timeout(patience, lane.conversation())
             .await

@@ -65,6 +65,8 @@ const CHANGE: Duration = Duration::from_secs(30);
 const GRACE: Duration = Duration::from_secs(1);
 /// How many bytes of changes may be in flight at once; more wait their turn.
 const IN_FLIGHT: usize = 64 << 20;
+/// How many bytes of entries about sessions' time: a keep-alive and an expiry do not wait behind changes.
+const OF_SESSIONS: usize = 1 << 20;
 
 /// A member of the group, in this process.
 ///
@@ -337,6 +339,7 @@ pub(crate) struct Core {
     readers: Readers,
     expiry: Arc<Expiry>,
     in_flight: Arc<Semaphore>,
+    of_sessions: Arc<Semaphore>,
     backups: Arc<Semaphore>,
     timers: Timers,
     lease_reads: bool,

@@ -1,8 +1,9 @@
 //! How a member reaches the others.
 //!
-//! Entries go over a stream that is not waited on, heartbeats, votes and questions over a connection of their own, and a
-//! snapshot over a third: neither a large batch nor a snapshot keeps a heartbeat waiting. Every question has a deadline
-//! of its own, since openraft ends none that hangs.
+//! Entries go over a stream that is not waited on, and a snapshot over a connection of its own. Heartbeats, votes and read
+//! indexes share a third, keep-alives that a member passes on to the leader have a fourth, and all other calls that it
+//! passes on a fifth: neither a large batch nor many changes that wait at the leader delay what is short. Every request
+//! has a deadline of its own, since openraft ends none that hangs.
 
 #[cfg(test)]
 mod tests;
@@ -33,6 +34,7 @@ use crate::log::Identity;
 use crate::peers;
 use crate::proto::registry::peer::v1 as message;
 use crate::proto::registry::peer::v1::peers_client::PeersClient;
+use crate::proto::request::Call;
 use crate::snapshot::SnapshotData;
 use crate::transport::{Connection, MAX_MESSAGE, Transport};
 use crate::types::{Peer, Snapshot, TypeConfig, Vote};
@@ -131,7 +133,37 @@ impl Lane {
     }
 }
 
-type Lanes = HashMap<(u64, String), Arc<Lane>>;
+type Lanes = HashMap<(u64, String, Way), Arc<Lane>>;
+
+/// What a connection to another member is for. The other side answers a bounded number of requests of one conversation at
+/// once, and reads no further meanwhile: what must not wait has a conversation of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Way {
+    /// What Raft itself asks: heartbeats, votes and read indexes. No answer waits for the log.
+    Raft,
+    /// Keep-alives, and how a member stands. An answer waits for one small entry of the log at the most.
+    Sessions,
+    /// Changes, and whatever else may be large or take long.
+    Changes,
+}
+
+impl Way {
+    /// Which way a call goes that a member passes on.
+    pub(crate) fn of(call: &Call) -> Self {
+        match call {
+            Call::ReadIndex(_) | Call::Promise(_) => Self::Raft,
+            Call::KeepAlive(_) | Call::Status(_) => Self::Sessions,
+            Call::Get(_)
+            | Call::List(_)
+            | Call::Children(_)
+            | Call::Count(_)
+            | Call::Command(_)
+            | Call::CommandThenList(_)
+            | Call::Members(_)
+            | Call::Digest(_) => Self::Changes,
+        }
+    }
+}
 
 /// The ways to the others.
 #[derive(Clone, Debug)]
@@ -150,10 +182,14 @@ impl Network {
         }
     }
 
-    /// The connection for what is short and must not wait.
+    /// The connection for what Raft itself asks.
     pub(crate) fn lane(&self, target: u64, address: &str) -> Arc<Lane> {
+        self.lane_for(target, address, Way::Raft)
+    }
+
+    pub(crate) fn lane_for(&self, target: u64, address: &str, way: Way) -> Arc<Lane> {
         let mut lanes = self.lanes.lock();
-        let lane = lanes.entry((target, address.into()));
+        let lane = lanes.entry((target, address.into(), way));
         lane.or_insert_with(|| Arc::new(self.new_lane(address))).clone()
     }
 

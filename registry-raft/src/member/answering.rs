@@ -9,7 +9,7 @@ use openraft::error::{ClientWriteError, RaftError};
 use prost::Message;
 use registry_api::{Error, Namespace, Result, SessionId, Watch, WatchRequest, WatchScope};
 
-use super::{Core, GRACE, IN_FLIGHT, unavailable};
+use super::{Core, GRACE, IN_FLIGHT, OF_SESSIONS, unavailable};
 use crate::command::{Change, Command, Outcome, Reply, not_understood};
 use crate::leader::Leader;
 use crate::link::Gone;
@@ -228,9 +228,13 @@ impl Core {
 
     /// Has a command committed and applied.
     pub(super) async fn propose(&self, command: &Command) -> Result<Reply> {
+        let (room, bytes) = match &command.change {
+            Some(Change::Heard(_) | Change::Silences(_) | Change::Expire(_)) => (&self.of_sessions, OF_SESSIONS),
+            _ => (&self.in_flight, IN_FLIGHT),
+        };
         let proposal = command.encode();
-        let size = u32::try_from(proposal.0.len().clamp(1, IN_FLIGHT)).unwrap_or(u32::MAX);
-        let _permit = self.in_flight.acquire_many(size).await.map_err(unavailable)?;
+        let size = u32::try_from(proposal.0.len().clamp(1, bytes)).unwrap_or(u32::MAX);
+        let _permit = room.acquire_many(size).await.map_err(unavailable)?;
         match Box::pin(self.raft.client_write(proposal)).await {
             Ok(written) => Ok(written.data),
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => {
@@ -254,9 +258,15 @@ impl Core {
     /// Waits until what this member has proposed is answered. What it could not commit itself before it handed over, the
     /// next Raft leader does, who must reach it for that.
     pub(super) async fn settle(&self) {
-        let all = u32::try_from(IN_FLIGHT).unwrap_or(u32::MAX);
+        let all = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
+        let settled = async {
+            tokio::join!(
+                self.in_flight.acquire_many(all(IN_FLIGHT)),
+                self.of_sessions.acquire_many(all(OF_SESSIONS))
+            )
+        };
         // Whoever comes later goes on with what is let go of here.
-        let settled = tokio::time::timeout(GRACE, self.in_flight.acquire_many(all)).await;
+        let settled = tokio::time::timeout(GRACE, settled).await;
         tracing::debug!(in_time = settled.is_ok(), "what was proposed is answered");
     }
 

@@ -326,3 +326,43 @@ async fn a_lease_that_runs_out_is_told_while_the_members_threads_are_busy() {
     group.leader().await;
     group.stop().await;
 }
+
+/// More changes wait at the leader, for the disk or the majority, than one conversation has worked on at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_keep_alive_and_a_read_at_a_follower_pass_changes_that_wait() {
+    let group = Group::start(3, |_, _| {}).await;
+    let leader = group.leader().await;
+    let (leader, follower) = (group.core(leader), group.core((leader + 1) % 3));
+    let at = group.leader().await;
+    let session = group.session(at, Duration::from_secs(6)).await;
+    leader.propose(&put("1")).await.unwrap();
+    let all = leader
+        .in_flight
+        .clone()
+        .acquire_many_owned(u32::try_from(IN_FLIGHT).unwrap());
+    let all = all.await.unwrap();
+    let changes: Vec<_> = (0..1_100)
+        .map(|_| {
+            let follower = follower.clone();
+            tokio::spawn(async move { follower.serve(Call::Command(put("2")), PATIENCE).await })
+        })
+        .collect();
+    // As many wait as the leader takes of one conversation.
+    let asked = || async { read_at(follower, Duration::from_secs(5)).await };
+    for _ in 0..3 {
+        assert_eq!(asked().await.as_deref(), Some("1"));
+        let kept = follower.serve(keep_alive(session), Duration::from_secs(5)).await;
+        assert!(kept.is_ok(), "{kept:?}");
+    }
+    // So does one that needs an entry of the log, and the note that makes it so.
+    let silent = || leader.store.read(|inner| inner.state.sessions[&session.0].silent_ms);
+    eventually(PATIENCE, || async { silent() > 0 }).await;
+    let kept = follower.serve(keep_alive(session), Duration::from_secs(2)).await;
+    assert!(kept.is_ok(), "{kept:?}");
+    assert_eq!(silent(), 0);
+    drop(all);
+    for change in changes {
+        change.await.unwrap().unwrap();
+    }
+    group.stop().await;
+}

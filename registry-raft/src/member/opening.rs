@@ -14,7 +14,7 @@ use tokio::runtime::Builder;
 use tokio::sync::{Semaphore, watch};
 use tonic::service::Routes;
 
-use super::{Core, IN_FLIGHT, START, unavailable};
+use super::{Core, IN_FLIGHT, OF_SESSIONS, START, unavailable};
 use crate::config::{RaftConfig, Timers};
 use crate::directory::Directory;
 use crate::founding::Door;
@@ -123,6 +123,7 @@ pub(super) async fn start(config: &RaftConfig) -> Result<Started> {
         readers,
         expiry: Arc::default(),
         in_flight: Arc::new(Semaphore::new(IN_FLIGHT)),
+        of_sessions: Arc::new(Semaphore::new(OF_SESSIONS)),
         backups: Arc::new(Semaphore::new(1)),
         timers: config.timers,
         lease_reads: config.lease_reads,
