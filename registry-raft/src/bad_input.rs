@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use openraft::EntryPayload;
 use prost::Message;
@@ -392,7 +393,8 @@ fn is_heard(input: &[u8]) -> bool {
         })
     });
     let appended = decoded::<peer::AppendAnswer>(input).is_some_and(|answer| {
-        let again = peers::appended_to(answer.header.clone(), &peers::appended_from(answer.clone()));
+        let silence = Duration::from_millis(answer.silence_ms.into());
+        let again = peers::appended_to(answer.header.clone(), &peers::appended_from(answer.clone()), silence);
         let said = [
             answer.matched.is_some(),
             answer.conflict.is_some(),

@@ -104,6 +104,16 @@ impl Timers {
             Self::Fast => (50, 150, 300),
         }
     }
+
+    /// The shortest time, in milliseconds, for which any setting has a member wait for a silent leader, and the longest.
+    /// Members may differ while the setting is changed on one after the other.
+    pub(crate) fn shortest_silence() -> u64 {
+        Self::Fast.millis().2
+    }
+
+    pub(crate) fn longest_silence() -> u64 {
+        Self::Default.millis().2
+    }
 }
 
 impl RaftConfig {

@@ -19,7 +19,7 @@ use crate::member::{Core, unavailable};
 use crate::proto;
 use crate::proto::registry::peer::v1 as message;
 use crate::proto::request::Call;
-use crate::types::{LogId, Peer};
+use crate::types::{LogId, Peer, StoredMembership};
 
 /// How often a leadership is checked that may end by time alone.
 const LOOK: Duration = Duration::from_millis(20);
@@ -358,9 +358,26 @@ impl Core {
     /// `election_timeout_max` after they did. `None` also as soon as its own log says that they need not wait.
     pub(crate) fn leads_surely(&self) -> Option<u64> {
         let (term, effective) = self.leads_with()?;
-        let lease = Duration::from_millis(self.timers().millis().2).mul_f64(0.8);
-        let heard = self.majority_heard_within(lease);
+        let heard = self.majority_heard_within(self.lease(&effective));
         (heard && self.standing().may_lead(term, &effective)).then_some(term)
+    }
+
+    /// For how long after its acknowledgement by a majority this member leads for certain: a part of the shortest time for
+    /// which one of the voters said that it waits, so that clocks may run differently. Their timers may differ from this
+    /// member's while the setting is changed.
+    pub(crate) fn lease(&self, membership: &StoredMembership) -> Duration {
+        let us = self.identity().member;
+        let others = membership.membership().voter_ids().filter(|voter| *voter != us);
+        let shortest = self
+            .network()
+            .shortest_silence(others)
+            .unwrap_or_else(|| self.silence());
+        shortest.min(self.silence()).mul_f64(0.8)
+    }
+
+    /// For how long this member elects no other leader after it heard one.
+    pub(crate) fn silence(&self) -> Duration {
+        Duration::from_millis(self.timers().millis().2)
     }
 }
 

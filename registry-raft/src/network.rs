@@ -29,6 +29,7 @@ use openraft::{RaftNetworkFactory, RaftNetworkV2};
 use parking_lot::Mutex;
 use tonic::{Code, Status};
 
+use crate::config::Timers;
 use crate::conversation::Conversation;
 use crate::log::Identity;
 use crate::peers;
@@ -171,6 +172,23 @@ pub(crate) struct Network {
     us: Identity,
     transport: Transport,
     lanes: Arc<Mutex<Lanes>>,
+    silences: Silences,
+}
+
+/// For how long each member elects no other leader after it acknowledged this one, in milliseconds, as it said with its
+/// newest acknowledgement.
+#[derive(Clone, Debug, Default)]
+struct Silences(Arc<Mutex<HashMap<u64, u64>>>);
+
+impl Silences {
+    /// Noted before Raft counts the acknowledgement. A member of an older version says nothing.
+    fn note(&self, member: u64, millis: u32) {
+        let millis = match millis {
+            0 => Timers::shortest_silence(),
+            millis => millis.into(),
+        };
+        self.0.lock().insert(member, millis);
+    }
 }
 
 impl Network {
@@ -179,7 +197,16 @@ impl Network {
             us,
             transport,
             lanes: Arc::default(),
+            silences: Silences::default(),
         }
+    }
+
+    /// The shortest time for which one of these members elects no other leader after its acknowledgement, of those that
+    /// acknowledged this one as their leader.
+    pub(crate) fn shortest_silence(&self, members: impl Iterator<Item = u64>) -> Option<Duration> {
+        let silences = self.silences.0.lock();
+        let said = members.filter_map(|member| silences.get(&member).copied());
+        said.min().map(Duration::from_millis)
     }
 
     /// The connection for what Raft itself asks.
@@ -204,6 +231,7 @@ impl Network {
             target,
             short: self.lane(target, &peer.address),
             bulk: self.new_lane(&peer.address),
+            silences: self.silences.clone(),
             kind,
         }
     }
@@ -236,6 +264,7 @@ pub(crate) struct PeerClient {
     short: Arc<Lane>,
     /// For entries, or for a snapshot: each client has its own.
     bulk: Lane,
+    silences: Silences,
     kind: Kind,
 }
 
@@ -247,6 +276,11 @@ impl PeerClient {
     fn checked<T>(&self, answer: T, header: impl Fn(&T) -> Option<&message::Header>) -> Result<T, Status> {
         self.us.check_answer(header(&answer), self.target)?;
         Ok(answer)
+    }
+
+    fn appended(&self, answer: message::AppendAnswer) -> peers::Appended {
+        self.silences.note(self.target, answer.silence_ms);
+        peers::appended_from(answer)
     }
 }
 
@@ -275,7 +309,7 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
         let answer = asked
             .await
             .and_then(|answer| self.checked(answer, |answer| answer.header.as_ref()));
-        Ok(peers::appended_from(answer.map_err(|status| failed(&status))?).into())
+        Ok(self.appended(answer.map_err(|status| failed(&status))?).into())
     }
 
     fn stream_append<'s, S>(
@@ -445,7 +479,7 @@ impl PeerClient {
                 Some(answer) => {
                     let answer = self.checked(answer, |answer| answer.header.as_ref())?;
                     on_their_way.answered.fetch_add(1, Ordering::Relaxed);
-                    Ok(Some(peers::appended_from(answer)))
+                    Ok(Some(self.appended(answer)))
                 }
                 None if on_their_way.ended.load(Ordering::Acquire) => Ok(None),
                 None => Err(Status::unknown("the member ended the stream of entries")),

@@ -91,7 +91,7 @@ impl Peers for PeerService {
             Ok(appended) => {
                 let sender = sender.load(Ordering::Relaxed);
                 hearing.hear(sender, &appended);
-                Ok(peers::appended_to(us.header(sender), &appended))
+                Ok(peers::appended_to(us.header(sender), &appended, hearing.silence()))
             }
             Err(fatal) => Err(stopped(fatal)),
         });
@@ -111,10 +111,8 @@ impl Peers for PeerService {
         let answer = core.raft().append_entries(request).await.map_err(stopped)?;
         let appended = answer.into_stream_result(previous, last);
         core.hear(sender, &appended);
-        Ok(Response::new(peers::appended_to(
-            core.identity().header(sender),
-            &appended,
-        )))
+        let header = core.identity().header(sender);
+        Ok(Response::new(peers::appended_to(header, &appended, core.silence())))
     }
 
     async fn vote(&self, request: Request<message::VoteRequest>) -> Result<Response<message::VoteAnswer>, Status> {

@@ -1,9 +1,12 @@
 //! What members say to each other, as messages: whose it is, for whom, and what of openraft's types is in it.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use openraft::raft::{AppendEntriesRequest, StreamAppendError, VoteRequest, VoteResponse};
 use tonic::Status;
 
+use crate::link::millis;
 use crate::log::Identity;
 use crate::proto::registry::log::v1 as log;
 use crate::proto::registry::peer::v1 as message;
@@ -105,9 +108,15 @@ pub(crate) fn append_from(
     })
 }
 
-pub(crate) fn appended_to(header: Option<message::Header>, appended: &Appended) -> message::AppendAnswer {
+/// The acknowledgement of a member that elects no other leader for so long after it.
+pub(crate) fn appended_to(
+    header: Option<message::Header>,
+    appended: &Appended,
+    silence: Duration,
+) -> message::AppendAnswer {
     let mut answer = message::AppendAnswer {
         header,
+        silence_ms: millis(silence),
         ..message::AppendAnswer::default()
     };
     match appended {

@@ -303,7 +303,7 @@ impl Core {
         request: WatchRequest,
         patience: Duration,
     ) -> Result<Watch> {
-        // No lease will do: another member may have told the reader what this one has not applied yet.
+        // By a majority, also where the config allows reads by a lease: a watch goes on for long.
         match tokio::time::timeout(patience, self.barrier()).await {
             Ok(fresh) => fresh?,
             Err(_) => return Err(unavailable("the member does not begin the watch in time")),

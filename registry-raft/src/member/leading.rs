@@ -366,3 +366,23 @@ async fn a_keep_alive_and_a_read_at_a_follower_pass_changes_that_wait() {
     }
     group.stop().await;
 }
+
+/// The setting is changed on one member after the other: the leader counts on the silence of each as that one keeps it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_is_as_short_as_the_shortest_timers_of_a_voter() {
+    let group = Group::start(3, |at, config| {
+        config.timers = if at == 2 { Timers::Fast } else { Timers::Default };
+    })
+    .await;
+    let lease = |at: usize| {
+        let (_, membership) = group.core(at).leads_with().unwrap();
+        group.core(at).lease(&membership)
+    };
+    for (at, shortest) in [(0, 300), (2, 300)] {
+        group.led_by(at).await;
+        let shortest = Duration::from_millis(shortest).mul_f64(0.8);
+        eventually(PATIENCE, || async { lease(at) == shortest }).await;
+        assert_eq!(lease(at), shortest);
+    }
+    group.stop().await;
+}

@@ -111,7 +111,7 @@ pub(super) async fn start(config: &RaftConfig) -> Result<Started> {
     let (membership, term) = recovered(&raft).await?;
     // Nobody else reaches the log yet.
     log.standing().note_membership(Some(membership.clone()));
-    let elects_from = elects_from(&membership, term, identity.member, config.timers);
+    let elects_from = elects_from(&membership, term, identity.member);
     let (readers, waiting) = leader::readers();
     let core = Core {
         identity,
@@ -199,11 +199,12 @@ pub(super) async fn recovered(raft: &Raft<TypeConfig, StateMachine>) -> Result<(
 }
 
 /// From when on a member that starts may elect. It has forgotten when it last heard a Raft leader, who counts on its silence:
-/// it is taken to have heard one just now. Who has never heard any, or has no others, need not wait.
-fn elects_from(membership: &StoredMembership, term: u64, member: u64, timers: Timers) -> Instant {
+/// it is taken to have heard one just now, with the longest timers there are: it may have run with others before. A member
+/// that has never heard a leader, or is the only voter, need not wait.
+fn elects_from(membership: &StoredMembership, term: u64, member: u64) -> Instant {
     let others = membership.membership().voter_ids().any(|voter| voter != member);
     let heard_one = term > 0 && others;
-    Instant::now() + Duration::from_millis(if heard_one { timers.millis().2 } else { 0 })
+    Instant::now() + Duration::from_millis(if heard_one { Timers::longest_silence() } else { 0 })
 }
 
 pub(super) async fn serve(

@@ -39,8 +39,17 @@ fn longest() -> Duration {
     Duration::from_millis(Timers::Default.millis().2)
 }
 
+/// How a vote is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    PreVote,
+    Vote,
+    /// In the name of the leader, which transfers its leadership.
+    Transfer,
+}
+
 /// Whether it votes, or would vote, for another whose log is the newest; `None` as long as it does not answer.
-async fn votes(address: &str, us: Identity, other: Identity, transfer: bool) -> Option<bool> {
+async fn votes(address: &str, us: Identity, other: Identity, kind: Kind) -> Option<bool> {
     let request = message::VoteRequest {
         header: Some(message::Header {
             cluster: Bytes::copy_from_slice(&us.cluster),
@@ -56,36 +65,41 @@ async fn votes(address: &str, us: Identity, other: Identity, transfer: bool) -> 
             term: 999,
             index: 1_000_000,
         }),
-        leadership_transfer: transfer,
+        leadership_transfer: kind == Kind::Transfer,
     };
     // One that could not connect leaves it alone for a while.
     let lane = Lane::new(&Transport::new(&RaftConfig::default()).unwrap(), address);
     let mut peer = lane.peer().await.ok()?;
-    let answer = match transfer {
-        true => peer.vote(request).await,
-        false => peer.pre_vote(request).await,
+    let answer = match kind {
+        Kind::Vote | Kind::Transfer => peer.vote(request).await,
+        Kind::PreVote => peer.pre_vote(request).await,
     };
     answer.ok().map(|answer| answer.into_inner().granted)
 }
 
+/// Whatever timers it is started with: it may have run with others, and promised more.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn it_votes_for_nobody_until_it_would_have_missed_its_leader() {
     let dir = tempfile::tempdir().unwrap();
-    let (configs, identities) = stopped(dir.path()).await;
-    let address = &configs[0].cluster["a"];
-    let began = Instant::now();
-    let starting = tokio::spawn({
-        let config = configs[0].clone();
-        async move { Member::start(&config).await }
-    });
-    let granted = async {
-        while votes(address, identities[0], identities[1], false).await != Some(true) {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-    };
-    registry_tests::within(Duration::from_secs(30), granted).await;
-    assert!(began.elapsed() >= longest(), "it voted after {:?}", began.elapsed());
-    starting.abort();
+    let (mut configs, identities) = stopped(dir.path()).await;
+    for (at, kind) in [Kind::PreVote, Kind::Vote].into_iter().enumerate() {
+        configs[at].timers = Timers::Fast;
+        let (config, us, other) = (configs[at].clone(), identities[at], identities[2]);
+        let address = &config.cluster[NAMES[at]];
+        let began = Instant::now();
+        let starting = tokio::spawn({
+            let config = config.clone();
+            async move { Member::start(&config).await }
+        });
+        let granted = async {
+            while votes(address, us, other, kind).await != Some(true) {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        registry_tests::within(Duration::from_secs(30), granted).await;
+        assert!(began.elapsed() >= longest(), "{kind:?} after {:?}", began.elapsed());
+        starting.abort();
+    }
 }
 
 /// On one thread openraft's own task has not run by the time the log is asked.
@@ -129,7 +143,7 @@ async fn it_votes_for_whom_its_leader_hands_over_to() {
     });
     let granted = async {
         loop {
-            match votes(address, identities[0], identities[1], true).await {
+            match votes(address, identities[0], identities[1], Kind::Transfer).await {
                 Some(granted) => return granted,
                 None => tokio::time::sleep(Duration::from_millis(2)).await,
             }
