@@ -213,14 +213,15 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::fs;
     use std::path::PathBuf;
     use std::time::Duration;
 
-    use openraft::StorageError;
     use openraft::entry::RaftEntry;
     use openraft::testing::log::{StoreBuilder, Suite};
     use openraft::type_config::TypeConfigExt;
+    use openraft::{Membership, StorageError};
     use registry_tests::cluster::eventually;
     use tempfile::TempDir;
 
@@ -228,7 +229,7 @@ mod tests {
     use crate::snapshot::Snapshots;
     use crate::state_machine::StateMachine;
     use crate::store::Store;
-    use crate::types::Proposal;
+    use crate::types::{Peer, Proposal};
 
     const IDENTITY: Identity = Identity {
         cluster: [7; 16],
@@ -328,6 +329,37 @@ mod tests {
             .collect();
         files.sort();
         files
+    }
+
+    /// Before an entry can be sent, or a vote answered.
+    #[tokio::test]
+    async fn a_membership_and_a_vote_are_noted_as_they_are_written() {
+        let membership = |index, voters: &[u64]| {
+            let nodes: BTreeMap<_, _> = (1..=2).map(|id| (id, Peer::default())).collect();
+            let membership = Membership::new(vec![voters.iter().copied().collect()], nodes).unwrap();
+            LogEntry::new(id(index), EntryPayload::Membership(membership))
+        };
+        let none = StoredMembership::default();
+        let mut log = LogStore::in_memory(1);
+        let standing = log.standing().clone();
+        let mut append = async |log: &mut LogStore, entry| {
+            let (done, _flushed) = TypeConfig::oneshot();
+            log.append([entry], IOFlushed::signal(done)).await.unwrap();
+        };
+        log.save_vote(&Vote::new_committed(2, 1)).await.unwrap();
+        append(&mut log, membership(0, &[1, 2])).await;
+        assert!(standing.may_lead(2, &none) && !standing.is_only_voter_in(2, &none));
+        append(&mut log, membership(1, &[1])).await;
+        assert!(standing.is_only_voter_in(2, &none));
+        append(&mut log, membership(2, &[2])).await;
+        assert!(!standing.may_lead(2, &none));
+        append(&mut log, membership(3, &[1])).await;
+        log.truncate_after(Some(id(1))).await.unwrap();
+        assert!(!standing.is_only_voter_in(2, &none), "what was truncated says nothing");
+        append(&mut log, membership(2, &[1])).await;
+        assert!(standing.is_only_voter_in(2, &none));
+        log.save_vote(&Vote::new(3, 2)).await.unwrap();
+        assert!(!standing.may_lead(2, &none) && !standing.is_only_voter_in(2, &none));
     }
 
     #[tokio::test]
