@@ -29,7 +29,7 @@ pub(crate) struct Plan<'t> {
     lease: i64,
     /// Keys that are known to be the session's own already.
     own: HashSet<Key>,
-    /// Keys of another kind or owner that were deleted to be made anew.
+    /// Keys of another kind or owner that were deleted to be recreated. Their conditions held when they were deleted.
     evicted: HashSet<Key>,
 }
 
@@ -97,14 +97,20 @@ impl<'t> Plan<'t> {
 
     /// The request that deletes keys which are to be made anew, under every demand of the transaction.
     pub(crate) fn eviction(&self, keys: &BTreeMap<Key, i64>) -> Request {
-        let mut demands = self.demands(keys);
-        for (key, modified) in keys {
-            demands.insert(Demand::Modified(self.names.key(key), *modified));
-        }
-        // Conditions and these come first in order. The rest, beyond the bound, is left for the transaction itself.
-        let demands = demands.into_iter().take(MAX_OPS).collect();
         let deletes = keys.keys().map(|key| TxnOp::delete(self.names.key(key), None));
-        self.build(demands, deletes.collect())
+        self.build(self.eviction_demands(keys), deletes.collect())
+    }
+
+    fn eviction_demands(&self, keys: &BTreeMap<Key, i64>) -> BTreeSet<Demand> {
+        let mut first = BTreeSet::new();
+        self.demand_conditions(&mut first);
+        for (key, modified) in keys {
+            first.insert(Demand::Modified(self.names.key(key), *modified));
+        }
+        // At most 64 conditions and 64 keys. The rest, beyond the bound, is left for the transaction itself.
+        let room = MAX_OPS.saturating_sub(first.len());
+        let rest = self.demands(keys).difference(&first).take(room).cloned().collect();
+        &first | &rest
     }
 
     pub(crate) fn evicted(&mut self, keys: BTreeMap<Key, i64>) {
@@ -283,19 +289,19 @@ impl<'t> Plan<'t> {
     }
 
     fn judge_condition(&self, Condition { key, expect }: &Condition, state: &State) -> Result<()> {
-        if self.evicted.contains(key) && *expect != Expect::Childless {
-            return Ok(());
-        }
         let found = state.key(self.names.key(key));
         let holds = match expect {
-            Expect::Absent => found.is_none(),
-            Expect::Present => found.is_some(),
-            Expect::ModRevision(revision) => found.is_some_and(|found| found.modified == compared(*revision)),
-            Expect::CreateRevision(revision) => found.is_some_and(|found| found.created == compared(*revision)),
             Expect::Childless => {
                 let below = self.names.below(&Prefix::from(key));
                 !state.found.contains_key(&Probe::Range(below.start, below.end))
             }
+            // The condition held for the key that was deleted. Another of its name, recreated since by another client, is
+            // not the one that was meant.
+            _ if self.evicted.contains(key) => found.is_none(),
+            Expect::Absent => found.is_none(),
+            Expect::Present => found.is_some(),
+            Expect::ModRevision(revision) => found.is_some_and(|found| found.modified == compared(*revision)),
+            Expect::CreateRevision(revision) => found.is_some_and(|found| found.created == compared(*revision)),
             _ => false,
         };
         match holds {
@@ -377,5 +383,24 @@ mod tests {
         }
         // Nothing is there, so the conditions fail.
         assert!(matches!(plan.judge(&seen), Err(Error::Conflict { .. })));
+    }
+
+    #[test]
+    fn an_eviction_is_under_all_conditions_however_much_else_is_compared() {
+        let names = Names(Namespace::default());
+        let deep = |number: usize| key(&format!("/{number}{}", "/d".repeat(31)));
+        let txn = (0..64).fold(Txn::new(), |txn, number| {
+            txn.put(&deep(number), "")
+                .when(&key(&format!("/c{number}")), Expect::Childless)
+        });
+        let plan = Plan::new(&names, &txn, None);
+        let keys = (0..64).map(|number| (deep(number), 5)).collect();
+        let demands = plan.eviction_demands(&keys);
+        assert!(demands.len() <= MAX_OPS);
+        let mut conditions = BTreeSet::new();
+        plan.demand_conditions(&mut conditions);
+        assert_eq!(conditions.len(), 64);
+        assert!(conditions.is_subset(&demands));
+        assert!((0..64).all(|number| demands.contains(&Demand::Modified(names.key(&deep(number)), 5))));
     }
 }

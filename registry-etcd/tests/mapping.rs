@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use harness::{Servers, connect, connect_with_ttl, until};
-use registry_api::{Error, Event, Expect, Kind, List, Prefix, Read, Registry, SessionId, Txn, WatchItem};
+use registry_api::{Error, Event, Existing, Expect, Kind, List, Prefix, Read, Registry, SessionId, Txn, WatchItem};
 use registry_etcd::{Endpoints, EtcdConfig};
 use registry_tests::watch::Picture;
 use registry_tests::{Wire, key, within};
@@ -212,6 +212,64 @@ async fn a_take_over_whose_second_request_is_lost_leaves_the_key_deleted() {
     let taken = within(PATIENCE, taking).await.unwrap();
     assert!(matches!(taken, Err(Error::OutcomeUnknown { .. })), "{taken:?}");
     assert_eq!(one.get(&key("/e"), Read::Linearizable).await.unwrap(), None);
+}
+
+/// Another client recreates the key in the moment between the two requests of a take-over.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_take_over_at_a_revision_never_takes_the_next_key_of_that_name() {
+    let cluster = Servers::start(1).await;
+    for conditional in [true, false] {
+        let wire = Wire::to(cluster.endpoint(0).parse().unwrap()).await;
+        let config = EtcdConfig::new(Endpoints::new([wire.address().to_string()]).unwrap());
+        let options = registry_api::Options {
+            session_ttl: registry_api::SessionTtl::new(Duration::from_secs(60)).unwrap(),
+            request_timeout: Duration::from_secs(20),
+            ..registry_api::Options::default()
+        };
+        let taker = registry_etcd::connect(&config, &options).await.unwrap();
+        let (first, next) = (connect(&cluster.endpoints()).await, connect(&cluster.endpoints()).await);
+        let name = key("/e");
+        let old = first.put_ephemeral(&name, "first").await.unwrap();
+        let (mut watch, mut picture) = Picture::of(&*next).await.unwrap();
+
+        // So slow that the delete is known here long before the put that follows it is sent.
+        wire.slow(Duration::from_millis(200));
+        let mut txn = Txn::new().put_as(&name, "taken", Kind::Ephemeral, Existing::TakeOver);
+        if conditional {
+            txn = txn.when(&name, Expect::ModRevision(old));
+        }
+        let taking = tokio::spawn({
+            let taker = taker.clone();
+            async move { taker.commit(txn).await }
+        });
+        picture
+            .until(&mut watch, |picture| picture.entries.is_empty())
+            .await
+            .unwrap();
+        let theirs = next.put_ephemeral(&name, "next").await.unwrap();
+        let taken = within(PATIENCE, taking).await.unwrap();
+        let there = first.get(&name, Read::Linearizable).await.unwrap().unwrap();
+        if conditional {
+            let Err(Error::OutcomeUnknown { source, .. }) = &taken else {
+                panic!("{taken:?}");
+            };
+            let cause = source.downcast_ref::<Error>();
+            assert!(
+                matches!(cause, Some(Error::Conflict { found, .. }) if *found == Some(theirs)),
+                "{taken:?}"
+            );
+            assert_eq!((there.mod_revision, &there.value[..]), (theirs, &b"next"[..]));
+        } else {
+            assert_eq!(
+                (there.mod_revision, &there.value[..]),
+                (taken.unwrap().revision, &b"taken"[..])
+            );
+        }
+        for registry in [taker, first, next] {
+            wire.mend();
+            registry.close().await.unwrap();
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
