@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use async_trait::async_trait;
 use etcd_client::proto::PbTxnOpResponse;
-use etcd_client::{ConnectOptions, DeleteOptions, GetOptions, Txn as Request, TxnOp};
+use etcd_client::{DeleteOptions, GetOptions, Txn as Request, TxnOp};
 use registry_api::{
     Capabilities, Committed, Entry, Error, Health, Key, List, Options, Page, Prefix, Read, Registry, Result, Revision,
     Session, Txn, Watch, WatchRequest,
@@ -49,16 +49,26 @@ impl Etcd {
         let dial = store::dialling(config).await?;
         let store = Store::new(config, dial.clone(), options);
         let member = store.requests.member(deadline).await?;
-        for fault in version::faults(&member.version) {
-            tracing::warn!(
+        match &member.version {
+            Some(version) => {
+                for fault in version::faults(version) {
+                    tracing::warn!(
+                        endpoint = member.endpoint,
+                        version,
+                        "this version of etcd has a known fault: {fault}"
+                    );
+                }
+            }
+            None => tracing::info!(
                 endpoint = member.endpoint,
-                version = member.version,
-                "this version of etcd has a known fault: {fault}"
-            );
+                "this user may not read etcd's version: known faults are not checked"
+            ),
         }
         // Whoever may not read here is told now.
         sign_of_life(&store, deadline).await?;
-        let session = Self::open_session(config, dial, options, deadline).await;
+        let link = Link::new(config, dial, Leader::Required, options, store.history.clone());
+        let left = deadline - tokio::time::Instant::now();
+        let session = Session::open(BACKEND, Arc::new(Leases::new(link, options.clone())), left).await;
         let session = session.map_err(|error| match error {
             Error::Unavailable { .. } => error::unavailable(Trouble::NoSession {
                 endpoint: member.endpoint.clone(),
@@ -72,17 +82,6 @@ impl Etcd {
         })
     }
 
-    async fn open_session(
-        config: &EtcdConfig,
-        dial: ConnectOptions,
-        options: &Options,
-        deadline: tokio::time::Instant,
-    ) -> Result<Session> {
-        let link = Link::new(config, dial, Leader::Required, options);
-        let left = deadline - tokio::time::Instant::now();
-        Session::open(BACKEND, Arc::new(Leases::new(link, options.clone())), left).await
-    }
-
     /// A read that shows nothing older than what this handle has seen. A replica that is behind that is passed over in
     /// favour of the quorum (R4).
     async fn read<T, F>(&self, read: Read, ask: impl Fn(Read) -> F) -> Result<T>
@@ -90,11 +89,18 @@ impl Etcd {
         F: Future<Output = Result<(T, Revision)>>,
     {
         self.session.check_open()?;
-        let (mut answer, mut at) = ask(read).await?;
-        if read == Read::Stale && at < self.store.seen() {
-            (answer, at) = ask(Read::Linearizable).await?;
+        let history = &self.store.history;
+        let since = history.now();
+        if read == Read::Stale {
+            let (answer, at) = ask(Read::Stale).await?;
+            if at >= history.now().newest {
+                history.saw(since, at);
+                return Ok(answer);
+            }
         }
-        self.store.saw(at);
+        let since = history.now();
+        let (answer, at) = ask(Read::Linearizable).await?;
+        history.confirmed(since, at);
         Ok(answer)
     }
 }
@@ -167,12 +173,13 @@ impl Registry for Etcd {
             false => None,
         };
         let deadline = self.store.deadline();
+        let since = self.store.history.now();
         let committed = match gather::may_be_gathered(&txn) {
             true => gather::put(&self.store, deadline, txn).await,
             false => commit(&self.store.requests, &self.store.names, deadline, &txn, session).await,
         };
         match &committed {
-            Ok(committed) => self.store.saw(committed.revision),
+            Ok(committed) => self.store.history.confirmed(since, committed.revision),
             Err(Error::SessionExpired { session }) => self.session.told_expired(*session),
             Err(_) => {}
         }
@@ -190,14 +197,15 @@ impl Registry for Etcd {
             async move { member.kv().txn(request).await }
         };
         let deadline = self.store.deadline();
+        let since = self.store.history.now();
         let response = self
             .store
             .requests
             .write(deadline, "deleting a prefix", None, delete)
             .await?
             .0;
-        self.store
-            .saw(revision(response.header.map_or(0, |header| header.revision)));
+        let at = revision(response.header.map_or(0, |header| header.revision));
+        self.store.history.confirmed(since, at);
         let deleted = |answer: PbTxnOpResponse| match answer {
             PbTxnOpResponse::ResponseDeleteRange(deleted) => deleted.deleted.unsigned_abs(),
             _ => 0,
@@ -225,21 +233,16 @@ impl Registry for Etcd {
     }
 }
 
-/// Reads what is no key, and within what a user of the namespace may read.
+/// A linearizable read of what is no key, and within what a user of the namespace may read.
 async fn sign_of_life(store: &Store, deadline: tokio::time::Instant) -> Result<Health> {
     let began = Instant::now();
-    let name = store.names.below(&Prefix::root()).start;
-    let ask = |member: Arc<Member>| {
-        let (name, options) = (name.clone(), GetOptions::new().with_count_only());
-        async move {
-            let answer = member.kv().get(name, Some(options)).await?.0;
-            Ok((
-                member.endpoint.clone(),
-                answer.header.map_or(0, |header| header.revision),
-            ))
-        }
+    let since = store.history.now();
+    let ask = |member: Arc<Member>| async move {
+        let header = member.sign_of_life(Read::Linearizable).await?;
+        Ok((member.endpoint.clone(), header.revision))
     };
     let (endpoint, at) = store.requests.read(deadline, ask).await?;
+    store.history.confirmed(since, revision(at));
     Ok(Health {
         endpoint,
         latency: began.elapsed(),

@@ -98,6 +98,22 @@ pub(crate) fn write(operation: &'static str, session: Option<SessionId>, error: 
     }
 }
 
+/// A write that etcd refuses by one of its own bounds; nothing happened.
+pub(crate) fn out_of_bounds(operation: &'static str, endpoint: &str, error: &Client) -> Error {
+    Error::InvalidRequest(format!(
+        "{endpoint} refuses {operation} by one of its own bounds, --max-request-bytes or --max-txn-ops, of which the \
+         registry needs the defaults: {error}"
+    ))
+}
+
+/// Whether an error is etcd's failed precondition: it knows no users, or it is a learner.
+pub(crate) fn is_precondition(error: &Error) -> bool {
+    let Error::AccessDenied { source, .. } = error else {
+        return false;
+    };
+    matches!(source.downcast_ref(), Some(Client::GRpcStatus(status)) if status.code() == Code::FailedPrecondition)
+}
+
 /// What a failed request for a token is.
 pub(crate) fn authenticate(error: Client) -> Error {
     match &error {
@@ -144,6 +160,8 @@ pub(crate) enum Trouble {
     NoSession { endpoint: String, cause: String },
     #[error("no answer from {endpoint} in time")]
     Silent { endpoint: String },
+    #[error("the leader changed while the keep-alive was confirmed")]
+    LeaderChanged,
     #[error("the stream has ended")]
     StreamEnded,
     #[error("the runtime of the handle has stopped")]

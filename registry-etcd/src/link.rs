@@ -1,11 +1,10 @@
 //! The way to etcd: one member at a time, another when that one fails.
 
 use std::future::Future;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use etcd_client::{Client, ConnectOptions, KvClient};
+use etcd_client::{Client, ConnectOptions};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use registry_api::{BoxError, Error, Options, Result, SessionId};
@@ -13,6 +12,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::config::EtcdConfig;
 use crate::error::{self, Trouble, Verdict};
+use crate::history::History;
+pub(crate) use crate::member::Member;
+use crate::names::Names;
 
 /// How much later each further endpoint is tried while the ones before it have not answered.
 const STAGGER: Duration = Duration::from_millis(100);
@@ -20,6 +22,8 @@ const STAGGER: Duration = Duration::from_millis(100);
 /// one in 5 s.
 const PING_EVERY: Duration = Duration::from_secs(6);
 const PING_WAIT: Duration = Duration::from_secs(3);
+/// An idle connection sends a TCP keep-alive so often, which keeps a gateway from forgetting it.
+const TCP_KEEP_ALIVE: Duration = Duration::from_secs(30);
 /// The largest answer that is taken. etcd takes requests of 1.5 MiB, so this bounds what lists many entries.
 pub(crate) const MAX_ANSWER: usize = 64 << 20;
 const MIN_BACKOFF: Duration = Duration::from_millis(10);
@@ -44,46 +48,28 @@ pub(crate) struct Link {
     authenticates: bool,
     leader: Leader,
     connect_timeout: Duration,
+    /// What is read to see whether a member responds.
+    sign: Vec<u8>,
+    pub(crate) history: Arc<History>,
     current: Mutex<Option<Arc<Member>>>,
     dialling: tokio::sync::Mutex<()>,
 }
 
-/// A member of the cluster, and the client that talks to it alone.
-pub(crate) struct Member {
-    index: usize,
-    pub(crate) endpoint: String,
-    pub(crate) version: String,
-    pub(crate) client: Client,
-    kv: KvClient,
-    has_leader: bool,
-    suspect: AtomicBool,
-}
-
-impl Member {
-    pub(crate) fn kv(&self) -> KvClient {
-        self.kv.clone()
-    }
-
-    /// Something went wrong there: the next request looks for another.
-    pub(crate) fn suspect(&self) {
-        self.suspect.store(true, Ordering::Release);
-    }
-
-    pub(crate) fn silent(&self) -> Trouble {
-        Trouble::Silent {
-            endpoint: self.endpoint.clone(),
-        }
-    }
-}
-
 impl Link {
     /// Nothing is sent before the first request.
-    pub(crate) fn new(config: &EtcdConfig, dial: ConnectOptions, leader: Leader, options: &Options) -> Self {
+    pub(crate) fn new(
+        config: &EtcdConfig,
+        dial: ConnectOptions,
+        leader: Leader,
+        options: &Options,
+        history: Arc<History>,
+    ) -> Self {
         let dial = dial
             .with_require_leader(leader == Leader::Required)
             .with_keep_alive(PING_EVERY, PING_WAIT)
             // Pings of an idle connection count as too many.
             .with_keep_alive_while_idle(false)
+            .with_tcp_keepalive(TCP_KEEP_ALIVE)
             .with_connect_timeout(options.connect_timeout)
             .with_auto_token_refresh(true);
         Self {
@@ -92,6 +78,8 @@ impl Link {
             authenticates: config.credentials.is_some(),
             leader,
             connect_timeout: options.connect_timeout,
+            sign: Names(options.namespace.clone()).sign(),
+            history,
             current: Mutex::default(),
             dialling: tokio::sync::Mutex::default(),
         }
@@ -112,7 +100,10 @@ impl Link {
                 _ => Instant::now() + (deadline - Instant::now()) / 2,
             };
             let failure: BoxError = match timeout_at(patience, call(member.clone())).await {
-                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Ok(answer)) => {
+                    member.answered();
+                    return Ok(answer);
+                }
                 Ok(Err(error)) => match error::verdict(&error) {
                     Verdict::NotSent | Verdict::Unknown => error.into(),
                     Verdict::Refused if self.renews(&mut renewed) => error.into(),
@@ -165,7 +156,10 @@ impl Link {
         loop {
             let member = self.member(deadline).await?;
             let failure = match timeout_at(deadline, call(member.clone())).await {
-                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Ok(answer)) => {
+                    member.answered();
+                    return Ok(answer);
+                }
                 Ok(Err(error)) => error,
                 Err(_) => {
                     member.suspect();
@@ -175,6 +169,13 @@ impl Link {
             match error::verdict(&failure) {
                 Verdict::NotSent => member.suspect(),
                 Verdict::Refused if self.renews(&mut renewed) => member.suspect(),
+                Verdict::Refused => {
+                    let of_the_request = timeout_at(deadline, member.is_of_the_request(&failure)).await;
+                    return Err(match of_the_request {
+                        Ok(true) => error::out_of_bounds(operation, &member.endpoint, &failure),
+                        Ok(false) | Err(_) => error::write(operation, session, failure),
+                    });
+                }
                 verdict => {
                     if verdict == Verdict::Unknown {
                         member.suspect();
@@ -190,17 +191,24 @@ impl Link {
 
     /// The member to talk to; another one if there is none, or if something went wrong with it.
     pub(crate) async fn member(&self, deadline: Instant) -> Result<Arc<Member>> {
-        if let Some(member) = self.healthy() {
+        if let Some(member) = self.healthy()
+            && !member.is_idle()
+        {
             return Ok(member);
         }
         let dial = async {
             let _one_at_a_time = self.dialling.lock().await;
             if let Some(member) = self.healthy() {
-                return Ok(member);
+                if !member.is_idle() || member.still_answers(deadline).await {
+                    return Ok(member);
+                }
+                tracing::debug!(endpoint = member.endpoint, "an idle connection is dead");
+                member.suspect();
             }
             let last = self.current().as_ref().map(|member| member.index);
             let member = Arc::new(self.dial(last, deadline).await?);
             tracing::debug!(endpoint = member.endpoint, "talking to another member");
+            self.history.heard(member.cluster);
             *self.current() = Some(member.clone());
             Ok(member)
         };
@@ -223,10 +231,7 @@ impl Link {
 
     fn healthy(&self) -> Option<Arc<Member>> {
         let current = self.current();
-        current
-            .as_ref()
-            .filter(|member| !member.suspect.load(Ordering::Acquire))
-            .cloned()
+        current.as_ref().filter(|member| !member.is_suspect()).cloned()
     }
 
     fn current(&self) -> MutexGuard<'_, Option<Arc<Member>>> {
@@ -244,14 +249,16 @@ impl Link {
             (index, self.try_member(index).await)
         });
         let mut attempts: FuturesUnordered<_> = attempts.collect();
-        let mut leaderless = None;
+        let (mut leaderless, mut refused) = (None, None);
         let mut causes = vec!["no answer in time".to_owned(); self.endpoints.len()];
         while let Ok(Some((index, attempt))) = timeout_at(deadline, attempts.next()).await {
             match attempt {
                 Ok(member) if member.has_leader => return Ok(member),
                 Ok(member) => leaderless = Some(member),
                 // Whoever may not ask here may not ask elsewhere.
-                Err(error @ Error::AccessDenied { .. }) => return Err(error),
+                Err(error @ Error::AccessDenied { .. }) if !error::is_precondition(&error) => return Err(error),
+                // Another may be no learner, and have other settings.
+                Err(error @ (Error::AccessDenied { .. } | Error::Config { .. })) => refused = Some(error),
                 Err(error) => causes[index] = error.with_causes(),
             }
         }
@@ -261,7 +268,8 @@ impl Link {
                 .zip(&causes)
                 .map(|(endpoint, cause)| format!("{endpoint}: {cause}"))
         };
-        leaderless.ok_or_else(|| error::unavailable(Trouble::NoEndpoint(told().collect::<Vec<_>>().join("; "))))
+        let unavailable = || error::unavailable(Trouble::NoEndpoint(told().collect::<Vec<_>>().join("; ")));
+        leaderless.ok_or_else(|| refused.unwrap_or_else(unavailable))
     }
 
     async fn try_member(&self, index: usize) -> Result<Member> {
@@ -270,16 +278,12 @@ impl Link {
             .await
             // The one request of `connect` is that for a token.
             .map_err(error::authenticate)?;
-        let status = client.maintenance_client().status().await.map_err(error::read)?;
-        Ok(Member {
-            index,
-            endpoint: endpoint.clone(),
-            version: status.version().to_owned(),
-            kv: client.kv_client().max_decoding_message_size(MAX_ANSWER),
-            client,
-            has_leader: status.leader() != 0 || self.leader == Leader::Required,
-            suspect: AtomicBool::new(false),
-        })
+        let kv = client.kv_client().max_decoding_message_size(MAX_ANSWER);
+        let member = Member::check((index, endpoint), client, kv, self.sign.clone()).await?;
+        if self.leader == Leader::Optional {
+            member.check_bounds().await?;
+        }
+        Ok(member)
     }
 }
 

@@ -6,11 +6,10 @@ use std::sync::Arc;
 use etcd_client::proto::PbKeyValue;
 use etcd_client::{GetOptions, Txn, TxnOp};
 use registry_api::{Depth, Entry, Error, List, Page, Prefix, Read, Result, Revision, WatchRequest, WatchScope};
-use tokio::time::Instant;
 
 use crate::link::{Link, Member};
 use crate::names::{Names, after, revision};
-use crate::range::{AnswerSize, Ask, MANY_BYTES, MAX_KEYS, Values, Walk, freshness, range};
+use crate::range::{AnswerSize, Ask, MANY_BYTES, MAX_KEYS, Patience, Values, Walk, freshness, range};
 
 /// How many requests one page of direct children may take, where most of what lies below is deeper.
 const MAX_STEPS: usize = 64;
@@ -20,7 +19,7 @@ pub(crate) struct Reader<'l> {
     pub(crate) link: &'l Link,
     pub(crate) names: &'l Names,
     pub(crate) size: &'l AnswerSize,
-    pub(crate) deadline: Instant,
+    pub(crate) patience: Patience,
 }
 
 impl Reader<'_> {
@@ -140,7 +139,7 @@ impl Reader<'_> {
             let counts = counts.clone();
             async move { member.kv().txn(Txn::new().and_then(counts)).await }
         };
-        let response = self.link.read(self.deadline, ask).await?.0;
+        let response = self.link.read(self.patience.deadline(), ask).await?.0;
         let ranges = response
             .responses
             .into_iter()

@@ -22,6 +22,11 @@ impl Names {
         prefix.key().map(|key| self.key(&key))
     }
 
+    /// A name that is no key's, and that a user of the namespace may read.
+    pub(crate) fn sign(&self) -> Vec<u8> {
+        self.below(&Prefix::root()).start
+    }
+
     /// The names below a prefix.
     pub(crate) fn below(&self, prefix: &Prefix) -> Range<Vec<u8>> {
         let below = prefix.below();

@@ -2,13 +2,15 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use etcd_client::proto::{PbKeyValue, PbRangeResponse, PbTxnOpResponse};
 use etcd_client::{GetOptions, Txn, TxnOp};
 use registry_api::{Error, Read, Result, Revision};
+use tokio::time::Instant;
 
-use crate::link::Member;
+use crate::link::{Backoff, Member};
 use crate::list::Reader;
 use crate::names::{after, revision};
 
@@ -65,19 +67,69 @@ pub(crate) struct Part {
     pub(crate) revision: i64,
 }
 
+/// How long the requests of a listing may take.
+#[derive(Debug)]
+pub(crate) enum Patience {
+    /// Until the listing's deadline, all together.
+    Until(Instant),
+    /// So many milliseconds each, until it is answered. What counts is progress: to list a million keys takes etcd 3.4
+    /// longer than any deadline of a call. A request that was not answered gets twice the time.
+    Each(AtomicU64),
+}
+
+/// The longest that one request of a listing without a deadline may take.
+const MAX_PATIENCE: u64 = 60_000;
+
+impl Patience {
+    pub(crate) fn each(time: Duration) -> Self {
+        Self::Each(AtomicU64::new(u64::try_from(time.as_millis()).unwrap_or(MAX_PATIENCE)))
+    }
+
+    /// The deadline of a request that is sent now.
+    pub(crate) fn deadline(&self) -> Instant {
+        match self {
+            Self::Until(deadline) => *deadline,
+            Self::Each(millis) => Instant::now() + Duration::from_millis(millis.load(Ordering::Relaxed)),
+        }
+    }
+
+    /// Whether a request that was not answered is to be retried; the next one has longer then.
+    fn grow(&self) -> bool {
+        let Self::Each(millis) = self else {
+            return false;
+        };
+        let longer = |millis: u64| Some((millis * 2).min(MAX_PATIENCE.max(millis)));
+        let _ = millis.fetch_update(Ordering::Relaxed, Ordering::Relaxed, longer);
+        true
+    }
+}
+
 impl Reader<'_> {
     /// Reads a part of a range, as large as an answer may be.
     pub(crate) async fn ask(&self, ask: Ask) -> Result<Part> {
+        let mut backoff = Backoff::default();
+        loop {
+            match self.try_ask(&ask).await {
+                Err(error @ Error::Unavailable { .. }) if self.patience.grow() => {
+                    tracing::debug!(%error, "a watch can't list, trying again");
+                    backoff.wait().await;
+                }
+                part => return part,
+            }
+        }
+    }
+
+    async fn try_ask(&self, ask: &Ask) -> Result<Part> {
         loop {
             let keys = match ask.values {
                 Values::Wanted => ask.limit.min(self.size.keys()),
                 Values::Omitted => ask.limit.min(MAX_KEYS),
             };
             let call = |member| ask.clone().send(member, keys);
-            let part = match self.link.read_in_range(self.deadline, call).await? {
+            let part = match self.link.read_in_range(self.patience.deadline(), call).await? {
                 Some(part) => part,
                 // Too large to be taken, which one key alone never is; or of a revision that is compacted.
-                None if keys > 1 && self.is_kept(&ask).await? => {
+                None if keys > 1 && self.is_kept(ask).await? => {
                     self.size.too_large(keys);
                     continue;
                 }
@@ -103,7 +155,7 @@ impl Reader<'_> {
         };
         let first = self
             .link
-            .read_in_range(self.deadline, |member| first.clone().send(member, 1));
+            .read_in_range(self.patience.deadline(), |member| first.clone().send(member, 1));
         Ok(first.await?.is_some())
     }
 }

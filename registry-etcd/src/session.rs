@@ -1,17 +1,24 @@
 //! Sessions are leases.
+//!
+//! A keep-alive counts only if the leader of the cluster took it. Before 3.4.31 and 3.5.13 a member that was deposed, and
+//! has not noticed, renews a lease from its own memory, and later versions do so within a heartbeat of a pause; the leader
+//! knows nothing of it and expires the lease. So each keep-alive is confirmed by a linearizable read at the same member.
+//! The term in a response is that of the last entry the member has applied. If it is the same before the keep-alive and
+//! in the read after it, then a quorum stood by the leader of that term after the keep-alive was answered: nobody led in a
+//! later term before, and the member, which had applied an entry of that term, had taken part in no earlier one any more.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use etcd_client::{LeaseKeepAliveStream, LeaseKeeper};
-use registry_api::{Error, Grant, Options, Result, SessionId, SessionStore};
+use registry_api::{Error, Grant, Options, Read, Result, SessionId, SessionStore};
 use tokio::time::Instant;
 
-use crate::error::{self, Trouble};
-use crate::link::Link;
-use crate::names;
+use crate::error::{self, Trouble, Verdict};
+use crate::link::{Link, Member};
+use crate::names::{self, revision};
 
 /// What etcd grants, in words.
 const BOUNDS: &str = "etcd grants whole seconds, and no less than 1.5 times its election timeout: 2 s as shipped";
@@ -21,6 +28,8 @@ pub(crate) struct Leases {
     link: Link,
     options: Options,
     beat: Mutex<Option<Beat>>,
+    /// The number of the history in which the present session was granted.
+    granted_in: AtomicU64,
     /// The last keep-alive was not answered, so its stream and its member are not trusted with the next.
     unanswered: AtomicBool,
 }
@@ -28,8 +37,17 @@ pub(crate) struct Leases {
 /// The stream on which the last keep-alive was answered.
 struct Beat {
     session: SessionId,
+    member: Arc<Member>,
     keeper: LeaseKeeper,
     answers: LeaseKeepAliveStream,
+}
+
+/// The response to a keep-alive.
+struct Renewal {
+    /// The term that the member had come to before it.
+    term: u64,
+    /// Whether the lease was there, and is renewed.
+    renewed: bool,
 }
 
 impl Leases {
@@ -38,6 +56,7 @@ impl Leases {
             link,
             options,
             beat: Mutex::default(),
+            granted_in: AtomicU64::new(0),
             unanswered: AtomicBool::new(false),
         }
     }
@@ -50,26 +69,49 @@ impl Leases {
         Instant::now() + self.options.request_timeout
     }
 
-    /// A keep-alive on a new stream.
-    async fn first_beat(&self, session: SessionId) -> Result<Beat> {
+    /// Opens a stream with a keep-alive. The client hands on the header of no first response: the term before it is read
+    /// first.
+    async fn first_beat(&self, session: SessionId) -> Result<(Renewal, Arc<Member>, Option<Beat>)> {
         let member = self.link.member(self.deadline()).await?;
-        let opened = member.client.lease_client().keep_alive(names::lease(session)).await;
-        let (keeper, answers) = opened.map_err(|error| keep_alive_error(session, error))?;
-        Ok(Beat {
-            session,
-            keeper,
-            answers,
-        })
+        let term = self.confirm(&member).await?;
+        match member.client.lease_client().keep_alive(names::lease(session)).await {
+            Ok((keeper, answers)) => {
+                let beat = Beat {
+                    session,
+                    member: member.clone(),
+                    keeper,
+                    answers,
+                };
+                Ok((Renewal { term, renewed: true }, member, Some(beat)))
+            }
+            Err(error) if error::verdict(&error) == Verdict::NoLease => {
+                Ok((Renewal { term, renewed: false }, member, None))
+            }
+            Err(error) => Err(keep_alive_error(session, error)),
+        }
+    }
+
+    /// The term that the member has come to, read from the quorum.
+    async fn confirm(&self, member: &Member) -> Result<u64> {
+        let history = &self.link.history;
+        let since = history.now();
+        let header = member.sign_of_life(Read::Linearizable).await.map_err(error::read)?;
+        member.answered();
+        history.heard(header.cluster_id);
+        history.confirmed(since, revision(header.revision));
+        Ok(header.raft_term)
     }
 }
 
 impl Beat {
-    async fn again(&mut self) -> Result<()> {
+    async fn again(&mut self) -> Result<Renewal> {
         // That the stream is closed says nothing of the lease.
         self.keeper.keep_alive().await.map_err(error::unavailable)?;
         match self.answers.message().await {
-            Ok(Some(answer)) if answer.ttl() > 0 => Ok(()),
-            Ok(Some(_)) => Err(Error::SessionExpired { session: self.session }),
+            Ok(Some(answer)) => Ok(Renewal {
+                term: answer.header().map_or(0, |header| header.raft_term()),
+                renewed: answer.ttl() > 0,
+            }),
             Ok(None) => Err(error::unavailable(Trouble::StreamEnded)),
             Err(error) => Err(keep_alive_error(self.session, error)),
         }
@@ -87,11 +129,12 @@ impl SessionStore for Leases {
         let seconds = asked.as_secs() + u64::from(asked.subsec_nanos() > 0);
         let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
         let deadline = Instant::now() + self.options.connect_timeout;
-        let granted = self
-            .link
-            .write(deadline, "opening a session", None, |member| async move {
-                member.client.lease_client().grant(seconds, None).await
-            });
+        // Once more for each member that is asked: a session of the history that this member follows.
+        let grant = |member: Arc<Member>| {
+            self.granted_in.store(self.link.history.now().number, Ordering::Release);
+            async move { member.client.lease_client().grant(seconds, None).await }
+        };
+        let granted = self.link.write(deadline, "opening a session", None, grant);
         let granted = match granted.await {
             // A lease that was granted unseen is kept alive by nobody.
             Err(Error::OutcomeUnknown { source, .. }) => return Err(error::unavailable(source)),
@@ -105,8 +148,8 @@ impl SessionStore for Leases {
                 Ok(Grant {
                     session,
                     ttl,
-                    // The leader counts the TTL from the moment it takes a keep-alive, which is after its sending, and
-                    // in its monotonic time.
+                    // The leader counts the TTL from the moment it takes a confirmed keep-alive, which is after its
+                    // sending, and in its monotonic time.
                     margin: Duration::ZERO,
                 })
             }
@@ -125,14 +168,22 @@ impl SessionStore for Leases {
         // Taken out while it is used: an answer that comes after this call was given up must not be taken for that to
         // a later keep-alive.
         let beat = self.beat().take().filter(|beat| beat.session == session);
-        let beat = match beat {
-            Some(mut beat) => {
-                beat.again().await?;
-                beat
-            }
+        let (renewal, member, beat) = match beat {
+            Some(mut beat) => (beat.again().await?, beat.member.clone(), Some(beat)),
             None => self.first_beat(session).await?,
         };
-        *self.beat() = Some(beat);
+        let confirmed = self.confirm(&member).await?;
+        if self.link.history.now().number != self.granted_in.load(Ordering::Acquire) {
+            // A lease of the same id, in another history, is not this session.
+            return Err(Error::SessionExpired { session });
+        }
+        if renewal.term != confirmed {
+            return Err(error::unavailable(Trouble::LeaderChanged));
+        }
+        if !renewal.renewed {
+            return Err(Error::SessionExpired { session });
+        }
+        *self.beat() = beat;
         self.unanswered.store(false, Ordering::Release);
         Ok(())
     }

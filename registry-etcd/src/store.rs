@@ -1,18 +1,19 @@
 //! What all calls on a handle share.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
-use registry_api::{Error, Options, Result, Revision};
+use registry_api::{Error, Options, Result};
 use tokio::time::Instant;
 
 use crate::config::{EtcdConfig, Tls, config};
 use crate::gather::Gather;
+use crate::history::History;
 use crate::link::{Leader, Link};
 use crate::list::Reader;
 use crate::names::Names;
-use crate::range::AnswerSize;
+use crate::range::{AnswerSize, Patience};
 
 /// The links to etcd and what was learnt of it.
 pub(crate) struct Store {
@@ -23,22 +24,24 @@ pub(crate) struct Store {
     pub(crate) streams: Link,
     pub(crate) request_timeout: Duration,
     pub(crate) gather: Gather,
+    /// How far this handle has seen the store come; no stale read is to show an older state.
+    pub(crate) history: Arc<History>,
     size: AnswerSize,
-    /// The newest revision this handle has seen; no stale read is to show an older one.
-    seen: AtomicU64,
 }
 
 impl Store {
     /// Nothing is sent yet.
     pub(crate) fn new(config: &EtcdConfig, dial: ConnectOptions, options: &Options) -> Self {
+        let history = Arc::<History>::default();
+        let link = |dial, leader| Link::new(config, dial, leader, options, history.clone());
         Self {
             names: Names(options.namespace.clone()),
-            requests: Link::new(config, dial.clone(), Leader::Optional, options),
-            streams: Link::new(config, dial, Leader::Required, options),
+            requests: link(dial.clone(), Leader::Optional),
+            streams: link(dial, Leader::Required),
             request_timeout: options.request_timeout,
             gather: Gather::default(),
             size: AnswerSize::default(),
-            seen: AtomicU64::new(0),
+            history,
         }
     }
 
@@ -46,21 +49,23 @@ impl Store {
         Instant::now() + self.request_timeout
     }
 
+    /// For a call of the user, which ends at its deadline.
     pub(crate) fn reader(&self, deadline: Instant) -> Reader<'_> {
+        self.reader_with(Patience::Until(deadline))
+    }
+
+    /// For a watch, which has no end: each request of a listing is retried until it is answered.
+    pub(crate) fn patient_reader(&self) -> Reader<'_> {
+        self.reader_with(Patience::each(self.request_timeout))
+    }
+
+    fn reader_with(&self, patience: Patience) -> Reader<'_> {
         Reader {
             link: &self.requests,
             names: &self.names,
             size: &self.size,
-            deadline,
+            patience,
         }
-    }
-
-    pub(crate) fn seen(&self) -> Revision {
-        Revision(self.seen.load(Ordering::Acquire))
-    }
-
-    pub(crate) fn saw(&self, revision: Revision) {
-        self.seen.fetch_max(revision.0, Ordering::AcqRel);
     }
 }
 

@@ -22,6 +22,7 @@ use tokio::sync::watch::Receiver;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::error;
+use crate::history::Point;
 use crate::link::{Backoff, MAX_ANSWER, Member};
 use crate::names::{after, revision};
 use crate::range::Values;
@@ -43,6 +44,7 @@ pub(crate) async fn start(
         request,
         picture: Picture::default(),
         told: Revision(0),
+        history: store.history.now(),
     };
     tokio::spawn(async move {
         let error = tokio::select! {
@@ -112,6 +114,8 @@ struct Watcher {
     picture: Picture,
     /// Every change up to this revision was told.
     told: Revision,
+    /// The history of the store that this is a revision of.
+    history: Point,
 }
 
 /// Why a stream is followed no longer.
@@ -153,7 +157,7 @@ impl Watcher {
                         backoff = Backoff::default();
                     }
                     backoff.wait().await;
-                    missing = Some(self.missing().await?);
+                    missing = self.resume(feed).await?;
                 }
             }
         }
@@ -170,7 +174,7 @@ impl Watcher {
                 // The reader knows this: it is what deletes are told from.
                 self.picture.replace(entries, after);
                 self.told = after;
-                self.missing().await.map(Some)
+                self.resume(feed).await
             }
             Err(Error::Compacted { .. }) if self.request.from == WatchFrom::AfterOrReset(after) => {
                 feed.reset();
@@ -187,42 +191,81 @@ impl Watcher {
 
     /// Tells how what is there now differs from what was told.
     async fn list(&mut self, feed: &Feed) -> Result<()> {
-        let (entries, at) = loop {
-            match self.covered(0, Values::Wanted).await {
-                // Compacted while it was read, page by page.
-                Err(Error::Compacted { .. }) => {}
-                covered => break covered?,
-            }
+        let (entries, at) = self.present(Values::Wanted).await?;
+        let events = match self.has_gone_back(at) {
+            false => self.picture.replace(entries, at),
+            true => self.go_back(entries, at),
         };
-        feed.changes(self.picture.replace(entries, at));
+        feed.changes(events);
         self.synced(feed, at);
         Ok(())
     }
 
+    /// What the stream is still to tell of a gap; what is lost for good where the store went back.
+    async fn resume(&mut self, feed: &Feed) -> Result<Option<Missing>> {
+        let (entries, at) = self.present(Values::Omitted).await?;
+        if self.has_gone_back(at) {
+            self.list(feed).await?;
+            return Ok(None);
+        }
+        Ok(Some(Missing::new(&self.picture, entries, at)))
+    }
+
+    /// Whether the store, of which `at` is the present revision, is not the one that was told of, or has lost changes.
+    fn has_gone_back(&self, at: Revision) -> bool {
+        at < self.told || self.store.history.now().number != self.history.number
+    }
+
+    /// Begins with another history: everything in which it differs is told as deleted, and as created where there is
+    /// something. Revisions of the two can't be compared.
+    fn go_back(&mut self, entries: Vec<Entry>, at: Revision) -> Vec<Event> {
+        tracing::warn!(from = %self.told, to = %at, prefix = %self.request.prefix, "etcd went back: a watch starts over");
+        let now: HashMap<_, _> = entries.iter().map(|entry| (&entry.key, entry)).collect();
+        let lost = self
+            .picture
+            .entries()
+            .filter(|known| now.get(&known.key) != Some(known));
+        let deleted = lost.map(|last| Event::Deleted {
+            last: last.clone(),
+            revision: at,
+            cause: DeleteCause::Unknown,
+        });
+        let news = entries
+            .iter()
+            .filter(|entry| self.picture.get(&entry.key) != Some(entry));
+        let events = deleted.chain(news.cloned().map(Event::Created)).collect();
+        self.picture = Picture::default();
+        self.picture.replace(entries, at);
+        self.told = at;
+        self.history = self.store.history.now();
+        events
+    }
+
     fn synced(&mut self, feed: &Feed, at: Revision) {
         self.told = self.told.max(at);
-        self.store.saw(self.told);
+        self.store.history.saw(self.history, self.told);
         feed.synced(self.told);
     }
 
-    /// Everything that is covered, read until there is an answer.
-    async fn covered(&self, at: i64, values: Values) -> Result<(Vec<Entry>, Revision)> {
-        let mut backoff = Backoff::default();
+    /// Everything that is covered, as of now.
+    async fn present(&self, values: Values) -> Result<(Vec<Entry>, Revision)> {
         loop {
-            let reader = self.store.reader(self.store.deadline());
-            match reader.covered(&self.request, at, values).await {
-                Err(error @ Error::Unavailable { .. }) => {
-                    tracing::debug!(%error, prefix = %self.request.prefix, "a watch can't list, trying again");
-                    backoff.wait().await;
+            let since = self.store.history.now();
+            match self.covered(0, values).await {
+                // Compacted while it was read, page by page.
+                Err(Error::Compacted { .. }) => {}
+                covered => {
+                    let (entries, at) = covered?;
+                    self.store.history.confirmed(since, at);
+                    return Ok((entries, at));
                 }
-                covered => return covered,
             }
         }
     }
 
-    async fn missing(&self) -> Result<Missing> {
-        let (entries, at) = self.covered(0, Values::Omitted).await?;
-        Ok(Missing::new(&self.picture, entries, at))
+    /// Everything that is covered at a revision, or, for zero, now.
+    async fn covered(&self, at: i64, values: Values) -> Result<(Vec<Entry>, Revision)> {
+        self.store.patient_reader().covered(&self.request, at, values).await
     }
 
     /// Follows etcd's watch until it breaks.
@@ -233,9 +276,16 @@ impl Watcher {
             Err(Error::Unavailable { .. }) => return Ok(Broken::Stream),
             Err(error) => return Err(error),
         };
+        if self.store.history.now().number != self.history.number {
+            return Ok(Broken::Stream);
+        }
         let broken = match self.open(&member).await {
             Some(mut stream) => loop {
-                match stream.next(self.store.request_timeout).await {
+                let response = stream.next(self.store.request_timeout).await;
+                if self.store.history.now().number != self.history.number {
+                    break Broken::Stream;
+                }
+                match response {
                     Some(response) if response.canceled && response.compact_revision > 0 => break Broken::Compacted,
                     Some(response) if !response.canceled => {
                         for (at, events) in stream.complete(response) {
@@ -295,7 +345,7 @@ impl Watcher {
         }
         feed.changes(events.into_iter().flat_map(|event| self.event(event, at)).collect());
         self.told = at;
-        self.store.saw(at);
+        self.store.history.saw(self.history, at);
         self.bridge(feed, missing);
     }
 

@@ -273,14 +273,25 @@ async fn a_take_over_at_a_revision_never_takes_the_next_key_of_that_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_etcd_refuses_by_its_own_bounds_is_denied_and_changes_nothing() {
-    let cluster = Servers::start_with(1, &["--max-txn-ops=4", "--max-request-bytes=10000"]).await;
+async fn a_member_that_takes_too_few_operations_is_refused_by_name() {
+    let cluster = Servers::start_with(1, &["--max-txn-ops=127"]).await;
+    let config = EtcdConfig::new(Endpoints::new(cluster.endpoints()).unwrap());
+    let refused = registry_etcd::connect(&config, &registry_api::Options::default()).await;
+    assert!(
+        matches!(&refused, Err(Error::Config { field, .. }) if field.contains("--max-txn-ops")),
+        "{refused:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_larger_than_etcd_is_set_to_take_is_refused_as_that_and_changes_nothing() {
+    let cluster = Servers::start_with(1, &["--max-request-bytes=10000"]).await;
     let registry = connect(&cluster.endpoints()).await;
-    let many = (0..5).fold(Txn::new(), |txn, number| txn.put(&key(&format!("/{number}")), ""));
-    let refused = registry.commit(many).await;
-    assert!(matches!(refused, Err(Error::AccessDenied { .. })), "{refused:?}");
     let refused = registry.put(&key("/large"), vec![0; 20_000]).await;
-    assert!(matches!(refused, Err(Error::AccessDenied { .. })), "{refused:?}");
+    assert!(
+        matches!(&refused, Err(Error::InvalidRequest(why)) if why.contains("--max-request-bytes")),
+        "{refused:?}"
+    );
     assert_eq!(registry.count(&Prefix::root(), Read::Linearizable).await.unwrap(), 0);
     registry.put(&key("/small"), "").await.unwrap();
 }

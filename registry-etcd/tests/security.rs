@@ -16,14 +16,17 @@ use registry_tests::key;
 use registry_tests::process::free_port;
 use registry_tests::watch::Picture;
 
-/// Turns authentication on, with a user `app` who may do anything in `/registry`, and nothing else.
+/// Turns authentication on, with a user `app` who may do anything in the namespace `/registry`, and nothing else.
 async fn with_users(cluster: &Servers) -> Client {
     let mut client = cluster.raw().await;
     client.user_add("root", "root-secret", None).await.unwrap();
     client.user_grant_role("root", "root").await.unwrap();
     client.role_add("app").await.unwrap();
-    let everything = Permission::read_write("/registry").with_prefix();
-    client.role_grant_permission("app", everything).await.unwrap();
+    // What the page on etcd has an operator grant.
+    for part in ["/registry/", "/registry~/"] {
+        let everything = Permission::read_write(part).with_prefix();
+        client.role_grant_permission("app", everything).await.unwrap();
+    }
     client.user_add("app", "app-secret", None).await.unwrap();
     client.user_grant_role("app", "app").await.unwrap();
     client.auth_enable().await.unwrap();
@@ -73,7 +76,7 @@ async fn a_user_works_in_its_namespace_and_nobody_else_does() {
     registry.close().await.unwrap();
 
     let elsewhere = Options {
-        namespace: Namespace::parse("/other").unwrap(),
+        namespace: Namespace::parse("/registry2").unwrap(),
         ..Options::default()
     };
     for (who, options) in [
@@ -226,8 +229,9 @@ async fn a_user_needs_the_authority_alone_and_finds_a_member_over_tls() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_leader_is_left_by_a_user_too() {
     let mut cluster = Servers::start(3).await;
-    with_users(&cluster).await;
+    // Asked for while anybody may ask.
     let leader = cluster.leader().await;
+    with_users(&cluster).await;
     let mut endpoints = cluster.endpoints();
     endpoints.rotate_left(leader);
     let registry = connect_to(&endpoints, Some(("app", "app-secret")), &Options::default())

@@ -5,7 +5,7 @@
 pub mod streams;
 pub mod suite;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use registry_api::{Options, Registry, SessionTtl};
 use registry_etcd::{Endpoints, EtcdConfig};
+use registry_tests::Wire;
 use registry_tests::certificate::certificate;
 use registry_tests::process::free_port;
 use rustix::process::{Pid, Signal, kill_process};
@@ -33,7 +34,15 @@ struct Member {
     data: PathBuf,
     client: u16,
     peer: u16,
+    /// Where the other members find it, if not there.
+    advertised: Option<u16>,
     process: Option<Child>,
+}
+
+impl Member {
+    fn peer_url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.advertised.unwrap_or(self.peer))
+    }
 }
 
 impl Servers {
@@ -50,6 +59,90 @@ impl Servers {
         let mut cluster = Self::new(members);
         cluster.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         cluster.started().await
+    }
+
+    /// Members that elect fast and reach each other over wires: each member's is the one that the others dial.
+    pub async fn start_fast_over_wires(members: usize) -> (Self, Vec<Wire>) {
+        let mut cluster = Self::new(members);
+        cluster.arguments = ["--heartbeat-interval=50", "--election-timeout=500"]
+            .map(Into::into)
+            .into();
+        let mut wires = Vec::new();
+        for member in &mut cluster.members {
+            let wire = Wire::to(format!("127.0.0.1:{}", member.peer).parse().unwrap()).await;
+            member.advertised = Some(wire.address().port());
+            wires.push(wire);
+        }
+        (cluster.started().await, wires)
+    }
+
+    /// Adds a member without a vote; its number.
+    pub async fn add_learner(&mut self) -> usize {
+        let number = self.members.len();
+        let member = Member {
+            name: format!("m{number}"),
+            data: self.data.path().join(number.to_string()),
+            client: free_port(),
+            peer: free_port(),
+            advertised: None,
+            process: None,
+        };
+        let added = Command::new("etcdctl")
+            .env("ETCDCTL_API", "3")
+            .args([
+                "--endpoints",
+                &self.endpoint(0),
+                "member",
+                "add",
+                &member.name,
+                "--learner",
+            ])
+            .args(["--peer-urls", &member.peer_url()])
+            .output()
+            .expect("etcdctl is missing: apt-get install etcd-client");
+        assert!(added.status.success(), "{added:?}");
+        self.members.push(member);
+        self.arguments.push("--initial-cluster-state=existing".into());
+        self.spawn(number);
+        self.arguments.pop();
+        until("the learner has a leader", async || {
+            let Ok(client) = Client::connect([self.endpoint(number)], None).await else {
+                return false;
+            };
+            let status = client.maintenance_client().status().await;
+            status.is_ok_and(|status| status.is_learner() && status.leader() != 0)
+        })
+        .await;
+        number
+    }
+
+    /// Stops the only member, does something to its files, and starts it again.
+    pub async fn restart_with(&mut self, change: impl FnOnce(&Self, &Path)) {
+        self.kill(0);
+        change(self, &self.members[0].data);
+        self.spawn(0);
+        self.ready().await;
+    }
+
+    /// Replaces the files of the only member by those of a snapshot.
+    pub async fn restore(&mut self, snapshot: &Path) {
+        let change = |cluster: &Self, data: &Path| {
+            std::fs::remove_dir_all(data).unwrap();
+            let member = &cluster.members[0];
+            let restored = Command::new("etcdctl")
+                .env("ETCDCTL_API", "3")
+                .args(["snapshot", "restore"])
+                .arg(snapshot)
+                .args(["--name", &member.name])
+                .args(["--initial-cluster", &format!("{}={}", member.name, member.peer_url())])
+                .args(["--initial-advertise-peer-urls", &member.peer_url()])
+                .arg("--data-dir")
+                .arg(data)
+                .output()
+                .expect("etcdctl is missing: apt-get install etcd-client");
+            assert!(restored.status.success(), "{restored:?}");
+        };
+        self.restart_with(change).await;
     }
 
     /// One member that speaks TLS alone.
@@ -92,6 +185,7 @@ impl Servers {
             data: data.path().join(number.to_string()),
             client: free_port(),
             peer: free_port(),
+            advertised: None,
             process: None,
         });
         Self {
@@ -131,10 +225,7 @@ impl Servers {
     }
 
     pub fn spawn(&mut self, number: usize) {
-        let all = self
-            .members
-            .iter()
-            .map(|m| format!("{}=http://127.0.0.1:{}", m.name, m.peer));
+        let all = self.members.iter().map(|m| format!("{}={}", m.name, m.peer_url()));
         let all = all.collect::<Vec<_>>().join(",");
         let member = &mut self.members[number];
         let client = format!("{}://127.0.0.1:{}", self.scheme, member.client);
@@ -142,7 +233,8 @@ impl Servers {
         let process = Command::new("etcd")
             .args(["--name", &member.name, "--initial-cluster", &all])
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args(["--listen-peer-urls", &peer])
+            .args(["--initial-advertise-peer-urls", &member.peer_url()])
             .args(["--logger=zap", "--log-outputs=stderr"])
             .args(&self.arguments)
             .arg("--data-dir")
@@ -180,7 +272,13 @@ impl Servers {
     }
 
     pub async fn leader(&self) -> usize {
-        for number in 0..self.members.len() {
+        let leader = self.leader_as_known_to(0..self.members.len()).await;
+        leader.expect("there is a leader")
+    }
+
+    /// The leader, if it is one of these.
+    pub async fn leader_as_known_to(&self, members: impl IntoIterator<Item = usize>) -> Option<usize> {
+        for number in members {
             let status = self
                 .client(&self.endpoint(number))
                 .await
@@ -189,10 +287,10 @@ impl Servers {
                 .await
                 .unwrap();
             if status.leader() == status.header().unwrap().member_id() {
-                return number;
+                return Some(number);
             }
         }
-        panic!("no leader");
+        None
     }
 
     /// Has the leader hand over to the next member.
