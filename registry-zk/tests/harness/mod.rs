@@ -8,7 +8,7 @@ pub mod tls;
 pub mod wire;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,6 +24,8 @@ use zookeeper_client::{Acls, Client, CreateMode, CreateOptions};
 
 /// What tests ask for: twelve ticks, so that a session outlives what else the machine does.
 pub const TTL: Duration = Duration::from_secs(3);
+/// Names the folder of ZooKeeper's jars, for a version other than the installed one.
+const JARS: &str = "REGISTRY_ZOOKEEPER_JARS";
 /// A mark, as other tests of the mapping know it.
 pub const MARK: &[u8] = b"\0registry\0/";
 
@@ -209,6 +211,11 @@ impl Servers {
         ask(self.servers[number].client, word).await.unwrap()
     }
 
+    /// The same of a server that may not answer: nothing, then.
+    pub async fn ask_if_up(&self, number: usize, word: &str) -> String {
+        ask(self.servers[number].client, word).await.unwrap_or_default()
+    }
+
     /// Closes a session as its owner would, again and again until a server says that it is over: the owner is at work,
     /// and whoever connects last has the session's only connection.
     pub async fn close_session(&self, session: SessionId) {
@@ -246,15 +253,16 @@ fn jars() -> String {
         "netty-all.jar",
     ];
     let netty = |name: &str| name.starts_with("netty-") && name.ends_with(".jar");
-    let dir = Path::new("/usr/share/java");
-    let files = fs::read_dir(dir).expect("ZooKeeper is missing: apt-get install zookeeper");
+    let dir = std::env::var_os(JARS).map_or_else(|| PathBuf::from("/usr/share/java"), PathBuf::from);
+    let files = fs::read_dir(&dir).expect("ZooKeeper is missing: apt-get install zookeeper");
     let names = files.filter_map(|file| file.ok()?.file_name().into_string().ok());
     let jars: Vec<_> = names
         .filter(|name| WANTED.contains(&name.as_str()) || netty(name))
         .collect();
     assert!(
         jars.iter().any(|name| name == "zookeeper.jar"),
-        "ZooKeeper is missing: apt-get install zookeeper"
+        "no zookeeper.jar in {}: apt-get install zookeeper, or set {JARS}",
+        dir.display()
     );
     let paths: Vec<_> = jars.iter().map(|name| dir.join(name).display().to_string()).collect();
     paths.join(":")
