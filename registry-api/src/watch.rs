@@ -78,7 +78,8 @@ pub enum WatchItem {
     /// Changes in the order of their revisions, those of one transaction together, none of them twice.
     Changes(Vec<Event>),
     /// All that was told so far is the state at this revision, no change of a watched key up to it is missing. Comes
-    /// after the current entries, and after each gap that was bridged (W3).
+    /// after the current entries, after each gap that was bridged (W3), and after changes that left nothing to deliver: a
+    /// key that was created and deleted before the watch could read it.
     Synced(Revision),
 }
 

@@ -19,7 +19,7 @@ const MAX_BYTES: usize = 8 << 20;
 /// Pushing never waits. Beyond 4,096 events or 8 MiB the queue is coalesced: of each key only the newest state is left, once
 /// before the last `Synced` mark that waits and once after it, each delivered as one batch. What is left is at most what the
 /// reader knew that is now deleted, and what there is now, twice: memory is bounded by the watched keys, not by the changes
-/// to them.
+/// to them. A key that was created and deleted meanwhile leaves no event, but its revision: a `Synced` at the end.
 pub fn feed() -> (Feed, Watch) {
     let queue = Arc::new(Queue::default());
     (Feed(queue.clone()), Watch::new(Reader(queue)))
@@ -97,6 +97,8 @@ struct State {
     bytes: usize,
     /// What was left after the last fold: the next is due when as much again has come, so folding stays cheap.
     folded: (usize, usize),
+    /// Whether the reader has been given a mark since the last reset.
+    read_synced: bool,
     error: Option<Error>,
     feed_gone: bool,
     reader_gone: bool,
@@ -147,24 +149,40 @@ impl State {
         let mut before = Coalesced::default();
         let mut after = Coalesced::default();
         let mut synced = None;
+        // The newest of the changes after the last mark, which is complete if the current entries were told before.
+        let mut newest = None;
         for item in mem::take(&mut self.items) {
             match item {
                 WatchItem::Reset => {
-                    (reset, synced) = (true, None);
+                    (reset, synced, newest) = (true, None, None);
                     (before, after) = Default::default();
                 }
                 WatchItem::Synced(revision) => {
                     before.append(mem::take(&mut after));
-                    synced = Some(revision);
+                    (synced, newest) = (Some(revision), None);
                 }
-                WatchItem::Changes(events) => after.extend(events),
+                WatchItem::Changes(events) => {
+                    newest = newest.max(events.iter().map(Event::revision).max());
+                    after.extend(events);
+                }
             }
+        }
+        let is_complete = synced.is_some() || (self.read_synced && !reset);
+        let after = after.into_item();
+        let left = match &after {
+            Some(WatchItem::Changes(events)) => events.last().map(Event::revision),
+            _ => synced,
+        };
+        let newest = newest.filter(|_| is_complete && newest > left);
+        if newest.is_some() && after.is_none() {
+            synced = None;
         }
         let parts = [
             reset.then_some(WatchItem::Reset),
             before.into_item(),
             synced.map(WatchItem::Synced),
-            after.into_item(),
+            after,
+            newest.map(WatchItem::Synced),
         ];
         (self.events, self.bytes) = (0, 0);
         for item in parts.into_iter().flatten() {
@@ -196,8 +214,10 @@ impl Coalesced {
     }
 
     fn into_item(self) -> Option<WatchItem> {
-        let mut events: Vec<_> = self.into_events().collect();
-        events.sort_by_key(Event::revision);
+        let mut events: Vec<_> = self.0.into_values().flat_map(Folded::in_order).collect();
+        // Stable, so that the delete of a key stays before what replaced it, also in a store that went back.
+        events.sort_by_key(|(revision, _)| *revision);
+        let events: Vec<_> = events.into_iter().map(|(_, event)| event).collect();
         (!events.is_empty()).then_some(WatchItem::Changes(events))
     }
 }
@@ -221,6 +241,16 @@ impl Folded {
     }
 }
 
+impl Folded {
+    /// What is left, each with the revision that it is sorted by.
+    fn in_order(self) -> impl Iterator<Item = (Revision, Event)> {
+        let deleted = self.deleted.map(|event| (event.revision(), event));
+        let after = deleted.as_ref().map_or(Revision(0), |(revision, _)| *revision);
+        let put = self.put.map(|event| (event.revision().max(after), event));
+        deleted.into_iter().chain(put)
+    }
+}
+
 struct Reader(Arc<Queue>);
 
 impl Stream for Reader {
@@ -230,6 +260,11 @@ impl Stream for Reader {
         let mut state = self.0.lock();
         if let Some(item) = state.items.pop_front() {
             state.count(&item, usize::wrapping_sub);
+            match item {
+                WatchItem::Reset => state.read_synced = false,
+                WatchItem::Synced(_) => state.read_synced = true,
+                WatchItem::Changes(_) => {}
+            }
             if state.items.is_empty() {
                 state.folded = (0, 0);
             }
@@ -387,6 +422,66 @@ mod tests {
         items.iter().for_each(|item| queue.push(item.clone()));
         queue.lock().fold();
         assert_eq!(queue.lock().items, &items[2..]);
+    }
+
+    /// A reader that waits for the revision of its own put gets it, though the key was deleted before it read.
+    #[tokio::test]
+    async fn folding_keeps_the_newest_revision() {
+        let (feed, mut watch) = feed();
+        let changes = |event| WatchItem::Changes(vec![event]);
+        let came_and_went = |put, at| {
+            let (last, revision, cause) = (entry(2, put), Revision(at), DeleteCause::Deleted);
+            feed.changes(vec![Event::Created(entry(2, put))]);
+            feed.changes(vec![Event::Deleted { last, revision, cause }]);
+            feed.0.lock().fold();
+        };
+        feed.changes(vec![Event::Created(entry(1, 1))]);
+        came_and_went(2, 3);
+        // The current entries are not complete yet, so neither is what is left of them.
+        assert_eq!(feed.0.lock().items, [changes(Event::Created(entry(1, 1)))]);
+        feed.synced(Revision(3));
+        came_and_went(8, 9);
+        let left = [changes(Event::Created(entry(1, 1))), WatchItem::Synced(Revision(9))];
+        assert_eq!(feed.0.lock().items, left);
+        feed.changes(vec![Event::Created(entry(3, 10))]);
+        came_and_went(11, 12);
+        assert_eq!(
+            feed.0.lock().items,
+            [
+                left[0].clone(),
+                left[1].clone(),
+                changes(Event::Created(entry(3, 10))),
+                WatchItem::Synced(Revision(12))
+            ]
+        );
+        for _ in 0..4 {
+            watch.next().await.expect("it goes on").expect("nothing failed");
+        }
+        // Also where the mark was read before.
+        came_and_went(13, 14);
+        assert_eq!(feed.0.lock().items, [WatchItem::Synced(Revision(14))]);
+        feed.reset();
+        came_and_went(15, 16);
+        assert_eq!(feed.0.lock().items, [WatchItem::Reset]);
+    }
+
+    /// A store that was restored from an older copy has lower revisions.
+    #[test]
+    fn folding_keeps_a_delete_before_what_replaced_the_key() {
+        let queue = Queue::default();
+        let gone = Event::Deleted {
+            last: entry(1, 99),
+            revision: Revision(50),
+            cause: DeleteCause::Unknown,
+        };
+        let items = [
+            WatchItem::Changes(vec![gone, Event::Created(entry(1, 40))]),
+            WatchItem::Synced(Revision(50)),
+        ];
+        queue.push(WatchItem::Synced(Revision(99)));
+        items.iter().for_each(|item| queue.push(item.clone()));
+        queue.lock().fold();
+        assert_eq!(queue.lock().items, &items[..]);
     }
 
     #[tokio::test]
