@@ -21,6 +21,9 @@ pub struct Capabilities {
     pub atomic_delete_prefix: bool,
     /// A key that keeps children when it is deleted has a new `create_revision` when it is put again (R1).
     pub fresh_create_revision: bool,
+    /// A condition on a contender's key of a lock or an election tells it from a later one of its name, so that a handle
+    /// uses names again. Otherwise each name is used once.
+    pub reuses_names: bool,
     /// Stale reads are answered without the quorum (R4, F6).
     pub stale_without_quorum: bool,
     /// A commit and the listing that follows it take one round trip, as long as the page is small

@@ -27,6 +27,7 @@ const CAPABILITIES: Capabilities = Capabilities {
     atomic_expiry: true,
     atomic_delete_prefix: true,
     fresh_create_revision: true,
+    reuses_names: true,
     stale_without_quorum: false,
     lists_along: false,
     max_children: None,

@@ -31,6 +31,7 @@ const CAPABILITIES: Capabilities = Capabilities {
     atomic_expiry: true,
     atomic_delete_prefix: true,
     fresh_create_revision: true,
+    reuses_names: true,
     stale_without_quorum: true,
     lists_along: true,
     max_children: None,

@@ -176,8 +176,8 @@ impl Queue {
 
     /// The names that may be used again. None where a key that was made anew can be taken for the one before.
     fn names(&self) -> Option<&Names> {
-        let fresh = self.registry.capabilities().fresh_create_revision;
-        fresh.then(|| self.registry.session().names())
+        let reuses = self.registry.capabilities().reuses_names;
+        reuses.then(|| self.registry.session().names())
     }
 
     fn give_back(&self, session: SessionId, key: &Key) {
