@@ -14,7 +14,7 @@ use tokio::sync::watch::Receiver;
 
 use crate::config::ZkConfig;
 use crate::error::BACKEND;
-use crate::names::{newest, revision};
+use crate::names::newest;
 use crate::session::Sessions;
 use crate::store::{Slot, Store};
 use crate::walk::entries;
@@ -29,6 +29,7 @@ const CAPABILITIES: Capabilities = Capabilities {
     atomic_expiry: true,
     atomic_delete_prefix: false,
     fresh_create_revision: false,
+    reuses_names: false,
     stale_without_quorum: false,
     lists_along: false,
     max_children: None,
@@ -45,13 +46,23 @@ impl Zk {
         let store = Arc::new(Store::new(config, options));
         let sessions = Arc::new(Sessions::new(store.clone()));
         let session = Session::open(BACKEND, sessions, options.connect_timeout).await?;
-        tokio::spawn(sweep::run(store.clone(), session.states()));
+        store.spawn(sweep::run(store.clone(), session.states()));
         let zk = Arc::new(Self {
             store: store.clone(),
             session,
         });
-        tokio::spawn(hear_of_ends(Arc::downgrade(&zk), store, zk.session.states()));
+        store.spawn(hear_of_ends(Arc::downgrade(&zk), store.clone(), zk.session.states()));
         Ok(zk)
+    }
+
+    /// Runs a call on the store as a task (see [`Store::call`]).
+    async fn call<T, F>(&self, operation: &'static str, call: impl FnOnce(Arc<Store>) -> F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        self.session.check_open()?;
+        self.store.call(operation, call(self.store.clone())).await
     }
 }
 
@@ -84,13 +95,15 @@ impl Registry for Zk {
     }
 
     async fn get(&self, key: &Key, read: Read) -> Result<Option<Entry>> {
-        self.session.check_open()?;
         let path = self.store.names.path(key);
-        let Some(found) = self.store.get(&path, read).await? else {
-            return Ok(None);
+        let get = async move |store: Arc<Store>| {
+            let Some(found) = store.get(&path, read).await? else {
+                return Ok(None);
+            };
+            store.saw(newest(&found.stat));
+            Ok(entries(&store.names, vec![(path, found)]).pop())
         };
-        self.store.saw(newest(&found.stat));
-        Ok(entries(&self.store.names, vec![(path, found)]).pop())
+        self.call("get", get).await
     }
 
     async fn list(&self, list: List) -> Result<Page> {
@@ -98,17 +111,19 @@ impl Registry for Zk {
         if list.limit == 0 {
             return Err(Error::InvalidRequest("a page holds at least one entry".into()));
         }
-        self.store.page(&list).await
+        self.call("list", |store| async move { store.page(&list).await }).await
     }
 
     async fn children(&self, prefix: &Prefix, read: Read) -> Result<Vec<String>> {
-        self.session.check_open()?;
-        self.store.children(prefix, read).await
+        let prefix = prefix.clone();
+        self.call("children", |store| async move { store.children(&prefix, read).await })
+            .await
     }
 
     async fn count(&self, prefix: &Prefix, read: Read) -> Result<u64> {
-        self.session.check_open()?;
-        self.store.count(prefix, read).await
+        let prefix = prefix.clone();
+        self.call("count", |store| async move { store.count(&prefix, read).await })
+            .await
     }
 
     async fn commit(&self, txn: Txn) -> Result<Committed> {
@@ -118,7 +133,12 @@ impl Registry for Zk {
             true => Some(self.session.live()?),
             false => None,
         };
-        let committed = self.store.commit(&txn, session).await;
+        let committed = self
+            .call(
+                "a transaction",
+                |store| async move { store.commit(&txn, session).await },
+            )
+            .await;
         if let Err(Error::SessionExpired { session }) = &committed {
             self.session.told_expired(*session);
         }
@@ -126,31 +146,30 @@ impl Registry for Zk {
     }
 
     async fn delete_prefix(&self, prefix: &Prefix) -> Result<u64> {
-        self.session.check_open()?;
-        self.store.delete_prefix(prefix).await
+        let prefix = prefix.clone();
+        self.call("deleting a prefix", |store| async move {
+            store.delete_prefix(&prefix).await
+        })
+        .await
     }
 
     async fn watch(&self, request: WatchRequest) -> Result<Watch> {
-        self.session.check_open()?;
-        watch::start(&self.store, request, self.session.states()).await
+        let states = self.session.states();
+        self.call(
+            "watch",
+            |store| async move { watch::start(&store, request, states).await },
+        )
+        .await
     }
 
     async fn health(&self) -> Result<Health> {
-        self.session.check_open()?;
         let began = Instant::now();
-        let store = &self.store;
-        let ask = |conn: Arc<crate::store::Conn>| async move {
-            let synced = conn.client.sync(store.names.root());
-            let now = store.now(&conn.client).await?;
-            synced.await?;
-            Ok(now)
-        };
-        let now = store.read(store.deadline(), ask).await?;
+        let revision = self.call("health", |store| async move { store.health().await }).await?;
         Ok(Health {
-            // Which of them it is, the client does not say.
-            endpoint: store.config.servers.to_string(),
+            // The client does not say which of them it is connected to.
+            endpoint: self.store.config.servers.to_string(),
             latency: began.elapsed(),
-            revision: revision(now),
+            revision,
         })
     }
 

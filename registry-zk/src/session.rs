@@ -239,6 +239,8 @@ async fn pem(field: &'static str, path: &std::path::Path) -> Result<String> {
 #[async_trait]
 impl SessionStore for Sessions {
     async fn open(&self) -> Result<Grant> {
+        // This is the runtime of sessions, which the handle's calls run on as well.
+        self.store.runtime();
         // Leaves time to say what is wrong.
         let patience = self.store.options.connect_timeout.mul_f64(0.85);
         let deadline = Instant::now() + patience;

@@ -1,19 +1,21 @@
 //! What all calls on a handle share: the connection of the present session, and how it is asked.
 
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use registry_api::{BoxError, Error, Options, Result, SessionId};
+use registry_api::{BoxError, Error, Options, Result, Revision, SessionId};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout_at};
 use zookeeper_client::{Acls, Client, CreateMode, CreateOptions, Error as ClientError, SessionState};
 
 use crate::config::{ReadMode, ZkConfig};
 use crate::error::{self, Trouble, Verdict};
 use crate::facts::Facts;
-use crate::names::Names;
+use crate::names::{Names, revision};
 
 const MIN_BACKOFF: Duration = Duration::from_millis(5);
 const MAX_BACKOFF: Duration = Duration::from_millis(320);
@@ -27,6 +29,17 @@ pub(crate) struct Store {
     slot: watch::Sender<Slot>,
     /// The newest change this handle has seen.
     seen: AtomicI64,
+    /// The runtime of the thread that keeps sessions.
+    runtime: OnceLock<Handle>,
+}
+
+/// A task of [`Store::spawn`], which ends when this is dropped.
+struct Call<T>(JoinHandle<T>);
+
+impl<T> Drop for Call<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// The connection that calls use.
@@ -66,6 +79,34 @@ impl Store {
             facts: Facts::default(),
             slot: watch::Sender::new(Slot::Opening),
             seen: AtomicI64::new(0),
+            runtime: OnceLock::new(),
+        }
+    }
+
+    /// The runtime that sessions are opened on: the first caller's, which is [`crate::session::Sessions`].
+    pub(crate) fn runtime(&self) -> &Handle {
+        self.runtime.get_or_init(Handle::current)
+    }
+
+    /// Runs a task of the handle's own. It does not depend on the runtime of the program, which may not be driven.
+    pub(crate) fn spawn<T: Send + 'static>(&self, task: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
+        self.runtime().spawn(task)
+    }
+
+    /// Runs a call as a task, and cancels it when the caller drops the future.
+    ///
+    /// ZooKeeper's client closes a session only when nothing uses its connection any more. A call that the caller
+    /// keeps and does not poll must not use it for ever, so the caller only waits for a task that does.
+    pub(crate) async fn call<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        call: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        let mut call = Call(self.spawn(call));
+        match (&mut call.0).await {
+            Ok(result) => result,
+            Err(ended) if ended.is_panic() => std::panic::resume_unwind(ended.into_panic()),
+            Err(ended) => Err(error::unknown(operation, ended)),
         }
     }
 
@@ -214,6 +255,19 @@ impl Store {
                 return Err(error::unavailable(failure));
             }
         }
+    }
+
+    /// Asks the server for a linearizable answer: the newest revision of the namespace.
+    pub(crate) async fn health(&self) -> Result<Revision> {
+        let now = self
+            .read(self.deadline(), |conn| async move {
+                let synced = conn.client.sync(self.names.root());
+                let now = self.now(&conn.client).await?;
+                synced.await?;
+                Ok(now)
+            })
+            .await?;
+        Ok(revision(now))
     }
 
     /// What makes the reads after it on the same connection linearizable. It is sent when this returns, and is to be

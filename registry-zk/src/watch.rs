@@ -53,7 +53,7 @@ pub(crate) async fn start(
         picture: Picture::default(),
         told: Revision(0),
     };
-    tokio::spawn(async move {
+    store.spawn(async move {
         let error = tokio::select! {
             error = watcher.run(&feed) => error,
             () = feed.closed() => return,

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod calls;
 #[path = "../harness/mod.rs"]
 mod harness;
 mod storm;
