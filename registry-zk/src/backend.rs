@@ -28,7 +28,7 @@ const CAPABILITIES: Capabilities = Capabilities {
     tells_expiry: false,
     atomic_expiry: true,
     atomic_delete_prefix: false,
-    fresh_create_revision: false,
+    fresh_create_revision: true,
     reuses_names: false,
     stale_without_quorum: false,
     lists_along: false,

@@ -1,22 +1,23 @@
 //! Writes: read, judge, and send one multi that holds only if what was read still does.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures_util::future::try_join_all;
+use futures_util::future::{join, try_join, try_join_all};
 use registry_api::{Committed, Error, Existing, Expect, Key, Kind, Operation, Prefix, Result, SessionId, Txn};
 use tokio::time::Instant;
-use zookeeper_client::{Client, Error as ClientError, MultiWriteError, MultiWriteResult, Stat};
+use zookeeper_client::{Error as ClientError, Stat};
 
 use crate::error::{self, Trouble, Verdict};
-use crate::names::{Names, newest, owner, parent, revision};
+use crate::names::{Names, may_be_mark, may_have_birth, newest, owner, parent, revision};
 use crate::plan::{Parents, Plan, Reach, Step, View, mark};
+use crate::send::Sent;
 use crate::session::prepare_namespace;
 use crate::store::{Backoff, Conn, Store};
-use crate::walk::look_at;
+use crate::walk::{Found, look_at};
 
-const OPERATION: &str = "a transaction";
+pub(crate) const OPERATION: &str = "a transaction";
 /// A request of more bytes is refused by servers as shipped (`jute.maxbuffer`), with some room for what frames it.
 const MAX_REQUEST: usize = 1_000_000;
 /// How many bytes of parents are made in one request, where all together would be too large.
@@ -25,18 +26,6 @@ const MARKS_BYTES: usize = 256 << 10;
 const EAGER: u32 = 3;
 /// After so many, emptied parents are left to the sweep: whoever changes them may be why.
 const TIDY: u32 = 2;
-
-/// What became of a multi.
-pub(crate) enum Sent {
-    /// The change of that zxid, and for each step what the node is now, where it tells.
-    Done(i64, Vec<Option<Stat>>),
-    /// Something was not as it was read; which step said so. Nothing happened.
-    Stale(usize, ClientError),
-    /// Nothing happened.
-    NotApplied(ClientError),
-    /// It failed for good.
-    Failed(Error),
-}
 
 impl Store {
     /// Commits a transaction. `session` is the one it is asked for, if it needs one.
@@ -64,7 +53,7 @@ impl Store {
                         changed: plan.changed,
                     });
                 }
-                Ok(Some(plan)) => match self.send(&conn, deadline, &plan.steps, session).await {
+                Ok(Some(plan)) => match self.send_plan(&conn, deadline, &plan, session).await {
                     Sent::Done(zxid, stats) => return Ok(self.done(txn, &plan, zxid, &stats)),
                     sent => sent,
                 },
@@ -79,8 +68,11 @@ impl Store {
             match sent {
                 Sent::Done(..) => {}
                 Sent::Failed(error) => return Err(error),
-                // Others are in the queue that is left: its directory stays.
-                Sent::Stale(2, ClientError::NotEmpty) if is_short => short = self.leave(txn),
+                // Others are in the queue that is left: its directory stays. The next holder is waiting for this.
+                Sent::Stale(2, ClientError::NotEmpty) if is_short => {
+                    short = self.leave(txn);
+                    continue;
+                }
                 Sent::Stale(..) => {
                     // A shortcut's surprise is news: what is judged next has to be no older.
                     attempt = if is_short { 1 } else { attempt + 1 };
@@ -142,6 +134,9 @@ impl Store {
             // A recipe's key is a leaf, and the directory it is in holds nothing else.
             Operation::Delete { key } if key.is_recipe() && txn.conditions.is_empty() => {
                 let directory = parent(&path).to_owned();
+                if self.crowded.contains(&directory) {
+                    return self.leave(txn);
+                }
                 let delete = |path| Step::Delete { path, version: None };
                 Some(Plan {
                     steps: vec![self.tick(), delete(path), delete(directory)],
@@ -185,16 +180,42 @@ impl Store {
             return None;
         };
         let path = self.names.path(key);
+        let left = Some(parent(&path).to_owned());
         let version = None;
         Some(Plan {
             steps: vec![self.tick(), Step::Delete { path, version }],
             changed: vec![true],
+            left,
             ..Plan::default()
         })
     }
 
+    async fn send_plan(&self, conn: &Arc<Conn>, deadline: Instant, plan: &Plan, session: Option<SessionId>) -> Sent {
+        let Some(directory) = &plan.left else {
+            return self.send(conn, deadline, &plan.steps, session).await;
+        };
+        // Sent one after the other, without waiting in between, and answered in that order.
+        let (sent, found) = join(
+            self.send(conn, deadline, &plan.steps, session),
+            self.ask(conn, deadline, async { conn.client.check_stat(directory).await }),
+        )
+        .await;
+        match (&sent, found) {
+            (Sent::Done(..), Some(Ok(Some(stat)))) if stat.num_children == 0 => {
+                self.crowded.forget(directory);
+                let (path, version) = (directory.clone(), None);
+                let steps = [self.tick(), Step::Delete { path, version }];
+                // If it fails, another contender has come, or the sweep does it.
+                let _ = self.send(conn, deadline, &steps, None).await;
+            }
+            (Sent::Done(..), _) => self.crowded.learn(directory),
+            _ => {}
+        }
+        sent
+    }
+
     /// Tells the revision of a multi that sets nothing else.
-    fn tick(&self) -> Step {
+    pub(crate) fn tick(&self) -> Step {
         Step::Set {
             path: self.names.clock(),
             data: Bytes::new(),
@@ -230,7 +251,10 @@ impl Store {
         match Plan::new(&self.names, txn, session, &view, parents) {
             Err(_) if attempt == 0 => Ok(None),
             Ok(plan) if attempt == 0 && plan.is_nothing() => Ok(None),
-            Err(refused) => Err(Sent::Failed(refused)),
+            Err(refused) => match self.is_cleared(conn, deadline, &refused).await? {
+                true => Ok(None),
+                false => Err(Sent::Failed(refused)),
+            },
             Ok(plan) if plan.size() > MAX_REQUEST && !plan.marks.is_empty() => {
                 self.make_marks(conn, deadline, &plan.marks, session).await?;
                 Ok(None)
@@ -245,16 +269,19 @@ impl Store {
         let paths: Vec<_> = View::wanted(names, txn, reach).into_iter().collect();
         let parts: BTreeSet<_> = paths.iter().filter_map(|path| names.part(path)).collect();
         // All is sent at once and answered in this order.
-        let again = fresh.then(|| (self.fresh(conn), client.check_stat(&names.clock())));
+        let again = fresh.then(|| {
+            let (clock, births) = (names.clock(), names.births());
+            (self.fresh(conn), client.check_stat(&clock), client.check_stat(&births))
+        });
         let guards = parts.iter().map(|part| client.check_stat(&names.guard(*part)));
         let guards: Vec<_> = guards.collect();
         let stats: Vec<_> = paths.iter().map(|path| client.check_stat(path)).collect();
         let mut view = View::default();
         let mut seen = 0;
         let mut lost = false;
-        if let Some((fresh, clock)) = again {
+        if let Some((fresh, clock, births)) = again {
             fresh.await?;
-            lost = clock.await?.is_none();
+            lost = clock.await?.is_none() | births.await?.is_none();
         }
         for (part, guard) in parts.iter().zip(try_join_all(guards).await?) {
             match guard {
@@ -274,19 +301,32 @@ impl Store {
         let marks = paths
             .iter()
             .zip(&stats)
-            .filter(|(_, stat)| stat.as_ref().is_some_and(crate::names::may_be_mark))
+            .filter(|(_, stat)| stat.as_ref().is_some_and(may_be_mark))
             .map(|(path, _)| look_at(client, path));
-        let marks = try_join_all(marks).await?;
+        let births = paths
+            .iter()
+            .zip(&stats)
+            .filter(|(_, stat)| stat.as_ref().is_some_and(may_need_birth))
+            .filter_map(|(path, _)| names.birth(path).map(|birth| (path, birth)))
+            .map(|(path, birth)| async move {
+                let birth = client.check_stat(&birth).await?;
+                Ok((path.clone(), birth.map(|birth| birth.czxid)))
+            });
+        let (marks, births) = try_join(try_join_all(marks), try_join_all(births)).await?;
+        let mut births: HashMap<_, _> = births.into_iter().collect();
         let mut marks = marks.into_iter();
         for (path, stat) in paths.into_iter().zip(stats) {
             let found = match stat {
-                Some(stat) if crate::names::may_be_mark(&stat) => marks.next().flatten(),
-                Some(stat) => Some(crate::walk::Found {
+                Some(stat) if may_be_mark(&stat) => marks.next().flatten(),
+                Some(stat) => Some(Found {
                     data: crate::names::Data::Value(Bytes::new()),
                     stat,
+                    birth: None,
                 }),
                 None => None,
             };
+            let birth = births.remove(&path).flatten();
+            let found = found.map(|found| Found { birth, ..found });
             seen = seen.max(found.as_ref().map_or(0, |found| newest(&found.stat)));
             view.nodes.insert(path, found);
         }
@@ -325,69 +365,6 @@ impl Store {
         Ok(())
     }
 
-    /// Sends one multi.
-    pub(crate) async fn send(
-        &self,
-        conn: &Arc<Conn>,
-        deadline: Instant,
-        steps: &[Step],
-        session: Option<SessionId>,
-    ) -> Sent {
-        let multi = self.multi(&conn.client, steps);
-        let failure = match self.ask(conn, deadline, multi).await {
-            Some(Ok(results)) => return self.applied(&results),
-            Some(Err(MultiWriteError::OperationFailed { index, source })) => {
-                return match error::verdict(&source) {
-                    Verdict::Node => {
-                        if let Some(Step::Check { path, .. } | Step::Set { path, .. }) = steps.get(index) {
-                            tracing::trace!(path, "not as it was read");
-                        }
-                        Sent::Stale(index, source)
-                    }
-                    Verdict::SessionOver | Verdict::NotApplied => Sent::NotApplied(source),
-                    _ => Sent::Failed(error::write(OPERATION, session, source)),
-                };
-            }
-            Some(Err(MultiWriteError::RequestFailed { source })) => source,
-            None => return Sent::Failed(error::unknown(OPERATION, self.silent())),
-        };
-        match error::verdict(&failure) {
-            Verdict::SessionOver | Verdict::NotApplied => Sent::NotApplied(failure),
-            _ => Sent::Failed(error::write(OPERATION, session, failure)),
-        }
-    }
-
-    async fn multi(&self, client: &Client, steps: &[Step]) -> Result<Vec<MultiWriteResult>, MultiWriteError> {
-        let mut multi = client.new_multi_writer();
-        for step in steps {
-            match step {
-                Step::Check { path, version } => multi.add_check_version(path, *version),
-                Step::Set { path, data, version } => multi.add_set_data(path, data, *version),
-                Step::Create { path, data, kind } => {
-                    let options = match kind {
-                        Kind::Persistent => self.persistent(),
-                        Kind::Ephemeral => self.ephemeral(),
-                    };
-                    multi.add_create(path, data, &options)
-                }
-                Step::Delete { path, version } => multi.add_delete(path, *version),
-            }?;
-        }
-        multi.commit().await
-    }
-
-    fn applied(&self, results: &[MultiWriteResult]) -> Sent {
-        let stat = |result: &MultiWriteResult| match result {
-            MultiWriteResult::SetData { stat } => Some(*stat),
-            // Some versions of ZooKeeper answer a create in a multi without a stat (ZOOKEEPER-4026).
-            _ => None,
-        };
-        let stats: Vec<_> = results.iter().map(stat).collect();
-        let zxid = stats.iter().flatten().map(|stat| stat.mzxid).max().unwrap_or(0);
-        self.saw(zxid);
-        Sent::Done(zxid, stats)
-    }
-
     fn done(&self, txn: &Txn, plan: &Plan, zxid: i64, stats: &[Option<Stat>]) -> Committed {
         let set = |node: &str| {
             plan.steps.iter().zip(stats).find_map(|(step, stat)| match step {
@@ -416,60 +393,15 @@ impl Store {
         }
     }
 
-    /// Removes a parent that nobody put and that holds nothing, and those above it that it emptied. Returns the one that it
-    /// did not get to judge, because others made or deleted keys meanwhile.
-    pub(crate) async fn tidy<'p>(
-        &self,
-        conn: &Arc<Conn>,
-        deadline: Instant,
-        path: &'p str,
-    ) -> Result<Option<&'p str>, ClientError> {
-        let mut path = path;
-        // The root of a tree stays.
-        while path.get(1..).is_some_and(|path| path.contains('/')) {
-            let (names, client) = (&self.names, &conn.client);
-            let guard = names.part(path).map(|part| names.guard(part));
-            let version = match &guard {
-                Some(guard) => client.check_stat(guard).await?.map(|stat| stat.version),
-                None => None,
-            };
-            let found = match look_at(client, path).await {
-                Ok(Some(found)) => found,
-                Ok(None) => {
-                    path = parent(path);
-                    continue;
-                }
-                // Another client's, then.
-                Err(ClientError::NoAuth) => return Ok(None),
-                Err(failure) => return Err(failure),
-            };
-            if !found.is_mark() || found.stat.num_children > 0 {
-                return Ok(None);
-            }
-            let mut steps = vec![self.tick()];
-            if let (Some(path), Some(version)) = (guard, version) {
-                steps.push(Step::Check { path, version });
-            }
-            steps.push(Step::Delete {
-                path: path.to_owned(),
-                version: Some(found.stat.version),
-            });
-            match self.send(conn, deadline, &steps, None).await {
-                Sent::Done(..) => path = parent(path),
-                Sent::Stale(..) => return Ok(Some(path)),
-                Sent::NotApplied(failure) => return Err(failure),
-                // It lies in a node of another client.
-                Sent::Failed(Error::AccessDenied { .. }) => return Ok(None),
-                Sent::Failed(_) => return Err(ClientError::ConnectionLoss),
-            }
-        }
-        Ok(None)
-    }
-
     /// Deletes what a prefix covers and says how many keys there were.
     pub(crate) async fn delete_prefix(&self, prefix: &Prefix) -> Result<u64> {
         crate::prune::prune(self, prefix).await
     }
+}
+
+/// Whether a transaction may rely on a node's birth, create it or delete it.
+fn may_need_birth(stat: &Stat) -> bool {
+    may_be_mark(stat) || may_have_birth(stat)
 }
 
 /// The guards that the making or deleting of these keys writes.

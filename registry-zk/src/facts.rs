@@ -1,6 +1,6 @@
 //! What a handle remembers of the keys it puts, so that putting one again takes a single request.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,33 @@ const MAX_AGE: Duration = Duration::from_secs(1);
 /// Keys known to hold a persistent value, each as of a version of its guard.
 #[derive(Debug, Default)]
 pub(crate) struct Facts(Mutex<HashMap<String, (i32, Instant)>>);
+
+/// The directories of queues that had other contenders when this handle last left them. A release that expects others
+/// does not try to delete the directory, which fails and takes the waiters' time.
+#[derive(Debug, Default)]
+pub(crate) struct Crowded(Mutex<HashSet<String>>);
+
+impl Crowded {
+    fn lock(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn contains(&self, directory: &str) -> bool {
+        self.lock().contains(directory)
+    }
+
+    pub(crate) fn learn(&self, directory: &str) {
+        let mut crowded = self.lock();
+        if crowded.len() >= MAX_FACTS {
+            crowded.clear();
+        }
+        crowded.insert(directory.to_owned());
+    }
+
+    pub(crate) fn forget(&self, directory: &str) {
+        self.lock().remove(directory);
+    }
+}
 
 impl Facts {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, (i32, Instant)>> {

@@ -11,14 +11,17 @@
 mod backend;
 mod commit;
 mod config;
+mod ephemerals;
 mod error;
 mod facts;
 mod names;
 mod plan;
 mod prune;
+mod send;
 mod session;
 mod store;
 mod sweep;
+mod tidy;
 mod walk;
 mod watch;
 

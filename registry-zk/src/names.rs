@@ -56,6 +56,11 @@ pub(crate) fn may_be_mark(stat: &Stat) -> bool {
     usize::try_from(stat.data_length) == Ok(MARK.len())
 }
 
+/// Whether a key may have been put over a placeholder, by its stat alone: that had children, and was written again.
+pub(crate) fn may_have_birth(stat: &Stat) -> bool {
+    stat.version > 0 && stat.cversion > 0
+}
+
 /// A znode of the side tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Beside {
@@ -107,6 +112,25 @@ impl Names {
         self.namespace.qualify(&format!("~/session/{session}"))
     }
 
+    /// The znode above the birth znodes.
+    pub(crate) fn births(&self) -> String {
+        self.namespace.qualify("~/birth")
+    }
+
+    /// The znode that is created together with a key whose znode is there already, as a placeholder: its `czxid` is the
+    /// key's `create_revision`. `None` for a recipe's keys, which have no children.
+    pub(crate) fn birth(&self, path: &str) -> Option<String> {
+        let name = self.namespace.strip(path).filter(|name| name.starts_with('/'))?;
+        let name = name.replace('%', "%25").replace('/', "%2F");
+        Some(self.namespace.qualify(&format!("~/birth/{name}")))
+    }
+
+    /// The path of the key that a birth znode is of.
+    pub(crate) fn born(&self, birth: &str) -> Option<String> {
+        let name = self.namespace.strip(birth)?.strip_prefix("~/birth/")?;
+        Some(self.namespace.qualify(&name.replace("%2F", "/").replace("%25", "%")))
+    }
+
     /// The znode above the guards.
     pub(crate) fn guards(&self) -> String {
         self.namespace.qualify("~/rev")
@@ -153,12 +177,12 @@ impl Names {
         Key::from_store(self.namespace.strip(path)?).ok()
     }
 
-    /// The entry in a znode; `None` for a path that no key names.
-    pub(crate) fn entry(&self, path: &str, value: Bytes, stat: &Stat) -> Option<Entry> {
+    /// The entry in a znode, of a key that was created as the change `created`; `None` for a path that no key names.
+    pub(crate) fn entry(&self, path: &str, value: Bytes, stat: &Stat, created: i64) -> Option<Entry> {
         Some(Entry {
             key: self.key(path)?,
             value,
-            create_revision: revision(stat.czxid),
+            create_revision: revision(created),
             mod_revision: revision(stat.mzxid),
             session: owner(stat),
         })
@@ -228,6 +252,13 @@ mod tests {
         assert_eq!(names.key("/n/a/b").map(|key| key.to_string()), Some("/a/b".into()));
         assert_eq!(names.key("/other/a"), None);
         assert_eq!(names.key("/n"), None);
+        for path in ["/n/a/b", "/n/%2F/%25", "/n/a%2Fb"] {
+            let birth = names.birth(path).expect("a user's key");
+            assert_eq!(parent(&birth), names.births());
+            assert_eq!(names.born(&birth).as_deref(), Some(path));
+        }
+        assert_eq!(names.birth("/n~/lock/1/a"), None);
+        assert_eq!(names.born("/n~/rev/00"), None);
         assert_eq!(names.beside(&names.guard(7)), Beside::Guard);
         assert_eq!(names.beside(&names.sign(SessionId(7))), Beside::Sign(SessionId(7)));
         for other in [

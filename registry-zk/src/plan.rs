@@ -4,6 +4,7 @@
 //! whenever the key is made or deleted (its znode, or its value over a mark), so an unchanged guard says that the key is
 //! still the one that was read; only a session's end deletes without it, and then the znode is gone, or was made anew by a
 //! put that wrote the guard. A guard is written too when a node is made below its key, for those who need the key childless.
+//! A key that is put over a placeholder gets a birth znode, whose creation is the key's; it goes with the key.
 //! The rest ZooKeeper refuses by itself: a node made twice, one deleted with children, one made below an ephemeral one.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -100,6 +101,8 @@ pub(crate) struct Plan {
     pub(crate) facts: Vec<(String, u8)>,
     /// The guards' versions as they were read.
     pub(crate) known: BTreeMap<u8, i32>,
+    /// The directory of the queue that a contender leaves to others.
+    pub(crate) left: Option<String>,
 }
 
 impl Plan {
@@ -212,7 +215,7 @@ impl Layout<'_> {
             Expect::Absent => value.is_none(),
             Expect::Present => value.is_some(),
             Expect::ModRevision(wanted) => value.is_some_and(|found| revision(found.stat.mzxid) == *wanted),
-            Expect::CreateRevision(wanted) => value.is_some_and(|found| revision(found.stat.czxid) == *wanted),
+            Expect::CreateRevision(wanted) => value.is_some_and(|found| revision(found.created()) == *wanted),
             Expect::Childless => self.view.node(&path).is_none_or(|found| found.stat.num_children == 0),
             // One that a later version of the api adds.
             _ => {
@@ -310,6 +313,7 @@ impl Layout<'_> {
             });
             self.puts.push(create);
         } else {
+            let birth = self.names.birth(&path).filter(|_| found.is_mark());
             if found.is_mark() {
                 self.write(&path);
             }
@@ -318,8 +322,26 @@ impl Layout<'_> {
                 data,
                 version: None,
             });
+            if let Some(birth) = birth {
+                // One that is there is of an earlier key.
+                self.forget_birth(found, &birth);
+                self.puts.push(Step::Create {
+                    path: birth,
+                    data: Bytes::new(),
+                    kind: Kind::Persistent,
+                });
+            }
         }
         Ok(())
+    }
+
+    fn forget_birth(&mut self, found: &Found, birth: &str) {
+        if found.birth.is_some() {
+            self.puts.push(Step::Delete {
+                path: birth.to_owned(),
+                version: None,
+            });
+        }
     }
 
     /// Makes the parents that are known to be missing.
@@ -356,10 +378,13 @@ impl Layout<'_> {
     fn delete(&mut self, key: &Key, parents: Parents) -> bool {
         let path = self.names.path(key);
         self.rely(&path);
-        if self.view.value(&path).is_none() {
+        let Some(found) = self.view.value(&path) else {
             return false;
-        }
+        };
         self.write(&path);
+        if let Some(birth) = self.names.birth(&path) {
+            self.forget_birth(found, &birth);
+        }
         if self.children_left(&path) > 0 {
             self.deletes.push(Step::Set {
                 path,
@@ -447,6 +472,7 @@ impl Layout<'_> {
             changed,
             facts: self.facts,
             known: view.guards.clone(),
+            left: None,
         }
     }
 }

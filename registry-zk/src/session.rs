@@ -169,7 +169,13 @@ async fn try_watch(store: &Store, client: &Client) -> Result<()> {
 /// Makes the znodes that a namespace begins with, those that are missing, and the sign of the client's session.
 pub(crate) async fn prepare_namespace(store: &Store, client: &Client) -> Result<(), ClientError> {
     let names = &store.names;
-    let needed = [names.root().to_owned(), names.clock(), names.sessions(), names.guards()];
+    let needed = [
+        names.root().to_owned(),
+        names.clock(),
+        names.sessions(),
+        names.guards(),
+        names.births(),
+    ];
     let found = try_join_all(needed.iter().map(|path| client.check_stat(path))).await?;
     let guards = found[3].map_or(0, |guards| guards.num_children);
     if found.iter().all(Option::is_some) && usize::try_from(guards) == Ok(GUARDS.count()) {

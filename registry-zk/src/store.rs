@@ -13,8 +13,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 use zookeeper_client::{Acls, Client, CreateMode, CreateOptions, Error as ClientError, SessionState};
 
 use crate::config::{ReadMode, ZkConfig};
+use crate::ephemerals::Ephemerals;
 use crate::error::{self, Trouble, Verdict};
-use crate::facts::Facts;
+use crate::facts::{Crowded, Facts};
 use crate::names::{Names, revision};
 
 const MIN_BACKOFF: Duration = Duration::from_millis(5);
@@ -26,6 +27,8 @@ pub(crate) struct Store {
     pub(crate) config: ZkConfig,
     pub(crate) options: Options,
     pub(crate) facts: Facts,
+    pub(crate) crowded: Crowded,
+    pub(crate) ephemerals: Ephemerals,
     slot: watch::Sender<Slot>,
     /// The newest change this handle has seen.
     seen: AtomicI64,
@@ -77,6 +80,8 @@ impl Store {
             config: config.clone(),
             options: options.clone(),
             facts: Facts::default(),
+            crowded: Crowded::default(),
+            ephemerals: Ephemerals::default(),
             slot: watch::Sender::new(Slot::Opening),
             seen: AtomicI64::new(0),
             runtime: OnceLock::new(),

@@ -7,7 +7,7 @@
 //! and walks the whole namespace when anything was made, deleted or ended since, for at most a hundredth of its time. The
 //! others wait for the sweeper's key to go.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use tokio::sync::watch::Receiver;
 use tokio::time::{Instant, sleep, sleep_until};
 use zookeeper_client::{AddWatchMode, Client, Error as ClientError, EventType};
 
-use crate::names::{Beside, Names, owner, parent};
+use crate::names::{Beside, Names, may_have_birth, owner, parent};
 use crate::store::{Backoff, Conn, Store};
 use crate::walk::Walk;
 
@@ -169,9 +169,12 @@ async fn sweep(store: &Arc<Store>, conn: &Arc<Conn>) -> Result<(), ClientError> 
                 if heard.changed && heard.next_walk <= Instant::now() {
                     let began = Instant::now();
                     heard.changed = false;
-                    let (empty, parents) = walk(store, client).await?;
-                    heard.parents = parents;
-                    heard.put_off(tidy(store, conn, empty).await?);
+                    let walked = walk(store, client).await?;
+                    heard.parents = walked.parents;
+                    heard.put_off(tidy(store, conn, walked.empty).await?);
+                    for birth in walked.births {
+                        store.tidy_birth(conn, store.deadline(), &birth).await?;
+                    }
                     heard.next_walk = Instant::now() + (began.elapsed() * WALK_SHARE).max(MIN_PAUSE);
                 }
             }
@@ -179,10 +182,22 @@ async fn sweep(store: &Arc<Store>, conn: &Arc<Conn>) -> Result<(), ClientError> 
     }
 }
 
-/// The parents in both trees that nobody put: those that hold nothing, and those that hold a session's keys.
-async fn walk(store: &Store, client: &Client) -> Result<(BTreeSet<String>, Parents), ClientError> {
+/// What a walk over both trees has found.
+struct Walked {
+    /// Placeholders that have no children.
+    empty: BTreeSet<String>,
+    /// Those that have a session's keys.
+    parents: Parents,
+    /// Birth znodes that belong to no key.
+    births: Vec<String>,
+}
+
+async fn walk(store: &Store, client: &Client) -> Result<Walked, ClientError> {
     let mut empty = BTreeSet::new();
     let mut parents = Parents::new();
+    let mut births = Vec::new();
+    // The keys that may have a birth znode.
+    let mut born = HashSet::new();
     let mut known = 0;
     for tree in [store.names.root(), &store.names.side()] {
         let (nodes, _) = Walk::below(&store.names, client, tree).all().await?;
@@ -198,10 +213,16 @@ async fn walk(store: &Store, client: &Client) -> Result<(BTreeSet<String>, Paren
                 empty.insert(path);
             } else if found.is_mark() {
                 marks.insert(path);
+            } else if let Some(key) = store.names.born(&path) {
+                if !born.contains(&key) {
+                    births.push(path);
+                }
+            } else if may_have_birth(&found.stat) {
+                born.insert(path);
             }
         }
     }
-    Ok((empty, parents))
+    Ok(Walked { empty, parents, births })
 }
 
 /// Returns what is to be looked at again.

@@ -12,7 +12,7 @@ use registry_api::{Depth, Entry, List, Page, Prefix, Read, Result};
 use tokio::time::Instant;
 use zookeeper_client::{Client, Error as ClientError, MultiReadResult, Stat};
 
-use crate::names::{Data, Names, may_be_mark, newest, revision};
+use crate::names::{Data, Names, may_be_mark, may_have_birth, newest, revision};
 use crate::store::{Conn, Store};
 
 /// How many nodes are read in one request, and how many bytes of values that is meant to bring.
@@ -22,18 +22,32 @@ const BATCH_BYTES: usize = 1 << 20;
 /// Values larger than this on average are not read only to be counted.
 const LARGE: usize = 4096;
 /// How many single requests are under way at once.
-const PIPELINE: usize = 128;
+pub(crate) const PIPELINE: usize = 128;
+/// The most entries of a page, and how many bytes of keys and values end one: as on the other stores.
+const MAX_PAGE: usize = 4096;
+const MAX_PAGE_BYTES: usize = 4 << 20;
 
 /// A znode as it was read.
 #[derive(Clone, Debug)]
 pub(crate) struct Found {
     pub(crate) data: Data,
     pub(crate) stat: Stat,
+    /// The `czxid` of its birth znode, where it may have one and that was read.
+    pub(crate) birth: Option<i64>,
 }
 
 impl Found {
     pub(crate) fn is_mark(&self) -> bool {
         self.data == Data::Mark
+    }
+
+    /// The change that created the key. A birth znode that is older than the node is of an earlier one.
+    pub(crate) fn created(&self) -> i64 {
+        self.birth.unwrap_or_default().max(self.stat.czxid)
+    }
+
+    fn may_have_birth(&self) -> bool {
+        !self.is_mark() && may_have_birth(&self.stat)
     }
 }
 
@@ -103,6 +117,7 @@ impl Fetch {
                     Some(Found {
                         data: Data::decode(data),
                         stat,
+                        birth: None,
                     })
                 }
                 MultiReadResult::Error { err } if self.passes_over(&err) => None,
@@ -149,7 +164,11 @@ pub(crate) async fn look_at(client: &Client, path: &str) -> Result<Option<Found>
         return get(client, path).await;
     }
     let data = Data::Value(bytes::Bytes::new());
-    Ok(Some(Found { data, stat }))
+    Ok(Some(Found {
+        data,
+        stat,
+        birth: None,
+    }))
 }
 
 /// Reads a node.
@@ -158,10 +177,52 @@ pub(crate) async fn get(client: &Client, path: &str) -> Result<Option<Found>, Cl
         Ok((data, stat)) => Ok(Some(Found {
             data: Data::decode(data),
             stat,
+            birth: None,
         })),
         Err(ClientError::NoNode) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// Reads a key's node, with its birth.
+pub(crate) async fn get_key(names: &Names, client: &Client, path: &str) -> Result<Option<Found>, ClientError> {
+    let mut found = vec![get(client, path).await?];
+    read_births(names, client, &[path.to_owned()], &mut found).await?;
+    Ok(found.pop().flatten())
+}
+
+/// Reads nodes that may have a birth znode again, each together with that.
+pub(crate) async fn read_births(
+    names: &Names,
+    client: &Client,
+    paths: &[String],
+    found: &mut [Option<Found>],
+) -> Result<(), ClientError> {
+    let wanted = |(place, found): (usize, &Option<Found>)| {
+        let birth = names.birth(paths.get(place)?)?;
+        found
+            .as_ref()
+            .is_some_and(Found::may_have_birth)
+            .then_some((place, birth))
+    };
+    let wanted: Vec<_> = found.iter().enumerate().filter_map(wanted).collect();
+    let mut fetch = Fetch::new(Values::Wanted);
+    let mut left = wanted.as_slice();
+    while !left.is_empty() {
+        let (batch, rest) = left.split_at(left.len().min(fetch.batch().div_ceil(2)));
+        let pair = |(place, birth): &(usize, String)| [paths[*place].clone(), birth.clone()];
+        let mut read = fetch
+            .snapshot(client, &batch.iter().flat_map(pair).collect::<Vec<_>>())
+            .await?
+            .into_iter();
+        for (place, _) in batch {
+            let node = read.next().flatten();
+            let birth = read.next().flatten().map(|birth| birth.stat.czxid);
+            found[*place] = node.map(|node| Found { birth, ..node });
+        }
+        left = rest;
+    }
+    Ok(())
 }
 
 /// The names of the nodes below, and the newest change among them; none where the node is not there.
@@ -244,11 +305,15 @@ impl<'a> Walk<'a> {
         self
     }
 
-    /// The next nodes, at most so many that hold values; and whether there may be more.
-    pub(crate) async fn next(&mut self, limit: usize) -> Result<(Vec<(String, Found)>, bool), ClientError> {
+    /// The next nodes, at most so many that hold values and until these are that many bytes; and whether there may be more.
+    pub(crate) async fn next(
+        &mut self,
+        limit: usize,
+        most: usize,
+    ) -> Result<(Vec<(String, Found)>, bool), ClientError> {
         let mut nodes = Vec::new();
-        let mut values = 0;
-        while values < limit {
+        let (mut values, mut bytes) = (0, 0);
+        while values < limit && bytes < most {
             let Some((place, item)) = self.queue.pop_first() else {
                 return Ok((nodes, false));
             };
@@ -270,7 +335,10 @@ impl<'a> Walk<'a> {
                     if found.stat.num_children > 0 && self.depth == Depth::Subtree {
                         self.queue.insert(format!("{place}/"), Item::Below);
                     }
-                    values += usize::from(!found.is_mark());
+                    if let Data::Value(value) = &found.data {
+                        values += 1;
+                        bytes += place.len() + value.len();
+                    }
                     nodes.push((place, found));
                 }
             }
@@ -280,7 +348,7 @@ impl<'a> Walk<'a> {
 
     /// All nodes.
     pub(crate) async fn all(mut self) -> Result<(Vec<(String, Found)>, i64), ClientError> {
-        let (nodes, _) = self.next(usize::MAX).await?;
+        let (nodes, _) = self.next(usize::MAX, usize::MAX).await?;
         Ok((nodes, self.newest))
     }
 
@@ -309,7 +377,10 @@ impl<'a> Walk<'a> {
             .filter_map(unread)
             .take(most.min(4 * MAX_BATCH))
             .collect();
-        let found = self.fetch.all(self.client, &paths).await?;
+        let mut found = self.fetch.all(self.client, &paths).await?;
+        if self.fetch.values == Values::Wanted {
+            read_births(self.names, self.client, &paths, &mut found).await?;
+        }
         for (path, found) in paths.into_iter().zip(found) {
             self.queue.insert(path, Item::Read(found));
         }
@@ -319,11 +390,19 @@ impl<'a> Walk<'a> {
 
 /// The entries among nodes.
 pub(crate) fn entries(names: &Names, nodes: Vec<(String, Found)>) -> Vec<Entry> {
-    let entry = |(path, found): (String, Found)| match found.data {
-        Data::Value(value) => names.entry(&path, value, &found.stat),
+    nodes
+        .into_iter()
+        .filter_map(|(path, found)| entry(names, &path, found))
+        .collect()
+}
+
+/// The entry in a node; `None` for a placeholder, and for one that no key names.
+pub(crate) fn entry(names: &Names, path: &str, found: Found) -> Option<Entry> {
+    let created = found.created();
+    match found.data {
+        Data::Value(value) => names.entry(path, value, &found.stat, created),
         Data::Mark => None,
-    };
-    nodes.into_iter().filter_map(entry).collect()
+    }
 }
 
 impl Store {
@@ -356,11 +435,9 @@ impl Store {
     }
 
     pub(crate) async fn get(&self, path: &str, read: Read) -> Result<Option<Found>> {
-        self.read_as(
-            read,
-            self.deadline(),
-            |conn| async move { get(&conn.client, path).await },
-        )
+        self.read_as(read, self.deadline(), |conn| async move {
+            get_key(&self.names, &conn.client, path).await
+        })
         .await
     }
 
@@ -388,7 +465,7 @@ impl Store {
                     if let Some(after) = after {
                         walk = walk.after(after);
                     }
-                    let (nodes, more) = walk.next(list.limit).await?;
+                    let (nodes, more) = walk.next(list.limit.min(MAX_PAGE), MAX_PAGE_BYTES).await?;
                     Ok((nodes, more, walk.newest))
                 }
             })

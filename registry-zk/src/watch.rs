@@ -19,9 +19,9 @@ use tokio::sync::watch::Receiver;
 use zookeeper_client::{AddWatchMode, Client, Error as ClientError, EventType, PersistentWatcher, WatchedEvent};
 
 use crate::error::{self, Verdict};
-use crate::names::{Data, newest, parent, revision};
+use crate::names::{newest, parent, revision};
 use crate::store::{Backoff, Conn, Store};
-use crate::walk::{Fetch, Found, Values, Walk, entries, get};
+use crate::walk::{Fetch, Values, Walk, entries, entry, get_key, read_births};
 
 /// How often keys that change while they are read are read again before what is known is told.
 const MAX_ROUNDS: u32 = 16;
@@ -33,14 +33,20 @@ pub(crate) async fn start(
     mut states: Receiver<SessionState>,
 ) -> Result<Watch> {
     if let WatchFrom::After(requested) = request.from {
-        // ZooKeeper keeps no history at all.
+        // A write, since only its answer tells the newest revision there is.
         let now = store
-            .read(store.deadline(), |conn| async move { store.now(&conn.client).await })
+            .read(store.deadline(), |conn| async move {
+                conn.client.set_data(&store.names.clock(), &[], None).await
+            })
             .await?;
-        return Err(Error::Compacted {
-            requested,
-            oldest: revision(now),
-        });
+        let now = revision(now.mzxid);
+        if requested > now {
+            return Err(Error::InvalidRequest(format!(
+                "a watch can't start after revision {requested}, which is still to come: it is {now} now"
+            )));
+        }
+        // ZooKeeper keeps no history at all.
+        return Err(Error::Compacted { requested, oldest: now });
     }
     let (feed, watch) = feed();
     if let WatchFrom::AfterOrReset(_) = request.from {
@@ -151,8 +157,13 @@ impl Watcher {
                 self.mark(event, &mut marked)?;
             }
             self.drain(&mut events, &mut marked)?;
-            let (seen, _) = self.settle(client, &mut fetch, &mut events, &mut marked).await?;
+            let (seen, complete) = self.settle(client, &mut fetch, &mut events, &mut marked).await?;
             self.tell(feed, seen);
+            // A key that was created and deleted before it was read leaves nothing else to deliver.
+            if revision(complete) > self.told {
+                self.told = revision(complete);
+                feed.synced(self.told);
+            }
         }
     }
 
@@ -204,7 +215,9 @@ impl Watcher {
                     .check_stat(parent(&self.path))
                     .await?
                     .map_or(0, |stat| stat.pzxid);
-                let found = get(client, &self.path).await?.map(|found| (self.path.clone(), found));
+                let found = get_key(names, client, &self.path)
+                    .await?
+                    .map(|found| (self.path.clone(), found));
                 let newest = found.iter().map(|(_, found)| newest(&found.stat)).max().unwrap_or(0);
                 return Ok((entries(names, found.into_iter().collect()), newest.max(above)));
             }
@@ -297,7 +310,9 @@ impl Watcher {
                 }
                 keys.push((path, gone));
             }
-            let mut found = fetch.snapshot(client, &paths).await?.into_iter();
+            let mut found = fetch.snapshot(client, &paths).await?;
+            read_births(names, client, &paths, &mut found).await?;
+            let mut found = found.into_iter();
             for (path, gone) in keys {
                 let node = found.next().flatten();
                 let mut since = 0;
@@ -309,18 +324,11 @@ impl Watcher {
                         since = since.max(guard.map_or(0, |guard| guard.stat.mzxid));
                     }
                 }
-                let there = node.and_then(|node| self.entry(&path, node));
+                let there = node.and_then(|node| entry(names, &path, node));
                 seen.push((path, there.map_or(Seen::Gone(since), Seen::There)));
             }
         }
         Ok(seen)
-    }
-
-    fn entry(&self, path: &str, found: Found) -> Option<Entry> {
-        match found.data {
-            Data::Value(value) => self.store.names.entry(path, value, &found.stat),
-            Data::Mark => None,
-        }
     }
 
     fn tell(&mut self, feed: &Feed, seen: BTreeMap<Key, Seen>) {

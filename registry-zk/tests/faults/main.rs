@@ -5,6 +5,7 @@
 mod calls;
 #[path = "../harness/mod.rs"]
 mod harness;
+mod steps;
 mod storm;
 
 use std::sync::Arc;

@@ -2,6 +2,7 @@
 
 #![allow(missing_docs, unreachable_pub, dead_code, clippy::unwrap_used)]
 
+pub mod gate;
 pub mod old;
 pub mod suite;
 pub mod tls;
@@ -14,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use registry_api::{Options, Registry, SessionId, SessionTtl};
+use registry_tests::Wire;
 use registry_tests::process::free_port;
 use registry_zk::ZkConfig;
 use rustix::process::{Pid, Signal, kill_process};
@@ -66,25 +68,47 @@ impl Servers {
         Self::prepared_in(data, servers, lines).run().await
     }
 
+    /// An ensemble with a wire to each server, which its followers are connected by.
+    pub async fn start_wired(servers: usize, lines: &str) -> (Self, Vec<Wire>) {
+        let ports = free_ports(servers);
+        let mut wires = Vec::new();
+        for (_, peer, _) in &ports {
+            wires.push(Wire::to(([127, 0, 0, 1], *peer).into()).await);
+        }
+        let ways: Vec<_> = wires.iter().map(|wire| wire.address().port()).collect();
+        let servers = Self::prepared(tempfile::tempdir().unwrap(), &ports, &ways, lines);
+        (servers.run().await, wires)
+    }
+
     fn prepared_in(data: tempfile::TempDir, servers: usize, lines: &str) -> Self {
-        let ports: Vec<_> = (0..servers).map(|_| (free_port(), free_port(), free_port())).collect();
-        let ensemble: String = match servers {
-            1 => String::new(),
-            _ => (1..)
-                .zip(&ports)
-                .map(|(id, (_, peer, election))| format!("server.{id}=127.0.0.1:{peer}:{election}\n"))
-                .collect(),
+        let ports = free_ports(servers);
+        let ways: Vec<_> = ports.iter().map(|(_, peer, _)| *peer).collect();
+        Self::prepared(data, &ports, &ways, lines)
+    }
+
+    /// `ways` are the ports at which a server's followers reach it.
+    fn prepared(data: tempfile::TempDir, ports: &[(u16, u16, u16)], ways: &[u16], lines: &str) -> Self {
+        let ensemble = |of: usize| -> String {
+            let line = |(id, ((_, peer, election), way)): (usize, (&(u16, u16, u16), &u16))| {
+                let peer = if id == of { peer } else { way };
+                format!("server.{id}=127.0.0.1:{peer}:{election}\n")
+            };
+            match ports.len() {
+                1 => String::new(),
+                _ => (1..).zip(ports.iter().zip(ways)).map(line).collect(),
+            }
         };
         let mut started = Vec::new();
-        for (id, (client, ..)) in (1..).zip(&ports) {
+        for (id, (client, ..)) in (1..).zip(ports) {
             let dir = data.path().join(id.to_string());
             fs::create_dir(&dir).unwrap();
             fs::write(dir.join("myid"), format!("{id}\n")).unwrap();
             let config = format!(
                 "tickTime=250\ninitLimit=40\nsyncLimit=8\nmaxSessionTimeout=60000\ndataDir={}\nclientPort={client}\n\
                  clientPortAddress=127.0.0.1\nadmin.enableServer=false\n4lw.commands.whitelist=*\nmaxClientCnxns=0\n\
-                 {ensemble}{lines}",
-                dir.display()
+                 {}{lines}",
+                dir.display(),
+                ensemble(id)
             );
             fs::write(dir.join("zoo.cfg"), config).unwrap();
             started.push(Server {
@@ -240,6 +264,11 @@ impl Drop for Servers {
     fn drop(&mut self) {
         self.kill_all();
     }
+}
+
+/// For each server: for clients, for its followers, for elections.
+fn free_ports(servers: usize) -> Vec<(u16, u16, u16)> {
+    (0..servers).map(|_| (free_port(), free_port(), free_port())).collect()
 }
 
 fn jars() -> String {

@@ -132,6 +132,7 @@ async fn a_namespace_that_another_hand_deleted_is_made_again() {
         "/registry~/clock",
         "/registry~/sweeper",
         "/registry~/session",
+        "/registry~/birth",
     ] {
         paths.push(path.to_owned());
     }

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod births;
 mod foreign;
 #[path = "../harness/mod.rs"]
 mod harness;
@@ -110,7 +111,7 @@ async fn revisions_are_zxids() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_with_children_keeps_its_node() {
+async fn a_key_with_children_keeps_its_node_and_is_another() {
     let servers = Servers::start(1).await;
     let (registry, raw) = (connect(&servers.addresses()).await, servers.raw().await);
     let first = registry.put(&key("/a"), "1").await.unwrap();
@@ -121,9 +122,11 @@ async fn a_key_with_children_keeps_its_node() {
     assert!(!registry.delete(&key("/a")).await.unwrap());
     let again = registry.put_if(&key("/a"), Expect::Absent, "2").await.unwrap();
     let entry = get(&registry, "/a").await.unwrap();
-    // `fresh_create_revision` is not set: the node was there all the time.
-    assert!(!registry.capabilities().fresh_create_revision);
-    assert_eq!((entry.create_revision, entry.mod_revision), (first, again));
+    // The node was there all the time, and its birth is of the second key.
+    assert!(registry.capabilities().fresh_create_revision);
+    assert_eq!((entry.create_revision, entry.mod_revision), (again, again));
+    let (_, stat) = raw.get_data("/registry/a").await.unwrap();
+    assert_eq!(stat.czxid.cast_unsigned(), first.0);
     registry.delete(&key("/a/b/c")).await.unwrap();
     assert_eq!(nodes(&raw).await, ["/registry/a"]);
     registry.delete(&key("/a")).await.unwrap();
