@@ -288,14 +288,18 @@ impl SessionStore for Sessions {
         let Some(conn) = held.and_then(|held| held.conn) else {
             return Err(Error::SessionExpired { session });
         };
-        // Answered only by a server that the leader answers: one that is cut off from it would be believed in vain.
-        conn.client
-            .sync("/")
-            .await
-            .map_err(|failure| match error::verdict(&failure) {
+        // A leader answers a `sync` without its quorum, so one that was replaced and does not know it yet renews a session
+        // that the next leader expires. It can't commit a write: when that is answered, no other led before it was sent,
+        // and one that does later grants a full TTL from then.
+        let sign = self.store.names.sign(session);
+        match conn.client.set_data(&sign, &[], None).await {
+            // Servers agree on a refusal as they do on a write.
+            Ok(_) | Err(ClientError::NoNode | ClientError::QuotaExceeded) => Ok(()),
+            Err(failure) => Err(match error::verdict(&failure) {
                 Verdict::SessionOver => Error::SessionExpired { session },
                 _ => error::unavailable(failure),
-            })
+            }),
+        }
     }
 
     async fn close(&self, session: SessionId) -> Result<()> {

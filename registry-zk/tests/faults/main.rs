@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod calls;
+mod deposed;
 #[path = "../harness/mod.rs"]
 mod harness;
 mod steps;
