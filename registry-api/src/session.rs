@@ -370,8 +370,9 @@ impl Keeper {
     /// Sends keep-alives until the session ends.
     async fn keep(&mut self, session: SessionId) -> End {
         let ttl = Duration::from_nanos(self.clock.ttl.load(Ordering::Acquire));
+        let trusted = Duration::from_nanos(self.clock.trusted.load(Ordering::Acquire));
         let (period, retry) = (
-            ttl / 3,
+            period(trusted),
             (ttl / 20).clamp(Duration::from_millis(20), Duration::from_secs(1)),
         );
         let mut states = self.clock.state.subscribe();
@@ -387,14 +388,13 @@ impl Keeper {
             if states.borrow_and_update().live() != Some(session) {
                 return End::Expired;
             }
-            // A keep-alive overdue by a third of the TTL: the answer to the last one is 0.6 of the TTL old by then.
-            let suspend_at = valid_until.saturating_sub(ttl * 3 / 10);
+            let suspend_at = valid_until.saturating_sub(trusted - suspended_after(trusted));
             if now >= suspend_at {
                 self.clock.become_if_live(session, SessionState::Suspended(session));
             }
             if now >= due && beat.is_none() {
                 if now > due + period {
-                    tracing::warn!(%session, late = ?(now - due), "a keep-alive is late by more than a third of the TTL: was this process stalled?");
+                    tracing::warn!(%session, late = ?(now - due), "a keep-alive is late by more than the time between two: was this process stalled?");
                 }
                 let store = self.store.clone();
                 let sending = async move {
@@ -519,6 +519,17 @@ async fn close_later(store: Arc<dyn SessionStore>, given_up: SessionId, ttl: Dur
     }
 }
 
+/// The time between two keep-alives: 0.37 of the trusted part of the TTL, which is a third of the TTL where a tenth of it is
+/// kept as a margin. So a session is suspended only when a keep-alive is late by 0.29 of the trusted part, whatever the margin.
+fn period(trusted: Duration) -> Duration {
+    trusted * 37 / 100
+}
+
+/// How long after the sending of the last answered keep-alive a session is suspended.
+fn suspended_after(trusted: Duration) -> Duration {
+    trusted * 2 / 3
+}
+
 /// How long to sleep until `wake`. A sleep counts waking time only, so it is cut into short ones: after the machine was
 /// suspended, the clock is read within [`MAX_SLEEP`].
 fn pause(now: Duration, wake: Duration) -> Duration {
@@ -543,65 +554,4 @@ fn nanos(time: Duration) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const S: SessionId = SessionId(7);
-    const fn ms(millis: u64) -> Duration {
-        Duration::from_millis(millis)
-    }
-
-    fn clock(margin: Duration) -> SessionClock {
-        SessionClock::new(
-            Grant {
-                session: S,
-                ttl: ms(1000),
-                margin,
-            },
-            ms(5000),
-        )
-    }
-
-    fn valid_until(clock: &SessionClock) -> Duration {
-        Duration::from_nanos(clock.valid_until.load(Ordering::Acquire))
-    }
-
-    #[test]
-    fn validity_counts_from_the_sending() {
-        let clock = clock(Duration::ZERO);
-        assert_eq!(valid_until(&clock), ms(5900));
-        clock.answered(S, ms(5300), ms(5800));
-        assert_eq!(valid_until(&clock), ms(6200));
-    }
-
-    #[test]
-    fn the_stores_margin_is_kept() {
-        assert_eq!(valid_until(&clock(ms(200))), ms(5700));
-    }
-
-    #[test]
-    fn a_late_answer_revives_nothing() {
-        let clock = clock(Duration::ZERO);
-        clock.answered(S, ms(5800), ms(5900));
-        assert_eq!(*clock.state.borrow(), SessionState::Expired(S));
-        clock.answered(S, ms(5801), ms(5802));
-        assert_eq!(*clock.state.borrow(), SessionState::Expired(S));
-    }
-
-    /// A machine that was suspended for longer than the TTL is to notice it soon after, whatever the TTL.
-    #[test]
-    fn a_sleep_is_short_whatever_the_ttl() {
-        assert_eq!(pause(ms(5000), ms(5000 + 3_600_000)), MAX_SLEEP);
-        assert_eq!(pause(ms(5000), ms(5300)), ms(300));
-        assert_eq!(pause(ms(5000), ms(4000)), ms(1));
-        assert!(MAX_SLEEP <= ms(1000));
-    }
-
-    #[test]
-    fn answers_out_of_order_take_nothing_back() {
-        let clock = clock(Duration::ZERO);
-        clock.answered(S, ms(5500), ms(5600));
-        clock.answered(S, ms(5300), ms(5700));
-        assert_eq!(valid_until(&clock), ms(6400));
-    }
-}
+mod tests;
