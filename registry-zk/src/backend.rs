@@ -18,7 +18,7 @@ use crate::names::newest;
 use crate::session::Sessions;
 use crate::store::{Slot, Store};
 use crate::walk::entries;
-use crate::{sweep, watch};
+use crate::{sweep, version, watch};
 
 const CAPABILITIES: Capabilities = Capabilities {
     backend: BACKEND,
@@ -46,6 +46,7 @@ impl Zk {
         let store = Arc::new(Store::new(config, options));
         let sessions = Arc::new(Sessions::new(store.clone()));
         let session = Session::open(BACKEND, sessions, options.connect_timeout).await?;
+        store.spawn(version::warn(store.clone()));
         store.spawn(sweep::run(store.clone(), session.states()));
         let zk = Arc::new(Self {
             store: store.clone(),

@@ -22,6 +22,7 @@ mod session;
 mod store;
 mod sweep;
 mod tidy;
+mod version;
 mod walk;
 mod watch;
 
