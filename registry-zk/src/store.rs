@@ -123,6 +123,11 @@ impl Store {
         self.seen.fetch_max(zxid, Ordering::AcqRel);
     }
 
+    /// The servers were restored from an older copy.
+    pub(crate) fn went_back(&self, to: i64) {
+        self.seen.store(to, Ordering::Release);
+    }
+
     pub(crate) fn seen(&self) -> i64 {
         self.seen.load(Ordering::Acquire)
     }

@@ -6,7 +6,7 @@
 //! shows the change. When keys were read and no further event has come, they are all as of one moment; only then are
 //! they told, which keeps the changes of one transaction together. After a gap everything is listed anew, in the same way.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use futures_util::FutureExt;
@@ -191,19 +191,59 @@ impl Watcher {
                 Seen::Gone(_) => drop(covered.remove(&key)),
             }
         }
-        // A server is asked that is no older than any that was asked before, so what was told is no newer.
-        let known = self
-            .picture
-            .entries()
-            .map(|entry| entry.mod_revision)
-            .max()
-            .unwrap_or_default();
-        let at = revision(before.max(walked).max(settled)).max(known).max(self.told);
+        // The server is no older than any that was read before, unless the servers were restored from an older copy.
+        let at = revision(before.max(walked).max(settled));
+        let known = self.picture.entries().map(|entry| entry.mod_revision).max();
+        let told = self.told.max(known.unwrap_or_default());
+        let mut went_back = self.is_older(&covered);
+        if went_back || at < told {
+            // Only the answer to a write tells the newest revision there is.
+            let clock = client.set_data(&store.names.clock(), &[], None).await?;
+            went_back |= revision(clock.mzxid) < told;
+            if went_back {
+                self.go_back(feed, covered.into_values().collect(), revision(clock.mzxid));
+                return Ok(());
+            }
+        }
+        let at = at.max(told);
         feed.changes(self.picture.replace(covered.into_values().collect(), at));
         self.told = at;
         store.saw(i64::try_from(at.0).unwrap_or(i64::MAX));
         feed.synced(at);
         Ok(())
+    }
+
+    /// Whether a key is at an older revision than was delivered.
+    fn is_older(&self, covered: &BTreeMap<Key, Entry>) -> bool {
+        let is_older = |known: &Entry| {
+            let there = covered.get(&known.key);
+            there.is_some_and(|entry| entry.mod_revision < known.mod_revision)
+        };
+        self.picture.entries().any(is_older)
+    }
+
+    /// What differs from what was delivered is delivered as deleted, and as created.
+    fn go_back(&mut self, feed: &Feed, entries: Vec<Entry>, at: Revision) {
+        tracing::warn!(path = self.path, told = %self.told, now = %at, "the servers have lost changes that were delivered");
+        let now: HashMap<_, _> = entries.iter().map(|entry| (&entry.key, entry)).collect();
+        let lost = self
+            .picture
+            .entries()
+            .filter(|known| now.get(&known.key) != Some(known));
+        let deleted = lost.map(|last| Event::Deleted {
+            last: last.clone(),
+            revision: at,
+            cause: DeleteCause::Unknown,
+        });
+        let created = entries
+            .iter()
+            .filter(|entry| self.picture.get(&entry.key) != Some(entry));
+        feed.changes(deleted.chain(created.cloned().map(Event::Created)).collect());
+        self.picture = Picture::default();
+        self.picture.replace(entries, at);
+        self.told = at;
+        self.store.went_back(i64::try_from(at.0).unwrap_or(i64::MAX));
+        feed.synced(at);
     }
 
     /// Everything that is covered, and the newest change seen with it.

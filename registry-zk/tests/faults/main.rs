@@ -6,6 +6,7 @@ mod calls;
 mod deposed;
 #[path = "../harness/mod.rs"]
 mod harness;
+mod restored;
 mod steps;
 mod storm;
 
