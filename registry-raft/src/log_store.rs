@@ -342,7 +342,7 @@ mod tests {
         let none = StoredMembership::default();
         let mut log = LogStore::in_memory(1);
         let standing = log.standing().clone();
-        let mut append = async |log: &mut LogStore, entry| {
+        let append = async |log: &mut LogStore, entry| {
             let (done, _flushed) = TypeConfig::oneshot();
             log.append([entry], IOFlushed::signal(done)).await.unwrap();
         };

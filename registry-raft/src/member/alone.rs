@@ -47,7 +47,7 @@ async fn a_member_that_has_stopped_answers_nothing_from_what_it_knew() {
     put(&after, "2").await;
     let old = value(&before).await;
     assert!(old.is_err(), "{old:?}");
-    assert!(!core.leads_alone().is_some());
+    assert!(core.leads_alone().is_none());
     second.stop().await.unwrap();
 }
 
@@ -62,7 +62,7 @@ async fn a_member_with_company_asks_it() {
     let second = Member::start(&config(&dir, "b", vec![address])).await.unwrap();
     // A learner acknowledges nothing, and is never alone.
     assert_eq!(value(&registry).await.unwrap(), "1");
-    assert!(first.core.leads_alone().is_some() && !second.core.leads_alone().is_some());
+    assert!(first.core.leads_alone().is_some() && second.core.leads_alone().is_none());
     let at_second = second.connect(&Options::default()).await.unwrap();
     assert_eq!(value(&at_second).await.unwrap(), "1");
     let name = || "b".to_owned();
@@ -71,7 +71,7 @@ async fn a_member_with_company_asks_it() {
         .await
         .unwrap();
     assert_eq!(value(&registry).await.unwrap(), "1");
-    assert!(!first.core.leads_alone().is_some() && !second.core.leads_alone().is_some());
+    assert!(first.core.leads_alone().is_none() && second.core.leads_alone().is_none());
     first
         .change_members(MemberChange::Transfer { name: name() })
         .await
@@ -87,7 +87,7 @@ async fn a_member_with_company_asks_it() {
         value(&at_second).await.is_ok() && second.core.leads_alone().is_some()
     })
     .await;
-    assert!(!first.core.leads_alone().is_some());
+    assert!(first.core.leads_alone().is_none());
     put(&at_second, "3").await;
     let old = value(&registry).await;
     assert!(!matches!(&old, Ok(value) if value != "3"), "{old:?}");
