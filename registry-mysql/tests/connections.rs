@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use harness::{Server, connect, key, options, until, url, within};
-use registry_api::{Options, Read, Registry, SessionTtl};
+use registry_api::{Error, Options, Read, Registry, SessionTtl};
 use registry_mysql::MysqlConfig;
-use registry_tests::Wire;
+use registry_tests::{Direction, Wire};
 use sqlx::{Executor, Row};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -115,4 +115,48 @@ async fn a_write_that_waited_too_long_in_the_middle_is_tried_again() {
         assert_eq!(value(&registry, "/a").await, Some(n.to_string()));
     }
     registry.close().await.unwrap();
+}
+
+/// The commit is on its way when the answers stop: the caller must not take it for one that never happened.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_whose_answer_never_comes_is_unknown() {
+    let server = Server::start().await;
+    let wire = Wire::to(server.address().parse().unwrap()).await;
+    let patient = Options {
+        request_timeout: Duration::from_secs(6),
+        ..options()
+    };
+    let config = MysqlConfig::new(url(&wire.address().to_string()));
+    let registry = registry_mysql::connect(&config, &patient).await.unwrap();
+    let other = connect(&server.address()).await;
+    registry.put(&key("/a"), "0").await.unwrap();
+    // The lock is taken by another, so the put waits for it in the middle of its first trip; what it sends then arrives, and
+    // what comes back from its second trip does not.
+    let mut holder = server.root().await;
+    let hold = "BEGIN; SELECT * FROM test.registry_namespaces FOR UPDATE";
+    holder.execute(sqlx::raw_sql(hold)).await.unwrap();
+    let put = tokio::spawn({
+        let registry = registry.clone();
+        async move { registry.put(&key("/a"), "1").await }
+    });
+    until("the put waits for the lock", async || {
+        let waits = sqlx::raw_sql("SHOW GLOBAL STATUS LIKE 'Innodb_row_lock_current_waits'");
+        let rows = server.root().await.fetch_all(waits).await.unwrap();
+        rows[0].try_get_unchecked::<String, _>(1).unwrap() != "0"
+    })
+    .await;
+    // The wire takes a second each way: the answer to the first trip arrives after one, the second trip after two. The cut
+    // comes between them.
+    wire.slow(Duration::from_secs(1));
+    holder.execute(sqlx::raw_sql("ROLLBACK")).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(value(&other, "/a").await, Some("0".into()));
+    wire.cut_one_way(Direction::ToClient);
+    until("it is committed", async || {
+        value(&other, "/a").await == Some("1".into())
+    })
+    .await;
+    let outcome = within(PATIENCE, "the put", put).await.unwrap();
+    assert!(matches!(outcome, Err(Error::OutcomeUnknown { .. })), "{outcome:?}");
+    other.close().await.unwrap();
 }
