@@ -127,7 +127,7 @@ async fn a_lost_lock_ends_its_command() {
 }
 
 /// A process that has ended has no command line, or nothing at all.
-fn has_ended(pid: &str) -> bool {
+pub(super) fn has_ended(pid: &str) -> bool {
     let line = std::fs::read(format!("/proc/{pid}/cmdline"));
     line.unwrap_or_default().is_empty()
 }

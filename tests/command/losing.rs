@@ -110,33 +110,32 @@ async fn the_code_of_a_command_that_ended_under_its_lock_is_passed_on() {
     }
 }
 
-/// The store says that the lock was deleted before the command ended: its code is not the result.
+/// The store says, when the lock is to be released, that it was deleted before: the command's code is not the result. The holder
+/// stands still meanwhile, so that it finds the end of its command first.
 #[tokio::test]
 async fn a_command_whose_lock_was_removed_is_no_success() {
     let shell = Shell::new();
-    let mut member = shell.serve().await;
-    let script = "echo on; while [ ! -e go ]; do sleep 0.02; done";
-    let ttl = ["--set", "session_ttl=30s"];
-    let mut holder = shell
-        .holds(&[&ttl[..], &["lock", "/l", "--", "sh", "-c", script]].concat())
-        .await;
-    // Another client takes the place in the queue away.
+    let _member = shell.serve().await;
     let options = registry::Options::default();
     let remote = registry::raft::RaftConfig::remote([format!("127.0.0.1:{}", shell.port)]);
     let registry = registry::raft::connect(&remote, &options).await.unwrap();
-    let session = registry
-        .lock(&"/l".parse().unwrap())
-        .holder()
-        .await
-        .unwrap()
-        .unwrap()
-        .session
-        .unwrap();
-    registry::raft::end_session(&remote, &options, session).await.unwrap();
-    std::fs::write(shell.dir.path().join("go"), "").unwrap();
-    let said = stderr_of(&mut holder).await;
-    assert_eq!(within(PATIENCE, holder.wait()).await.unwrap().code(), Some(7), "{said}");
-    member.kill().await;
+    let lock = registry.lock(&"/l".parse().unwrap());
+    for round in 0..4 {
+        let script = format!("echo $$; while [ ! -e go{round} ]; do sleep 0.02; done");
+        let mut holder = shell.command(&["--set", "session_ttl=60s", "lock", "/l", "--", "sh", "-c", &script]);
+        let mut holder = holder.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(holder.stdout.take().unwrap()).lines();
+        let command = line(&mut lines).await;
+        signal(&holder, rustix::process::Signal::STOP);
+        let session = lock.holder().await.unwrap().unwrap().session.unwrap();
+        registry::raft::end_session(&remote, &options, session).await.unwrap();
+        std::fs::write(shell.dir.path().join(format!("go{round}")), "").unwrap();
+        eventually(PATIENCE, || async { holding::has_ended(&command) }).await;
+        signal(&holder, rustix::process::Signal::CONT);
+        let said = stderr_of(&mut holder).await;
+        assert_eq!(within(PATIENCE, holder.wait()).await.unwrap().code(), Some(7), "{said}");
+    }
+    registry.close().await.unwrap();
 }
 
 /// Ctrl-C begins a release, which lasts as long as the session when the store is gone; once more ends it.
