@@ -247,7 +247,8 @@ impl Snapshots {
         Ok(Some(frozen))
     }
 
-    /// Writes a snapshot; when it returns the snapshot is durable, and the one before it removed.
+    /// Writes a snapshot. When it returns, the snapshot is durable and the older one removed. If a newer one was installed
+    /// meanwhile, that one stays and this one is removed.
     pub(crate) fn write(&self, frozen: &Frozen) -> io::Result<Snapshot> {
         self.writing.store(true, Ordering::Release);
         let written = self.store(&frozen.meta, |out| write(out, &self.identity, frozen));
@@ -296,15 +297,32 @@ impl Snapshots {
                 (SnapshotData::Memory(out.into()), size)
             }
         };
-        let before = self.newest.lock().replace((meta.clone(), data.clone(), size));
-        if let (Some((_, SnapshotData::File(before), _)), SnapshotData::File(now)) = (&before, &data) {
+        let mut newest = self.newest.lock();
+        let replaced = match &*newest {
+            // openraft builds a snapshot in a task of its own and may install one from the leader meanwhile. Up to the
+            // installed one the log is purged, so that one stays and this one is removed.
+            Some((than, ..)) if than.last_log_id > meta.last_log_id => Some(data.clone()),
+            _ => newest
+                .replace((meta.clone(), data.clone(), size))
+                .map(|(_, before, _)| before),
+        };
+        if let (Some(SnapshotData::File(replaced)), Some((_, SnapshotData::File(newest), _))) = (&replaced, &*newest) {
             // Written again for the same place in the log, it is the same file.
-            before.replaced.store(before.name != now.name, Ordering::Release);
+            replaced.replaced.store(replaced.name != newest.name, Ordering::Release);
         }
+        drop(newest);
         Ok(Snapshot {
             meta: meta.clone(),
             snapshot: data,
         })
+    }
+
+    /// Whether there is a snapshot of a later state than that one.
+    pub(crate) fn has_newer(&self, than: &SnapshotMeta) -> bool {
+        let newest = self.newest.lock();
+        newest
+            .as_ref()
+            .is_some_and(|(meta, ..)| meta.last_log_id > than.last_log_id)
     }
 
     fn read(&self, from: impl io::Read) -> io::Result<Frozen> {
@@ -397,6 +415,7 @@ mod tests {
     use super::*;
     use crate::command::{Change, Command};
     use crate::proto;
+    use crate::types::LogId;
 
     const IDENTITY: Identity = Identity {
         cluster: [7; 16],
@@ -450,6 +469,41 @@ mod tests {
         assert_eq!((back.revision, back.last_session), (state.revision, state.last_session));
         assert_eq!(back.sessions, state.sessions);
         assert!(!dir.path().join("half.new").exists());
+    }
+
+    fn at(state: &State, index: u64) -> Frozen {
+        let meta = SnapshotMeta {
+            last_log_id: Some(LogId::new_term_index(1, index)),
+            ..SnapshotMeta::default()
+        };
+        Frozen::of(state, meta)
+    }
+
+    /// The log is purged up to the installed snapshot, so a member that starts from an older one can't go on.
+    #[test]
+    fn a_build_never_replaces_a_newer_snapshot_that_was_installed_meanwhile() {
+        for disk in [true, false] {
+            let (dir, state) = (tempfile::tempdir().unwrap(), state());
+            let directory = disk.then(|| dir.path().to_owned());
+            let snapshots = Snapshots::open(directory.clone(), IDENTITY).unwrap();
+            let (older, newer) = (at(&state, 100), at(&state, 10_000));
+            let index = |snapshots: &Snapshots| snapshots.current().unwrap().meta.last_log_id.unwrap().index;
+            let built = snapshots.store(&older.meta, |out| {
+                write(out, &IDENTITY, &older)?;
+                let mut incoming = snapshots.incoming()?;
+                write(&mut incoming, &IDENTITY, &newer)?;
+                snapshots.install(&newer.meta, incoming.finish()?).map(drop)
+            });
+            let built = built.unwrap();
+            assert_eq!(built.meta, older.meta);
+            assert!(snapshots.has_newer(&older.meta) && !snapshots.has_newer(&newer.meta));
+            assert_eq!(index(&snapshots), 10_000);
+            drop(built);
+            assert!(snapshots.current().unwrap().snapshot.open().is_ok(), "its file was removed");
+            let Some(directory) = directory else { continue };
+            let found = Snapshots::open(Some(directory), IDENTITY).unwrap().load().unwrap();
+            assert_eq!(found.unwrap().meta, newer.meta);
+        }
     }
 
     #[test]

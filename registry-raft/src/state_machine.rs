@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, RaftSnapshotBuilder};
@@ -167,6 +168,13 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
                 Err(error) => tracing::warn!(%error, again_in = ?wait, "a snapshot can't be written, the log grows on"),
             }
             tokio::time::sleep(wait).await;
+            if self.snapshots.has_newer(&self.frozen.meta) {
+                // openraft takes the metadata alone, and ignores what is older than what it has installed.
+                return Ok(Snapshot {
+                    meta: self.frozen.meta.clone(),
+                    snapshot: SnapshotData::Memory(Bytes::new()),
+                });
+            }
             wait = (wait * 2).min(LONGEST_WAIT);
         }
     }
