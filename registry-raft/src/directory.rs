@@ -1,23 +1,26 @@
 //! A member's data directory: whose it is, and that nobody else has it open.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use registry_api::{Error, Result};
 use rustix::fs::{FlockOperation, flock};
 
-use crate::log::Identity;
+use crate::disk::{self, Disk, Folder};
+use crate::log::{Identity, has_segments};
 
 const FORMAT: u32 = 1;
 const IDENTITY: &str = "identity";
+const BESIDE: &str = "identity.new";
 /// How the file begins.
 const FORMAT_LINE: &str = "registry-raft ";
 /// All that a member makes in its directory. The root of a file system has `lost+found` from the beginning.
-const OWN: [&str; 6] = [IDENTITY, "identity.new", "lock", "log", "snapshots", "lost+found"];
+const OWN: [&str; 6] = [IDENTITY, BESIDE, "lock", "log", "snapshots", "lost+found"];
 /// How long a member that was dropped may take to let go of its directory.
 const LET_GO: Duration = Duration::from_secs(2);
 
@@ -25,8 +28,7 @@ const LET_GO: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct Directory {
     path: PathBuf,
-    name: String,
-    label: Mutex<Label>,
+    label: LabelFile,
     _lock: File,
 }
 
@@ -66,40 +68,33 @@ impl Directory {
         for part in ["log", "snapshots"] {
             made(&path.join(part)).map_err(failed("can't be made"))?;
         }
-        let file = path.join(IDENTITY);
-        let label = match fs::read_to_string(&file) {
-            Ok(text) => parse(&file, &text, member)?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                refuse_orphans(path)?;
-                let label = Label {
-                    identity: first(),
-                    founded: false,
-                    removed: false,
-                };
-                write(path, &label, member).map_err(failed("can't be written"))?;
-                label
-            }
-            Err(error) => return Err(storage(&file, format!("can't be read: {error}"))),
-        };
+        let file = LabelFile::open(Arc::new(Folder(path.into())), member, || {
+            refuse_orphans(path)?;
+            Ok(first())
+        })?;
+        let label = file.label();
         if label.removed {
             return Err(storage(path, removed_for_good(member)));
         }
-        if label.founded && is_empty(&path.join("log")).map_err(failed("can't be read"))? {
+        // What else is in there, such as the file of the next segment, holds no record.
+        let log = Folder(path.join("log"));
+        if label.founded && !has_segments(&log).map_err(failed("can't be read"))? {
             return Err(storage(
-                &path.join("log"),
-                "the log is gone, and with it what was acknowledged; restore a backup into a new directory".into(),
+                &log.0,
+                "the log is gone: there is no file wal-*.log, though the member's group was founded; nothing was changed: \
+                 put the files back from a copy, or restore a backup into a new directory"
+                    .into(),
             ));
         }
         Ok(Self {
             path: path.into(),
-            name: member.into(),
-            label: Mutex::new(label),
+            label: file,
             _lock: lock,
         })
     }
 
     pub(crate) fn identity(&self) -> Identity {
-        self.label.lock().identity
+        self.label.label().identity
     }
 
     pub(crate) fn log(&self) -> PathBuf {
@@ -110,19 +105,69 @@ impl Directory {
         self.path.join("snapshots")
     }
 
-    /// Notes that the group is made: from now on an empty log is a loss, not a beginning.
+    /// Notes that the log is made: from now on a log without segments is a loss, not a beginning. To be called before the
+    /// member votes for, or acknowledges, anything.
     pub(crate) fn founded(&self) -> Result<()> {
-        self.note(|label| label.founded = true)
+        self.label.note(|label| label.founded = true)
     }
 
     /// Notes which group it is in.
     pub(crate) fn belongs_to(&self, cluster: [u8; 16]) -> Result<()> {
-        self.note(|label| label.identity.cluster = cluster)
+        self.label.note(|label| label.identity.cluster = cluster)
     }
 
     /// Notes that the group has removed this member: it never starts again.
     pub(crate) fn removed(&self) -> Result<()> {
-        self.note(|label| label.removed = true)
+        self.label.note(|label| label.removed = true)
+    }
+}
+
+/// The file that says whose the directory is.
+#[derive(Debug)]
+struct LabelFile {
+    disk: Arc<dyn Disk>,
+    member: String,
+    label: Mutex<Label>,
+}
+
+impl LabelFile {
+    /// Reads the file, or writes that of a new directory.
+    fn open(disk: Arc<dyn Disk>, member: &str, first: impl FnOnce() -> Result<Identity>) -> Result<Self> {
+        let file = disk.path(IDENTITY);
+        let unreadable = |error: io::Error| storage(&file, format!("can't be read: {error}"));
+        let there = disk.list().map_err(unreadable)?;
+        let label = match there.iter().any(|name| name == IDENTITY) {
+            true => {
+                let mut text = String::new();
+                disk.open(IDENTITY)
+                    .and_then(disk::Reader::new)
+                    .and_then(|mut file| file.read_to_string(&mut text))
+                    .map_err(unreadable)?;
+                let label = parse(&file, &text, member)?;
+                // A rename that was seen but not synced before the last stop must not be undone by the next.
+                disk.sync()
+                    .map_err(|error| storage(&file, format!("can't be synced: {error}")))?;
+                label
+            }
+            false => {
+                let label = Label {
+                    identity: first()?,
+                    founded: false,
+                    removed: false,
+                };
+                write(&*disk, &label, member)?;
+                label
+            }
+        };
+        Ok(Self {
+            disk,
+            member: member.into(),
+            label: Mutex::new(label),
+        })
+    }
+
+    fn label(&self) -> Label {
+        *self.label.lock()
     }
 
     fn note(&self, change: impl FnOnce(&mut Label)) -> Result<()> {
@@ -130,8 +175,7 @@ impl Directory {
         let mut changed = *label;
         change(&mut changed);
         if changed != *label {
-            let written = write(&self.path, &changed, &self.name);
-            written.map_err(|error| storage(&self.path, format!("can't be written: {error}")))?;
+            write(&*self.disk, &changed, &self.member)?;
             *label = changed;
         }
         Ok(())
@@ -261,22 +305,42 @@ fn parse(file: &Path, text: &str, member: &str) -> Result<Label> {
     })
 }
 
-fn write(path: &Path, label: &Label, name: &str) -> io::Result<()> {
-    let beside = path.join("identity.new");
-    let mut file = owned(
-        beside.clone(),
-        OpenOptions::new().create(true).truncate(true).write(true),
-    )?;
-    file.write_all(text(label, name).as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&beside, path.join(IDENTITY))?;
-    File::open(path)?.sync_all()
+/// Writes the file, durably: a loss of power leaves the old one or the new one.
+fn write(disk: &dyn Disk, label: &Label, member: &str) -> Result<()> {
+    // A half-written file of an earlier attempt must not get the name.
+    let cleared = disk
+        .list()
+        .and_then(|there| match there.iter().any(|name| name == BESIDE) {
+            true => disk.remove(BESIDE).and_then(|()| disk.sync()),
+            false => Ok(()),
+        });
+    let written = cleared.and_then(|()| disk.create(BESIDE)).and_then(|file| {
+        file.write_at(text(label, member).as_bytes(), 0)?;
+        file.sync()?;
+        disk.rename(BESIDE, IDENTITY)?;
+        disk.sync()
+    });
+    written.map_err(|error| storage(&disk.path(IDENTITY), format!("can't be written: {error}")))
 }
 
-/// Makes a directory that only its owner may read, unless it exists. The mode of one that exists is its owner's affair,
-/// who may be another user, as with a volume that Kubernetes mounts with `fsGroup`.
+/// Makes a directory that only its owner may read, durably, unless it exists. The mode of one that exists is its owner's
+/// affair, who may be another user, as with a volume that Kubernetes mounts with `fsGroup`.
 fn made(path: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path)
+    let missing: Vec<_> = path.ancestors().take_while(|above| !above.exists()).collect();
+    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    // Each is an entry of the one above it, which a loss of power would take with all that it holds.
+    for made in missing {
+        File::open(parent(made))?.sync_all()?;
+    }
+    Ok(())
+}
+
+/// The directory that a file or directory is in.
+pub(crate) fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
 }
 
 /// Opens a file that only its owner may read.
@@ -295,6 +359,9 @@ pub(crate) fn storage(place: &Path, reason: String) -> Error {
         reason,
     }
 }
+
+#[cfg(test)]
+mod power;
 
 #[cfg(test)]
 mod tests {
@@ -383,9 +450,16 @@ mod tests {
         let open = Directory::open(dir.path(), "a", Identity::random).unwrap();
         open.founded().unwrap();
         drop(open);
-        assert!(refusal(Directory::open(dir.path(), "a", Identity::random)).contains("the log is gone"));
+        let gone = || refusal(Directory::open(dir.path(), "a", Identity::random));
+        assert!(gone().contains("the log is gone"));
+        // What is beside the segments is no log.
+        for beside in ["wal-next", "wal-spare-0000000000000001", "other", "wal-x.log"] {
+            fs::write(dir.path().join("log").join(beside), "x").unwrap();
+            assert!(gone().contains("the log is gone"), "with {beside}");
+        }
+        fs::write(dir.path().join("log/wal-0000000000000001.log"), "x").unwrap();
+        drop(Directory::open(dir.path(), "a", Identity::random).unwrap());
         fs::remove_file(dir.path().join(IDENTITY)).unwrap();
-        fs::write(dir.path().join("log/wal"), "x").unwrap();
         assert!(refusal(Directory::open(dir.path(), "a", Identity::random)).contains("identity is missing"));
     }
 }

@@ -41,6 +41,7 @@ use reserve::Reserve;
 use writer::Writer;
 
 pub(crate) use reader::{Place, read};
+pub(crate) use recovery::has_segments;
 pub(crate) use segment::Segment;
 
 /// Whose log it is: in the head of every segment, so that no file of another member or cluster is taken for its own.

@@ -577,7 +577,7 @@ mod tests {
         assert!(refusal(IDENTITY).contains("its format is 3"));
         fs::write(&files[0], &good).unwrap();
         let aside = dir.path().join("aside");
-        for (at, why) in [(0, "are missing"), (1, "segment is missing")] {
+        for (at, why) in [(0, "segment is missing"), (1, "segment is missing")] {
             fs::rename(&files[at], &aside).unwrap();
             assert!(refusal(IDENTITY).contains(why), "{}", refusal(IDENTITY));
             fs::rename(&aside, &files[at]).unwrap();

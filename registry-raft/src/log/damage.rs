@@ -214,3 +214,59 @@ fn what_follows_the_last_index_is_refused() {
         .map(drop)
         .unwrap_err();
 }
+
+/// Its checksum is right, so it was written and may have been acknowledged: by a version that knows more. Cut off as a torn
+/// end, it would be lost with all that follows.
+#[test]
+fn a_record_that_is_not_known_is_refused_and_not_cut() {
+    let committed = Record::Committed(message::LogId { term: 1, index: 0 });
+    let blank = Record::Entry(wire::entry_to(&LogEntry::new(
+        LogId::new_term_index(1, 0),
+        EntryPayload::Blank,
+    )));
+    let known = file(std::slice::from_ref(&blank));
+    let mut bytes = file(&[blank, committed]);
+    assert!(found(&bytes).is_some());
+    // Another field than any that there is.
+    bytes[known.len() + record::HEAD] = 15 << 3 | 2;
+    record::mend(&mut bytes[known.len()..], SALT, known.len() as u64).unwrap();
+    assert_eq!(found(&bytes), None);
+    let disk = Faulty::default();
+    disk.create(&segment::name(1)).unwrap().write_at(&bytes, 0).unwrap();
+    let error = recovery::recover(&disk, IDENTITY, Options::default())
+        .map(drop)
+        .unwrap_err();
+    assert!(error.to_string().contains("this version knows"), "{error}");
+}
+
+/// A log that lacks its beginning, or what it says is committed, is no shorter log.
+#[test]
+fn a_log_that_lacks_entries_is_refused() {
+    let id = |index| LogId::new_term_index(1, index);
+    let vote = Record::Vote(wire::vote_to(&Vote::new(3, 1)));
+    let blank = |index| Record::Entry(wire::entry_to(&LogEntry::new(id(index), EntryPayload::Blank)));
+    let committed = |index| Record::Committed(wire::log_id_to(&id(index)));
+    let purged = |index| Record::Purged(wire::log_id_to(&id(index)));
+    let refusal = |sequence, records: &[Record]| {
+        let mut bytes = segment::header(sequence, IDENTITY, SALT);
+        for record in records {
+            let at = u32::try_from(bytes.len()).unwrap();
+            record::write(&mut bytes, SALT, at.into(), at, record).unwrap();
+        }
+        let disk = Faulty::default();
+        let file = disk.create(&segment::name(sequence)).unwrap();
+        file.write_at(&bytes, 0).unwrap();
+        let recovered = recovery::recover(&disk, IDENTITY, Options::default());
+        recovered.err().map(|error| error.to_string())
+    };
+    assert_eq!(refusal(1, std::slice::from_ref(&vote)), None);
+    let missing = refusal(2, std::slice::from_ref(&vote)).unwrap();
+    assert!(
+        missing.contains(&segment::name(1)) && missing.contains("missing"),
+        "{missing}"
+    );
+    assert_eq!(refusal(2, &[purged(4), vote]), None);
+    assert_eq!(refusal(2, &[purged(4), blank(5), committed(5)]), None);
+    let missing = refusal(2, &[purged(4), blank(5), committed(7)]).unwrap();
+    assert!(missing.contains("entries 6 to 7 are missing"), "{missing}");
+}

@@ -19,7 +19,7 @@ pub(crate) struct Place {
 pub(crate) fn read(segment: &Segment, id: LogId, place: Place) -> io::Result<LogEntry> {
     let mut bytes = vec![0; place.length as usize];
     segment.file.read_at(&mut bytes, place.offset)?;
-    match record::read(&bytes, segment.salt, place.offset).map(|read| read.record) {
+    match record::read(&bytes, segment.salt, place.offset).and_then(|read| read.record) {
         Some(Record::Entry(entry)) => {
             let entry = wire::entry_from(entry)?;
             match entry.log_id == id {

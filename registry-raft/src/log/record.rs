@@ -26,7 +26,8 @@ pub(super) use message::record::Record;
 /// A record as it was read.
 #[derive(Debug)]
 pub(super) struct Read {
-    pub(super) record: Record,
+    /// `None` for what this version does not know: its checksum is right, so it is what was written.
+    pub(super) record: Option<Record>,
     pub(super) synced: u32,
     /// The length in the file.
     pub(super) length: usize,
@@ -66,9 +67,8 @@ pub(super) fn read(bytes: &[u8], salt: u64, place: u64) -> Option<Read> {
     if crc(salt, place, body) != expected {
         return None;
     }
-    let record = message::Record::decode(bytes::Bytes::copy_from_slice(&body[4..]))
-        .ok()?
-        .record?;
+    let record = message::Record::decode(bytes::Bytes::copy_from_slice(&body[4..]));
+    let record = record.ok().and_then(|record| record.record);
     Some(Read { record, synced, length })
 }
 
@@ -130,7 +130,7 @@ mod tests {
         let length = write(&mut bytes, 7 << 32 | 5, 512, 512, &committed).unwrap();
         assert_eq!(length, bytes.len());
         let found = |salt, place| read(&bytes, salt, place).map(|read| (read.record, read.synced, read.length));
-        assert_eq!(found(7 << 32 | 5, 512), Some((committed, 512, length)));
+        assert_eq!(found(7 << 32 | 5, 512), Some((Some(committed), 512, length)));
         for (salt, place) in [(7 << 32 | 6, 512), (8 << 32 | 5, 512), (7 << 32 | 5, 1024)] {
             assert_eq!(found(salt, place), None);
         }

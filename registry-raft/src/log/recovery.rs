@@ -31,6 +31,11 @@ pub(super) struct Segments {
     pub(super) end: Option<(u64, u64)>,
 }
 
+/// Whether there is a log at all: a file that holds records.
+pub(crate) fn has_segments(disk: &dyn Disk) -> io::Result<bool> {
+    Ok(disk.list()?.iter().any(|name| segment::sequence(name).is_some()))
+}
+
 pub(super) fn recover(disk: &dyn Disk, identity: Identity, options: Options) -> Result<Recovered> {
     let directory = disk.path("");
     let failed = |what: &'static str| {
@@ -84,7 +89,7 @@ pub(super) fn recover(disk: &dyn Disk, identity: Identity, options: Options) -> 
         recovered.state.segments.insert(*sequence, segment);
         recovered.state.evict(options.cache_bytes);
     }
-    recovered.check_whole(&directory)?;
+    recovered.check_whole(disk)?;
     Ok(recovered)
 }
 
@@ -111,6 +116,9 @@ fn settle(file: &dyn DiskFile, bytes: &mut [u8], tail: &Tail) -> io::Result<()> 
     file.sync()
 }
 
+/// The number of a log's first segment.
+pub(super) const FIRST: u64 = 1;
+
 const MEND: &str = "nothing was changed: put the file back from a copy, or restore a backup into a new directory";
 
 impl Recovered {
@@ -133,8 +141,10 @@ impl Recovered {
                 offset: offset as u64,
                 length,
             };
+            // It is no torn tail: after a stop the checksum of what was not written whole is wrong.
+            let unknown = || damaged(path, offset, "the record there is none that this version knows");
             let index = self
-                .take(read.record, place)
+                .take(read.record.ok_or_else(unknown)?, place)
                 .map_err(|error| damaged(path, offset, &error.to_string()))?;
             largest = largest.max(index);
             synced = read.synced as usize;
@@ -186,8 +196,25 @@ impl Recovered {
 }
 
 impl Recovered {
-    /// The entries begin where the purged ones end: segments were removed only for what is purged.
-    fn check_whole(&self, directory: &Path) -> Result<()> {
+    /// The entries begin where the purged ones end: segments were removed only for what is purged. They go on at least to
+    /// what is noted as committed, which is never written before the entries are.
+    fn check_whole(&self, disk: &dyn Disk) -> Result<()> {
+        let directory = &disk.path("");
+        let oldest = self.segments.largest.keys().next().copied();
+        if let Some(oldest) = oldest.filter(|oldest| *oldest > FIRST && self.state.purged.is_none()) {
+            return Err(storage(
+                &disk.path(&segment::name(oldest - 1)),
+                format!("the segment is missing, and those before it, though nothing was purged; {MEND}"),
+            ));
+        }
+        let last = self.state.last().map(|last| last.index);
+        if let Some(committed) = self.state.committed.filter(|committed| Some(committed.index) > last) {
+            let missing = last.map_or(0, |last| last.saturating_add(1));
+            return Err(storage(
+                directory,
+                format!("entries {missing} to {} are missing; {MEND}", committed.index),
+            ));
+        }
         let Some(first) = self.state.slots.front().map(|slot| slot.id.index) else {
             return Ok(());
         };

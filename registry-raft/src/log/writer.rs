@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use super::company::{self, Company};
 use super::record::{self, Record};
-use super::recovery::Segments;
+use super::recovery::{self, Segments};
 use super::reserve::Reserve;
 use super::segment::{self, HEADER, Segment};
 use super::{Job, OnFatal, Options, Place, State};
@@ -96,7 +96,10 @@ impl Writer {
         let newest = (state.lock().segments.last_key_value()).map(|(sequence, segment)| (*sequence, segment.clone()));
         let ((sequence, segment), (offset, size)) = match (newest, segments.end) {
             (Some(newest), Some(end)) => (newest, end),
-            _ => ((1, reserve.take(1)?), (HEADER as u64, options.segment_bytes)),
+            _ => (
+                (recovery::FIRST, reserve.take(recovery::FIRST)?),
+                (HEADER as u64, options.segment_bytes),
+            ),
         };
         state.lock().segments.insert(sequence, segment.clone());
         let mut writer = Self {

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,7 @@ use tonic::service::Routes;
 
 use super::{Core, IN_FLIGHT, OF_SESSIONS, START, unavailable};
 use crate::config::{RaftConfig, Timers};
-use crate::directory::Directory;
+use crate::directory::{Directory, storage};
 use crate::founding::Door;
 use crate::leader;
 use crate::log::Identity;
@@ -91,12 +92,18 @@ pub(super) async fn start(config: &RaftConfig) -> Result<Started> {
         )?,
         None => LogStore::in_memory(identity.member),
     };
+    if let Some(directory) = &directory {
+        directory.founded()?;
+    }
     let snapshots = Arc::new(Snapshots::open(
         directory.as_ref().map(|directory| directory.snapshots()),
         identity,
     )?);
     let store = Store::default();
     let machine = StateMachine::open(store.clone(), snapshots.clone())?;
+    if let Some(directory) = &directory {
+        check_covered(&directory.snapshots(), &log, &store)?;
+    }
     let network = Network::new(identity, transport);
     let raft_config = raft_config(config)?;
     let raft = Raft::new(
@@ -142,9 +149,6 @@ pub(super) async fn start(config: &RaftConfig) -> Result<Started> {
     door.open(core.clone());
     core.begin(config, &door, address).await?;
     core.compare_list(&config.cluster);
-    if let Some(directory) = &directory {
-        directory.founded()?;
-    }
     tokio::spawn(core.clone().keep_time(stopping.clone()));
     let (end, ended) = watch::channel(None);
     tokio::spawn(core.clone().keep_house(config.snapshot_log_bytes(), stopping.clone()));
@@ -187,6 +191,22 @@ pub(super) fn raft_config(config: &RaftConfig) -> Result<openraft::Config> {
         field: "registry.raft".into(),
         reason: e.to_string(),
     })
+}
+
+/// Checks that what the log lacks is in the snapshot.
+fn check_covered(snapshots: &Path, log: &LogStore, store: &Store) -> Result<()> {
+    let purged = log.log().state.lock().purged.map(|purged| purged.index);
+    let covered = store.read(|inner| inner.applied.map(|applied| applied.index));
+    match purged.filter(|_| purged > covered) {
+        None => Ok(()),
+        Some(purged) => Err(storage(
+            snapshots,
+            format!(
+                "the snapshot that holds the entries up to {purged} is missing, which the log does not hold any more; \
+                 nothing was changed: put the file back from a copy, or restore a backup into a new directory"
+            ),
+        )),
+    }
 }
 
 /// What is in the log: the membership and the term. Metrics say neither before openraft's own task has run.
@@ -322,4 +342,27 @@ pub(super) fn in_span_of(builder: &mut Builder, name: &str) {
     let span = tracing::error_span!("member", name);
     builder.on_thread_start(move || SPAN.set(Some(span.clone().entered())));
     builder.on_thread_stop(|| drop(SPAN.take()));
+}
+
+#[cfg(test)]
+mod tests {
+    use openraft::storage::RaftLogStorage;
+
+    use super::*;
+    use crate::types::LogId;
+
+    #[tokio::test]
+    async fn a_snapshot_that_the_log_needs_is_missed_by_name() {
+        let mut log = LogStore::in_memory(1);
+        let (store, place) = (Store::default(), Path::new("data/snapshots"));
+        check_covered(place, &log, &store).unwrap();
+        log.purge(LogId::new_term_index(1, 7)).await.unwrap();
+        let missing = check_covered(place, &log, &store).unwrap_err().to_string();
+        assert!(
+            missing.contains("data/snapshots") && missing.contains("up to 7"),
+            "{missing}"
+        );
+        store.apply(|applier| applier.blank(LogId::new_term_index(1, 7)));
+        check_covered(place, &log, &store).unwrap();
+    }
 }
