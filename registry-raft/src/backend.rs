@@ -220,6 +220,7 @@ impl RaftRegistry {
                 session: session.0,
                 sequence: sequence.number,
                 answered_below: sequence.answered_below(),
+                level: 0,
                 change: Some(change.clone()),
             };
             let asked = self.link.command_then_list(command, list.cloned(), deadline.left());

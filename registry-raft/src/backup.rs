@@ -15,7 +15,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
@@ -24,22 +24,24 @@ use registry_api::{BoxError, Error, Result};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::config::{RaftConfig, refused};
-use crate::directory::{Directory, owned, storage};
+use crate::directory::{Directory, owned, parent, storage};
 use crate::link::BACKEND;
 use crate::log::Identity;
 use crate::member::Core;
 use crate::proto;
 use crate::proto::backup_part::Part;
 use crate::snapshot::{self, Frozen, Snapshots};
-use crate::state::SessionRecord;
+use crate::state::{SessionRecord, first_session};
 use crate::store::Inner;
 use crate::tree::{Record, Tree};
 use crate::types::{LogId, Peer, SnapshotMeta, StoredMembership};
 use crate::wire;
 
-/// What a restored state leaps over: as many revisions and sessions as no group makes between a backup and its end, and
-/// few enough that programs which hold numbers as JavaScript does can tell the new ones apart.
-const LEAP: u64 = 1 << 40;
+/// How many revisions a restored state may make in each second since 2025, when the time was [`EPOCH`]: a group makes far
+/// fewer. So each restore begins above all that an earlier one can have given out by then, and programs which hold numbers
+/// as JavaScript does can tell the revisions apart until 2093.
+const REVISIONS_A_SECOND: u32 = 22;
+const EPOCH: Duration = Duration::from_secs(1_735_689_600);
 /// How much of a backup is one message, how many are made ahead of who reads them, and how long one may wait.
 const PART: usize = 256 << 10;
 const AHEAD: usize = 4;
@@ -209,13 +211,6 @@ impl Drop for Beside {
     }
 }
 
-fn parent(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    }
-}
-
 /// Reads a backup to its end.
 fn read(file: &Path, each: impl FnMut(Record)) -> Result<(Backup, snapshot::Read)> {
     let refused = |error: io::Error| storage(file, error.to_string());
@@ -275,13 +270,25 @@ fn make(file: &Path, directory: &Path, peer: Peer) -> Result<Backup> {
         Err(error) => return Err(storage(directory, error.to_string())),
     }
     let mut tree = Tree::default();
-    let (backup, read) = read(file, |record| {
-        let session = if record.session > 0 { record.session + LEAP } else { 0 };
-        tree.insert(Arc::new(Record { session, ..record }));
+    let mut ephemeral = Vec::new();
+    let (backup, read) = read(file, |record| match record.session {
+        0 => drop(tree.insert(Arc::new(record))),
+        _ => ephemeral.push(record),
     })?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let revision = revision_after(read.header.revision, now)?;
+    let (first, mut numbers) = (first_session(), BTreeMap::new());
+    let owners = ephemeral.iter().map(|record| record.session);
+    for (session, number) in read.sessions.keys().copied().chain(owners).zip(first + 1..) {
+        numbers.entry(session).or_insert(number);
+    }
+    for record in ephemeral {
+        let session = numbers[&record.session];
+        tree.insert(Arc::new(Record { session, ..record }));
+    }
     let name = peer.name.clone();
     let identity = Identity::random();
-    let frozen = leap(read, tree, identity, peer)?;
+    let frozen = leap(read, tree, identity, peer, revision, &numbers)?;
     // Made beside and renamed: a directory that is there is whole.
     let mut beside: OsString = directory.into();
     beside.push(".restoring");
@@ -300,15 +307,41 @@ fn make(file: &Path, directory: &Path, peer: Peer) -> Result<Backup> {
     Ok(backup)
 }
 
+/// The revision of a state that is restored now: by time and chance above all that any group before it has given out.
+///
+/// # Errors
+/// The clock is before 2025, or the backup is of a group that was restored later than now by this clock: what other groups
+/// have given out can't be known then.
+fn revision_after(backup: u64, now: Duration) -> Result<u64> {
+    let clock = |reason: &str| Err(storage(Path::new("the clock"), reason.into()));
+    let Some(seconds) = now.checked_sub(EPOCH).map(|since| since.as_secs()) else {
+        return clock("it is set to a time before 2025; a restored group's revisions begin with the time, so set it");
+    };
+    let drawn = uuid::Uuid::new_v4().as_u64_pair().0 >> (u64::BITS - REVISIONS_A_SECOND);
+    match seconds.checked_mul(1 << REVISIONS_A_SECOND).map(|begin| begin | drawn) {
+        Some(revision) if revision > backup => Ok(revision),
+        _ => clock(
+            "the backup's revisions are larger than those of a group that is restored now: it was restored itself at a \
+             later time; set the clock",
+        ),
+    }
+}
+
 /// The state as the new group begins with it.
-fn leap(read: snapshot::Read, tree: Tree, identity: Identity, peer: Peer) -> Result<Frozen> {
-    let out_of_numbers = || storage(Path::new("the backup"), "its revisions are at their end".into());
-    let sessions = read.sessions.into_iter().map(|(id, session)| {
+fn leap(
+    read: snapshot::Read,
+    tree: Tree,
+    identity: Identity,
+    peer: Peer,
+    revision: u64,
+    numbers: &BTreeMap<u64, u64>,
+) -> Result<Frozen> {
+    let sessions = read.sessions.into_iter().filter_map(|(id, session)| {
         let session = SessionRecord {
             ttl_ms: session.ttl_ms,
             ..SessionRecord::default()
         };
-        (id + LEAP, Arc::new(session))
+        Some((*numbers.get(&id)?, Arc::new(session)))
     });
     // Before the first term, so that it is before every entry that the new group writes.
     let index = read.header.last_log_id.map_or(1, |id| id.index.max(1));
@@ -322,8 +355,8 @@ fn leap(read: snapshot::Read, tree: Tree, identity: Identity, peer: Peer) -> Res
             last_membership: StoredMembership::new(Some(at), membership),
         },
         tree,
-        revision: read.header.revision.checked_add(LEAP).ok_or_else(out_of_numbers)?,
-        last_session: read.header.last_session.checked_add(LEAP).ok_or_else(out_of_numbers)?,
+        revision,
+        last_session: numbers.values().max().copied().unwrap_or_else(first_session),
         sessions: sessions.collect(),
         // Nobody of the old group is asked for in the new one.
         removed: BTreeSet::new(),
@@ -340,5 +373,33 @@ fn unavailable(cause: impl Into<BoxError>) -> Error {
     Error::Unavailable {
         backend: BACKEND,
         source: cause.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DAY: Duration = Duration::from_secs(86_400);
+
+    #[test]
+    fn a_later_restore_begins_above_all_that_an_earlier_one_gave_out() {
+        let now = EPOCH + 700 * DAY;
+        let first = revision_after(1_000, now).unwrap();
+        assert!(first > 1_000);
+        // Four million revisions a second are more than any group makes.
+        let given_out = first + 4_000_000 * 10;
+        let second = revision_after(1_000, now + Duration::from_secs(11)).unwrap();
+        assert!(second > given_out, "{second} was given out by then");
+        assert_ne!(
+            revision_after(1_000, now).unwrap(),
+            first,
+            "chance tells two of one second apart"
+        );
+        assert!(revision_after(0, EPOCH + 24_800 * DAY).unwrap() < 1 << 53);
+        for (backup, now) in [(0, EPOCH - DAY), (second, now - DAY), (u64::MAX, now)] {
+            let refused = revision_after(backup, now).unwrap_err().to_string();
+            assert!(refused.contains("the clock"), "{refused}");
+        }
     }
 }

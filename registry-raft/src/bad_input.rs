@@ -79,7 +79,10 @@ fn commands() -> Vec<Command> {
         expect: Some(expect),
     });
     let changes = [
-        Change::Open(proto::OpenSession { ttl_ms: 10_000 }),
+        Change::Open(proto::OpenSession {
+            ttl_ms: 10_000,
+            first: 0,
+        }),
         Change::Close(proto::CloseSession { session: 3 }),
         Change::DeletePrefix("/ns/a".into()),
         Change::Mark(UNIT),
@@ -99,6 +102,7 @@ fn commands() -> Vec<Command> {
         },
         sequence: number,
         answered_below: number.saturating_sub(2),
+        level: 0,
         change: Some(change),
     };
     (1..).zip(changes).map(command).collect()
@@ -210,7 +214,13 @@ fn is_answered(input: &[u8]) -> bool {
         return false;
     };
     let mut state = State::default();
-    state.apply(1, Command::new(Change::Open(proto::OpenSession { ttl_ms: 10_000 })));
+    state.apply(
+        1,
+        Command::new(Change::Open(proto::OpenSession {
+            ttl_ms: 10_000,
+            first: 0,
+        })),
+    );
     state.apply(1, Command::new(txn(vec![operation("/ns/a", false, false)])));
     let mut answered = false;
     for asked in message.asked {

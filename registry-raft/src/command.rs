@@ -1,6 +1,7 @@
 //! What the log carries and what applying it answers, between the types of the api and those of the wire.
 
 use std::fmt;
+use std::io;
 
 use bytes::Bytes;
 use prost::Message;
@@ -14,6 +15,12 @@ use crate::types::Proposal;
 pub(crate) use proto::command::Change;
 pub(crate) use proto::reply::Result as Outcome;
 pub(crate) use proto::{Command, Reply};
+
+/// The rules that this version applies. Whoever adds a change, or a field that changes what a change does, adds a level: a
+/// member of an older version would otherwise apply something else than the others, and hold another state from then on.
+///
+/// 1: [`proto::OpenSession::first`].
+pub(crate) const LEVEL: u32 = 1;
 
 impl fmt::Display for Reply {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -36,6 +43,33 @@ impl Command {
         }
     }
 
+    /// Checks that this version knows every part of it.
+    ///
+    /// # Errors
+    /// Says what it does not know.
+    pub(crate) fn understood(&self) -> Result<(), String> {
+        let unknown = |what: &str| {
+            Err(format!(
+                "{what} is none that this version knows; use the version that wrote it, or a later one"
+            ))
+        };
+        if self.level > LEVEL {
+            return unknown(&format!("level {} of a change", self.level));
+        }
+        let txn = match &self.change {
+            Some(Change::Txn(txn)) => txn,
+            Some(_) => return Ok(()),
+            None => return unknown("a change"),
+        };
+        if txn.conditions.iter().any(|condition| condition.expect.is_none()) {
+            return unknown("a condition");
+        }
+        match txn.operations.iter().any(|operation| operation.write.is_none()) {
+            true => unknown("an operation"),
+            false => Ok(()),
+        }
+    }
+
     pub(crate) fn encode(&self) -> Proposal {
         Proposal(self.encode_to_vec().into())
     }
@@ -43,8 +77,15 @@ impl Command {
 
 impl Proposal {
     /// Decodes what a member encoded. The bytes of values are shared, not copied.
-    pub(crate) fn decode(&self) -> Result<Command, prost::DecodeError> {
-        Command::decode(self.0.clone())
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidData`] for what this version does not know. Applied as nothing it would make this member's
+    /// state another than that of the others.
+    pub(crate) fn decode(&self) -> io::Result<Command> {
+        let command = Command::decode(self.0.clone()).map_err(io::Error::other)?;
+        let unknown = |what| io::Error::new(io::ErrorKind::InvalidData, what);
+        command.understood().map_err(unknown)?;
+        Ok(command)
     }
 }
 

@@ -77,7 +77,7 @@ impl SessionStore for Sessions {
     async fn open(&self) -> Result<Grant> {
         let ttl_ms = u64::try_from(self.ttl.as_millis()).unwrap_or(u64::MAX);
         match self
-            .change(Change::Open(proto::OpenSession { ttl_ms }), self.to_open)
+            .change(Change::Open(proto::OpenSession { ttl_ms, first: 0 }), self.to_open)
             .await?
         {
             Outcome::SessionOpened(session) => Ok(Grant {
@@ -214,6 +214,7 @@ mod tests {
             session: session.0,
             sequence: 1,
             answered_below: 1,
+            level: 0,
             change: Some(Change::Txn(proto::Txn { conditions, operations })),
         };
         link.command(command, Duration::from_secs(30)).await.map(drop)

@@ -424,7 +424,10 @@ mod tests {
 
     fn state() -> State {
         let mut state = State::default();
-        state.apply(1, Command::new(Change::Open(proto::OpenSession { ttl_ms: 1000 })));
+        state.apply(
+            1,
+            Command::new(Change::Open(proto::OpenSession { ttl_ms: 1000, first: 0 })),
+        );
         for key in 0..2000_u64 {
             let put = proto::Put {
                 value: vec![1; 300].into(),
@@ -446,6 +449,7 @@ mod tests {
                     session: 1,
                     sequence: key + 1,
                     answered_below: key,
+                    level: 0,
                     change,
                 },
             );
@@ -499,7 +503,10 @@ mod tests {
             assert!(snapshots.has_newer(&older.meta) && !snapshots.has_newer(&newer.meta));
             assert_eq!(index(&snapshots), 10_000);
             drop(built);
-            assert!(snapshots.current().unwrap().snapshot.open().is_ok(), "its file was removed");
+            assert!(
+                snapshots.current().unwrap().snapshot.open().is_ok(),
+                "its file was removed"
+            );
             let Some(directory) = directory else { continue };
             let found = Snapshots::open(Some(directory), IDENTITY).unwrap().load().unwrap();
             assert_eq!(found.unwrap().meta, newer.meta);

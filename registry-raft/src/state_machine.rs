@@ -93,7 +93,13 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                     EntryPayload::Membership(membership) => {
                         Step::Membership(StoredMembership::new(Some(entry.log_id), membership))
                     }
-                    EntryPayload::Normal(proposal) => Step::Command(proposal.decode().map_err(io::Error::other)?),
+                    EntryPayload::Normal(proposal) => {
+                        let named = |error: io::Error| {
+                            let what = format!("entry {} of the log: {error}", entry.log_id.index);
+                            io::Error::new(error.kind(), what)
+                        };
+                        Step::Command(proposal.decode().map_err(named)?)
+                    }
                 };
                 steps.push((entry.log_id, step, responder));
             }
@@ -176,6 +182,74 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
                 });
             }
             wait = (wait * 2).min(LONGEST_WAIT);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::stream;
+    use openraft::entry::RaftEntry;
+    use prost::Message;
+
+    use super::*;
+    use crate::command::{Change, LEVEL};
+    use crate::log::Identity;
+    use crate::types::{LogEntry, Proposal};
+
+    const IDENTITY: Identity = Identity {
+        cluster: [7; 16],
+        member: 1,
+    };
+
+    /// A member of an older version among newer ones: what it applied as nothing, or as something else, would make its state
+    /// another than theirs, and nobody would notice.
+    #[tokio::test]
+    async fn a_change_that_this_version_does_not_know_ends_the_member_and_is_not_applied() {
+        let txn = |condition, write| {
+            Change::Txn(proto::Txn {
+                conditions: vec![proto::Condition {
+                    key: "/ns/a".into(),
+                    expect: condition,
+                }],
+                operations: vec![proto::Operation {
+                    key: "/ns/a".into(),
+                    write,
+                }],
+            })
+        };
+        let put = || Some(proto::operation::Write::Put(proto::Put::default()));
+        let absent = || Some(proto::condition::Expect::Absent(proto::Unit {}));
+        let later = Command {
+            level: LEVEL + 1,
+            ..Command::new(txn(absent(), put()))
+        };
+        // Field 99: what a later version may add to the changes.
+        let change = [0x9a, 0x06, 0x00].to_vec();
+        let unknown = [
+            change,
+            later.encode_to_vec(),
+            Command::new(txn(None, put())).encode_to_vec(),
+            Command::new(txn(absent(), None)).encode_to_vec(),
+        ];
+        for bytes in unknown {
+            let snapshots = Snapshots::open(None, IDENTITY).unwrap();
+            let store = Store::default();
+            let mut machine = StateMachine::open(store.clone(), snapshots.into()).unwrap();
+            let mut entry = |index, bytes: Vec<u8>| {
+                let payload = EntryPayload::Normal(Proposal(bytes.into()));
+                let entry = LogEntry::new(LogId::new_term_index(1, index), payload);
+                let entries = stream::iter([Ok((entry, None))]);
+                futures_util::FutureExt::now_or_never(machine.apply(entries)).unwrap()
+            };
+            entry(1, Command::new(txn(absent(), put())).encode_to_vec()).unwrap();
+            let error = entry(2, bytes).unwrap_err().to_string();
+            assert!(
+                error.contains("entry 2") && error.contains("this version knows"),
+                "{error}"
+            );
+            let held = store.read(|inner| (inner.applied.map(|applied| applied.index), inner.state.tree.len()));
+            assert_eq!(held, (Some(1), 1));
         }
     }
 }

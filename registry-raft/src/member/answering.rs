@@ -17,7 +17,9 @@ use crate::proto;
 use crate::proto::registry::peer::v1 as message;
 use crate::proto::request::Call;
 use crate::proto::response::Answer;
-use crate::types::Peer;
+use crate::state::first_session;
+use crate::transport::MAX_MESSAGE;
+use crate::types::{Peer, Proposal};
 use crate::watchers::Target;
 use crate::wire;
 
@@ -29,6 +31,8 @@ const PAUSE: Duration = Duration::from_millis(4);
 /// How many entries a page has that comes along with something else, and how many bytes.
 const ALONG: u64 = 64;
 const ALONG_BYTES: usize = 4 << 10;
+/// The most bytes of a command: the log would take more, but no message to another member.
+const MAX_PROPOSAL: usize = MAX_MESSAGE / 2;
 
 impl Core {
     /// Answers a call within `patience`, here or by the Raft leader.
@@ -226,13 +230,43 @@ impl Core {
         }
     }
 
+    /// A command as the log carries it.
+    ///
+    /// # Errors
+    /// This version does not know all of it, or it is too large for a message to another member.
+    fn proposal(&self, command: &Command) -> Result<Proposal> {
+        command.understood().map_err(Error::InvalidRequest)?;
+        let proposal = match &command.change {
+            Some(Change::Open(open)) => {
+                let begins = self.store.read(|inner| inner.state.last_session == 0);
+                let first = if begins { first_session() } else { 0 };
+                let open = proto::OpenSession { first, ..*open };
+                Command {
+                    level: u32::from(begins),
+                    change: Some(Change::Open(open)),
+                    ..command.clone()
+                }
+                .encode()
+            }
+            _ => command.encode(),
+        };
+        match proposal.0.len() {
+            size if size > MAX_PROPOSAL => Err(Error::TooLarge {
+                what: "a change",
+                size,
+                limit: MAX_PROPOSAL,
+            }),
+            _ => Ok(proposal),
+        }
+    }
+
     /// Has a command committed and applied.
     pub(super) async fn propose(&self, command: &Command) -> Result<Reply> {
         let (room, bytes) = match &command.change {
             Some(Change::Heard(_) | Change::Silences(_) | Change::Expire(_)) => (&self.of_sessions, OF_SESSIONS),
             _ => (&self.in_flight, IN_FLIGHT),
         };
-        let proposal = command.encode();
+        let proposal = self.proposal(command)?;
         let size = u32::try_from(proposal.0.len().clamp(1, bytes)).unwrap_or(u32::MAX);
         let _permit = room.acquire_many(size).await.map_err(unavailable)?;
         match Box::pin(self.raft.client_write(proposal)).await {

@@ -62,7 +62,7 @@ fn good() -> Vec<Vec<u8>> {
     let mut meta = SnapshotMeta::default();
     let mut good = vec![file(&Frozen::of(&state, meta.clone()))];
     for ttl_ms in [1_000, u64::MAX / 3] {
-        state.apply(1, Command::new(Change::Open(proto::OpenSession { ttl_ms })));
+        state.apply(1, Command::new(Change::Open(proto::OpenSession { ttl_ms, first: 0 })));
     }
     for (number, key) in (1..).zip(["/ns/a", "/ns/a/b", "/ns~/lock/1/x", "/other/c"]) {
         let put = proto::operation::Write::Put(proto::Put {
@@ -79,6 +79,7 @@ fn good() -> Vec<Vec<u8>> {
             session: 1 + number % 2,
             sequence: number,
             answered_below: number / 2,
+            level: 0,
             change: Some(Change::Txn(proto::Txn { conditions, operations })),
         };
         state.apply(1, command);

@@ -22,7 +22,10 @@ fn open(disk: &Faulty) -> Result<(Snapshots, Option<Frozen>)> {
 /// A state that differs from every other.
 fn frozen(index: u64, dice: &mut Dice) -> Frozen {
     let mut state = State::default();
-    state.apply(1, Command::new(Change::Open(proto::OpenSession { ttl_ms: 1000 })));
+    state.apply(
+        1,
+        Command::new(Change::Open(proto::OpenSession { ttl_ms: 1000, first: 0 })),
+    );
     for key in 0..1 + dice.roll(8) {
         let put = proto::operation::Write::Put(proto::Put {
             value: vec![dice.roll(256) as u8; dice.roll(900) as usize].into(),
