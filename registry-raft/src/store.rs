@@ -77,33 +77,18 @@ impl Store {
     pub(crate) fn replace(&self, frozen: Frozen) {
         let (state, meta) = frozen.thaw();
         let mut inner = self.inner.write();
-        let mut watchers = self.watchers.lock();
+        let watchers = self.watchers.lock();
         let before = std::mem::replace(&mut inner.state, state);
         inner.history = History::since(inner.state.revision);
         inner.applied = meta.last_log_id;
         inner.membership = meta.last_membership;
         let revision = inner.state.revision;
         watchers.jump(|target, feed| {
-            // One that goes on from another member may know more than this state has: what is older is no news.
-            if revision <= target.after {
-                return Ok(());
+            // A watch knows all up to where it started, which this copy had reached then.
+            if revision > target.after {
+                feed.changes(difference(target, &before.tree, &inner.state.tree, revision));
+                feed.synced(Revision(revision));
             }
-            let nothing = Tree::default();
-            let known = match target.request.from {
-                _ if before.revision >= target.after => &before.tree,
-                // What was there after that revision nobody can tell here.
-                WatchFrom::After(requested) => {
-                    let oldest = Revision(revision);
-                    return Err(Error::Compacted { requested, oldest });
-                }
-                WatchFrom::Now | WatchFrom::AfterOrReset(_) => {
-                    feed.reset();
-                    &nothing
-                }
-            };
-            feed.changes(difference(target, known, &inner.state.tree, revision));
-            feed.synced(Revision(revision));
-            Ok(())
         });
     }
 
@@ -248,8 +233,12 @@ impl Store {
         // The state stands still while the watch is entered, so nothing falls between.
         let inner = self.inner.read();
         let mut watchers = self.watchers.lock();
+        let revision = inner.state.revision;
         let resumed = match target.request.from {
             WatchFrom::Now => None,
+            // The caller has made sure that this copy holds all that was acknowledged.
+            WatchFrom::After(after) if after.0 > revision => return Err(still_to_come(after, revision)),
+            WatchFrom::AfterOrReset(after) if after.0 > revision => None,
             WatchFrom::After(after) | WatchFrom::AfterOrReset(after) => {
                 target.after = after.0;
                 inner
@@ -258,13 +247,12 @@ impl Store {
                     .map(|batches| batches.cloned().collect::<Vec<_>>())
             }
         };
-        let revision = inner.state.revision;
         let begin = match (resumed, target.request.from) {
             (Some(batches), _) => {
                 for batch in &batches {
                     feed.changes(target.events(batch));
                 }
-                feed.synced(Revision(revision.max(target.after)));
+                feed.synced(Revision(revision));
                 None
             }
             (None, WatchFrom::After(requested)) => {
@@ -297,6 +285,13 @@ impl Store {
             _guard: guard,
         }))
     }
+}
+
+/// The error of a watch that is to start after a revision that no change has yet.
+fn still_to_come(after: Revision, revision: u64) -> Error {
+    Error::InvalidRequest(format!(
+        "a watch can't start after revision {after}, which is still to come: it is {revision} now"
+    ))
 }
 
 /// The least name past all that is below this one: `0` is the byte after `/`.
@@ -461,7 +456,7 @@ mod tests {
         ]
     }
 
-    fn watch(store: &Store, from: WatchFrom) -> Watch {
+    fn begin(store: &Store, from: WatchFrom) -> Result<Watch> {
         let request = WatchRequest {
             from,
             ..WatchRequest::new(registry_api::Prefix::root(), WatchScope::Subtree)
@@ -472,24 +467,25 @@ mod tests {
             request,
             after: 0,
         };
-        store.watch(target).unwrap()
+        store.watch(target)
     }
 
     fn next(watch: &mut Watch) -> Option<Result<WatchItem>> {
         watch.next().now_or_never().map(Option::unwrap)
     }
 
-    /// A watch goes on here from a member that was further; then a snapshot comes that is older than what it was told.
+    fn is_synced(told: &Option<Result<WatchItem>>, revision: u64) -> bool {
+        matches!(told, Some(Ok(WatchItem::Synced(at))) if at.0 == revision)
+    }
+
     #[test]
     fn a_jump_to_what_a_watch_knows_tells_it_nothing() {
-        let [created, deleted, again, updated] = states();
+        let [_, _, again, updated] = states();
         let store = Store::default();
-        store.replace(created);
-        let mut watch = watch(&store, WatchFrom::After(Revision(3)));
+        store.replace(again.clone());
+        let mut watch = begin(&store, WatchFrom::After(Revision(3))).unwrap();
         let told = next(&mut watch);
-        assert!(matches!(told, Some(Ok(WatchItem::Synced(Revision(3))))), "{told:?}");
-        store.replace(deleted);
-        assert!(next(&mut watch).is_none());
+        assert!(is_synced(&told, 3), "{told:?}");
         store.replace(again);
         assert!(next(&mut watch).is_none());
         store.replace(updated);
@@ -499,41 +495,31 @@ mod tests {
             "{told:?}"
         );
         let told = next(&mut watch);
-        assert!(matches!(told, Some(Ok(WatchItem::Synced(Revision(4))))), "{told:?}");
+        assert!(is_synced(&told, 4), "{told:?}");
     }
 
-    /// What was there after revision 2 no member says that went from the first state to the last: the key that is told as
-    /// updated was created since, and one that came and went would not be told at all.
+    /// A watch would otherwise keep every change up to that revision to itself, and have said that it is synced.
     #[test]
-    fn a_jump_past_what_a_watch_knows_is_a_compaction() {
-        let [created, _, _, updated] = states();
+    fn a_watch_after_a_revision_still_to_come_is_refused_or_reset() {
+        let [created, ..] = states();
         let store = Store::default();
         store.replace(created);
-        let mut strict = watch(&store, WatchFrom::After(Revision(2)));
-        let mut lenient = watch(&store, WatchFrom::AfterOrReset(Revision(2)));
-        for watch in [&mut strict, &mut lenient] {
-            let told = next(watch);
-            assert!(matches!(told, Some(Ok(WatchItem::Synced(Revision(2))))), "{told:?}");
-        }
-        store.replace(updated);
-        let told = next(&mut strict);
-        let (requested, oldest) = (Revision(2), Revision(4));
-        assert!(
-            matches!(&told, Some(Err(Error::Compacted { requested: r, oldest: o })) if (*r, *o) == (requested, oldest)),
-            "{told:?}"
-        );
-        let told = [next(&mut lenient), next(&mut lenient), next(&mut lenient)];
+        let refused = begin(&store, WatchFrom::After(Revision(2)));
+        assert!(matches!(refused, Err(Error::InvalidRequest(_))), "{refused:?}");
+        let mut reset = begin(&store, WatchFrom::AfterOrReset(Revision(2))).unwrap();
+        let told = [next(&mut reset), next(&mut reset), next(&mut reset)];
         assert!(
             matches!(
                 &told,
-                [
-                    Some(Ok(WatchItem::Reset)),
-                    Some(Ok(WatchItem::Changes(events))),
-                    Some(Ok(WatchItem::Synced(Revision(4))))
-                ] if matches!(events[..], [Event::Created(_)])
+                [Some(Ok(WatchItem::Reset)), Some(Ok(WatchItem::Changes(events))), synced]
+                    if matches!(events[..], [Event::Created(_)]) && is_synced(synced, 1)
             ),
             "{told:?}"
         );
         assert_eq!(store.watches(), 1);
+        // The present revision has come.
+        let mut watch = begin(&store, WatchFrom::After(Revision(1))).unwrap();
+        let told = next(&mut watch);
+        assert!(is_synced(&told, 1), "{told:?}");
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use registry_api::watch::Feed;
-use registry_api::{DeleteCause, Entry, Event, Namespace, Result, Revision, SessionId, WatchRequest};
+use registry_api::{DeleteCause, Entry, Event, Namespace, Revision, SessionId, WatchRequest};
 
 use crate::command;
 use crate::history::Batch;
@@ -139,20 +139,11 @@ impl Watchers {
         self.len = 0;
     }
 
-    /// Gives every watch what a jump of the state means to it: the difference between two states, or the error it ends with.
-    pub(crate) fn jump(&mut self, mut tell: impl FnMut(&Target, &Feed) -> Result<()>) {
-        for watchers in self.by_prefix.values_mut() {
-            for watcher in std::mem::take(watchers) {
-                match tell(&watcher.target, &watcher.feed) {
-                    Ok(()) => watchers.push(watcher),
-                    Err(error) => {
-                        watcher.feed.fail(error);
-                        self.len -= 1;
-                    }
-                }
-            }
+    /// Gives every watch what a jump of the state means to it: the difference between two states.
+    pub(crate) fn jump(&self, mut tell: impl FnMut(&Target, &Feed)) {
+        for watcher in self.by_prefix.values().flatten() {
+            tell(&watcher.target, &watcher.feed);
         }
-        self.by_prefix.retain(|_, watchers| !watchers.is_empty());
     }
 
     fn each_watcher(&self, key: &str, mut tell: impl FnMut(&Watcher)) {

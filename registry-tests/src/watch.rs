@@ -389,6 +389,28 @@ pub async fn after_a_revision(cluster: &impl Cluster) -> Result<()> {
     registry.close().await
 }
 
+/// W4. A revision that no change has yet is no place to start from: the watch would keep to itself what comes until then.
+pub async fn after_a_revision_still_to_come_is_refused(cluster: &impl Cluster) -> Result<()> {
+    let registry = cluster.connect().await?;
+    let now = registry.put(&key("/f/a"), "1").await?;
+    for after in [Revision(now.0 + 1_000_000), Revision(1 << 52)] {
+        for (watched, scope) in [
+            (prefix("/f"), WatchScope::Subtree),
+            (prefix("/f"), WatchScope::Children),
+            (prefix("/f/a"), WatchScope::Key),
+            (Prefix::root(), WatchScope::Subtree),
+        ] {
+            let from = |from| WatchRequest {
+                from,
+                ..WatchRequest::new(watched.clone(), scope)
+            };
+            let refused = registry.watch(from(WatchFrom::After(after))).await;
+            assert!(matches!(refused, Err(Error::InvalidRequest(_))), "{refused:?}");
+        }
+    }
+    registry.close().await
+}
+
 /// W6. A reader that does not read while much changes is told the final state of every key.
 pub async fn a_slow_reader_sees_the_end(cluster: &impl Cluster) -> Result<()> {
     let registry = cluster.connect().await?;
