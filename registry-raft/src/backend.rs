@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -47,10 +46,24 @@ pub(crate) struct RaftRegistry {
     options: Options,
     session: Session,
     sequences: Mutex<Sequences>,
-    /// The newest revision that a read has told: no later one goes back behind it, whichever member answers.
-    seen: AtomicU64,
+    /// The newest revision that a read or a commit has returned: no later read goes back behind it, whichever member answers.
+    seen: Mutex<Seen>,
     /// The member that was started for this handle, and stops with it.
     member: Mutex<Option<Member>>,
+}
+
+/// A revision, and the cluster that it is of.
+#[derive(Debug, Default)]
+struct Seen {
+    of: Option<[u8; 16]>,
+    revision: u64,
+}
+
+impl Seen {
+    /// Whether the cluster that answers may be the one that the revision is of.
+    fn is_of(&self, cluster: Option<[u8; 16]>) -> bool {
+        self.of == cluster || self.of.is_none() || cluster.is_none()
+    }
 }
 
 impl RaftRegistry {
@@ -62,7 +75,7 @@ impl RaftRegistry {
             options: options.clone(),
             session,
             sequences: Mutex::default(),
-            seen: AtomicU64::new(0),
+            seen: Mutex::default(),
             member: Mutex::default(),
         })
     }
@@ -98,8 +111,9 @@ impl RaftRegistry {
                     backoff.wait().await;
                 }
                 answered => {
+                    self.end_with_its_cluster();
                     if let Ok(answer) = &answered {
-                        self.seen.fetch_max(revision(answer), Ordering::Relaxed);
+                        self.note(revision(answer));
                     }
                     return answered.map_err(of_question);
                 }
@@ -122,15 +136,37 @@ impl RaftRegistry {
         }
     }
 
+    /// The newest revision that this handle has seen; nothing of a cluster that is not there any more.
     fn seen(&self) -> u64 {
-        self.seen.load(Ordering::Relaxed)
+        let (seen, cluster) = (self.seen.lock(), self.link.cluster());
+        if seen.is_of(cluster) { seen.revision } else { 0 }
+    }
+
+    /// Gives the session up if another cluster answers now than the one that opened it.
+    fn end_with_its_cluster(&self) {
+        if let Some(session) = self.link.ended() {
+            self.session.told_expired(session);
+        }
+    }
+
+    /// Takes note of a revision that was returned.
+    fn note(&self, revision: u64) {
+        let (mut seen, of) = (self.seen.lock(), self.link.cluster());
+        seen.revision = match seen.is_of(of) {
+            true => seen.revision.max(revision),
+            false => revision,
+        };
+        seen.of = of;
     }
 
     async fn commit_along(&self, txn: Txn, list: Option<proto::List>) -> Result<(Committed, Option<proto::Page>)> {
         txn.check()?;
         let change = Change::Txn(command::txn_to_proto(self.namespace(), &txn));
         let (outcome, page) = self.change(change, list, txn.needs_session()).await?;
-        Ok((command::txn_result(self.namespace(), &txn, outcome)?, page))
+        let committed = command::txn_result(self.namespace(), &txn, outcome)?;
+        // A stale read at another member does not miss it.
+        self.note(committed.revision.0);
+        Ok((committed, page))
     }
 
     fn listing(&self, list: &List) -> Result<proto::List> {
@@ -151,7 +187,7 @@ impl RaftRegistry {
     }
 
     fn page(&self, page: proto::Page) -> Result<Page> {
-        self.seen.fetch_max(page.revision, Ordering::Relaxed);
+        self.note(page.revision);
         let entries = page
             .entries
             .into_iter()
@@ -224,7 +260,9 @@ impl RaftRegistry {
                 change: Some(change.clone()),
             };
             let asked = self.link.command_then_list(command, list.cloned(), deadline.left());
-            match asked.await {
+            let answered = asked.await;
+            self.end_with_its_cluster();
+            match answered {
                 Ok((reply, page)) => match (reply.result.ok_or_else(not_understood)?, unknown) {
                     (Outcome::SessionExpired(_), Some(unknown)) => {
                         // An earlier try may have been carried out before the session went.

@@ -10,7 +10,7 @@ mod understood;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use futures_util::{Stream, stream};
 use parking_lot::Mutex;
@@ -38,6 +38,8 @@ const TOGETHER_BYTES: usize = 256 << 10;
 pub(crate) struct Conversation {
     asking: mpsc::UnboundedSender<proto::Asked>,
     waiting: Arc<Mutex<Waiting>>,
+    /// The cluster of the member that answers, as soon as it has answered anything.
+    cluster: Arc<OnceLock<[u8; 16]>>,
 }
 
 /// Who waits for what.
@@ -68,12 +70,23 @@ impl Conversation {
     pub(crate) fn begin(channel: Connection) -> Self {
         let (asking, asked) = mpsc::unbounded_channel();
         let waiting = Arc::<Mutex<Waiting>>::default();
-        let waits = waiting.clone();
+        let cluster = Arc::<OnceLock<_>>::default();
+        let (waits, of) = (waiting.clone(), cluster.clone());
         tokio::spawn(async move {
-            let ended = hear(channel, asked, &waits).await;
+            let ended = hear(channel, asked, &waits, &of).await;
             waits.lock().end(ended);
         });
-        Self { asking, waiting }
+        Self {
+            asking,
+            waiting,
+            cluster,
+        }
+    }
+
+    /// The cluster of the member that answers. It is known before the first response is, unless the member is of a version
+    /// that does not send it, or does not know its cluster yet.
+    pub(crate) fn cluster(&self) -> Option<[u8; 16]> {
+        self.cluster.get().copied()
     }
 
     /// Whether whatever is asked now is answered with an error: the stream broke.
@@ -255,7 +268,12 @@ fn tell(waiting: &Mutex<Waiting>, told: proto::Told) {
 }
 
 /// Says what is asked and passes on what is told, until one of both has an end.
-async fn hear(channel: Connection, asked: mpsc::UnboundedReceiver<proto::Asked>, waiting: &Mutex<Waiting>) -> Status {
+async fn hear(
+    channel: Connection,
+    asked: mpsc::UnboundedReceiver<proto::Asked>,
+    waiting: &Mutex<Waiting>,
+    cluster: &OnceLock<[u8; 16]>,
+) -> Status {
     let add = |together: &mut Vec<_>, asked: proto::Asked| {
         let bytes = asked.encoded_len();
         together.push(asked);
@@ -270,7 +288,12 @@ async fn hear(channel: Connection, asked: mpsc::UnboundedReceiver<proto::Asked>,
     };
     loop {
         match told.message().await {
-            Ok(Some(together)) => together.told.into_iter().for_each(|told| tell(waiting, told)),
+            Ok(Some(together)) => {
+                if let Ok(of) = <[u8; 16]>::try_from(&*together.cluster) {
+                    cluster.get_or_init(|| of);
+                }
+                together.told.into_iter().for_each(|told| tell(waiting, told));
+            }
             Ok(None) => return gone(),
             Err(status) => return status,
         }
@@ -287,7 +310,7 @@ fn together<R, W, P, M>(
     receiver: R,
     poll: impl Fn(&mut R, &mut std::task::Context<'_>) -> std::task::Poll<Option<W>>,
     mut add: impl FnMut(&mut Vec<P>, W) -> usize,
-    message: impl Fn(Vec<P>) -> M,
+    mut message: impl FnMut(Vec<P>) -> M,
 ) -> impl Stream<Item = M>
 where
     R: Unpin,

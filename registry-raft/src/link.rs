@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use registry_api::{Error, Key, Namespace, Result, Revision, Watch, WatchRequest};
+use registry_api::{Error, Key, Namespace, Result, Revision, SessionId, Watch, WatchRequest};
 
 use crate::command::{Command, Reply, not_understood};
 use crate::proto;
@@ -32,6 +32,16 @@ pub(crate) trait Link: std::fmt::Debug + Send + Sync + 'static {
 
     /// Who is asked now.
     fn endpoint(&self) -> String;
+
+    /// The cluster of the member that answered last, if that is known.
+    fn cluster(&self) -> Option<[u8; 16]> {
+        None
+    }
+
+    /// The session that is over, since another cluster answers now than the one that opened it.
+    fn ended(&self) -> Option<SessionId> {
+        None
+    }
 
     /// Another way to the same members, for the thread that keeps sessions alive: with connections of its own.
     fn apart(&self) -> Arc<dyn Link>;

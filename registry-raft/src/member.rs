@@ -460,6 +460,10 @@ impl Link for Core {
         "this process".into()
     }
 
+    fn cluster(&self) -> Option<[u8; 16]> {
+        Some(self.identity.cluster)
+    }
+
     fn apart(&self) -> Arc<dyn Link> {
         Arc::new(self.clone())
     }

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use parking_lot::Mutex;
-use registry_api::{BoxError, Error, Namespace, Result, Watch, WatchRequest};
+use registry_api::{BoxError, Error, Namespace, Result, SessionId, Watch, WatchRequest};
 
 use crate::backup::Parts;
-use crate::command::not_understood;
+use crate::command::{Outcome, not_understood};
 use crate::conversation::Conversation;
 use crate::link::{BACKEND, Gone, Link, failure, millis, of_question};
 use crate::proto;
@@ -39,6 +39,71 @@ pub(crate) struct Remote {
     transport: Transport,
     addresses: Arc<[String]>,
     current: Arc<Mutex<Current>>,
+    home: Arc<Mutex<Home>>,
+}
+
+/// Which cluster the handle deals with. Another one may come to be at the same addresses: restored from a backup, or founded
+/// after the data was lost.
+#[derive(Debug, Default)]
+struct Home {
+    /// That of the member that answered last.
+    cluster: Option<[u8; 16]>,
+    /// The newest session, and the cluster that opened it.
+    session: Option<(u64, [u8; 16])>,
+}
+
+impl Home {
+    /// Takes note of the cluster that answers.
+    fn note(&mut self, by: Option<[u8; 16]>) {
+        let before = self.cluster;
+        self.cluster = by.or(before);
+        if before.is_some() && self.cluster != before {
+            tracing::warn!("another cluster answers than before: the session that the former one opened is over");
+        }
+    }
+
+    /// The newest session, if another cluster answers now than the one that opened it.
+    fn ended(&self) -> Option<SessionId> {
+        let (session, of) = self.session?;
+        (self.cluster? != of).then_some(SessionId(session))
+    }
+
+    /// Takes note of an answer. One of another cluster says nothing about a session: the session is over.
+    fn answered(&mut self, asked: Option<u64>, by: Option<[u8; 16]>, answer: Answer) -> Result<Answer> {
+        self.note(by);
+        let Some(by) = by else { return Ok(answer) };
+        let outcome = match &answer {
+            Answer::Reply(reply) => reply.result.as_ref(),
+            Answer::ReplyThenPage(both) => both.reply.as_ref().and_then(|reply| reply.result.as_ref()),
+            _ => None,
+        };
+        if let Some(Outcome::SessionOpened(session)) = outcome {
+            self.session = Some((*session, by));
+        }
+        match (self.session, outcome) {
+            (Some((session, of)), _) if asked != Some(session) || of == by => Ok(answer),
+            (None, _) | (_, Some(Outcome::SessionExpired(_))) => Ok(answer),
+            (Some((session, _)), None) => Err(Error::SessionExpired {
+                session: SessionId(session),
+            }),
+            // It was done, in the name of another's session.
+            (Some(_), Some(_)) => Err(Error::OutcomeUnknown {
+                operation: "a write",
+                source: "another cluster answered than the one that opened the session".into(),
+            }),
+        }
+    }
+}
+
+/// The session that a call is made in the name of.
+fn session_of(call: &Call) -> Option<u64> {
+    let session = match call {
+        Call::KeepAlive(keep_alive) => keep_alive.session,
+        Call::Command(command) => command.session,
+        Call::CommandThenList(both) => both.command.as_ref().map_or(0, |command| command.session),
+        _ => 0,
+    };
+    (session > 0).then_some(session)
 }
 
 /// The member that is asked, and the connection to it if there is one.
@@ -73,6 +138,7 @@ impl Remote {
             transport,
             addresses: addresses.into(),
             current: Arc::default(),
+            home: Arc::default(),
         }
     }
 
@@ -271,6 +337,7 @@ impl Link for Remote {
         let patience = self.with_one(patience);
         // The member says what is wrong before nobody waits for it any more.
         let patience_ms = millis(patience.mul_f64(0.9));
+        let session = session_of(&call);
         let request = proto::Request {
             patience_ms,
             forwarded: false,
@@ -281,7 +348,10 @@ impl Link for Remote {
         let Reached { at, conversation, .. } = self.connect(patience).await?;
         let left = until.saturating_duration_since(Instant::now());
         match tokio::time::timeout(left, conversation.ask(request)).await {
-            Ok(told) => self.answered(at, told),
+            Ok(told) => {
+                let answer = self.answered(at, told)?;
+                self.home.lock().answered(session, conversation.cluster(), answer)
+            }
             Err(_) => {
                 self.give_up(at);
                 let error = Error::OutcomeUnknown {
@@ -317,11 +387,20 @@ impl Link for Remote {
         self.addresses[self.current.lock().at].clone()
     }
 
+    fn cluster(&self) -> Option<[u8; 16]> {
+        self.home.lock().cluster
+    }
+
+    fn ended(&self) -> Option<SessionId> {
+        self.home.lock().ended()
+    }
+
     fn apart(&self) -> Arc<dyn Link> {
         Arc::new(Self {
             transport: self.transport.clone(),
             addresses: self.addresses.clone(),
             current: Arc::default(),
+            home: self.home.clone(),
         })
     }
 }

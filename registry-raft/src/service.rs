@@ -45,6 +45,11 @@ impl Service {
         })
     }
 
+    /// The cluster that the member belongs to, once it is ready.
+    pub(crate) fn cluster(&self) -> Option<[u8; 16]> {
+        self.door.core().map(|core| core.identity().cluster)
+    }
+
     pub(crate) async fn answer(&self, request: proto::Request) -> proto::Response {
         let patience = Duration::from_millis(request.patience_ms.into()).min(MAX_PATIENCE);
         let call = request

@@ -196,7 +196,7 @@ async fn what_the_old_group_gave_out_is_not_given_again() {
     let next = within(PATIENCE, new.lock(&key("/lock")).acquire()).await.unwrap();
     assert!(next.token() > held.token() && next.token() > after);
 
-    // A watch of the old group's later revisions is not gone on with as if nothing had happened.
+    // A watch of the old group's later revisions is not resumed as if nothing had happened.
     let mut resumed = WatchRequest::new(key("/later"), WatchScope::Key);
     resumed.from = WatchFrom::After(after);
     let told = async {

@@ -7,7 +7,7 @@ mod harness;
 use std::time::Duration;
 
 use harness::{Group, PATIENCE, options};
-use registry_api::{Error, Options, Read};
+use registry_api::{Error, Options, Read, Revision, WatchFrom, WatchRequest, WatchScope};
 use registry_raft::{Member, RaftConfig};
 use registry_tests::{key, within};
 
@@ -313,5 +313,37 @@ async fn two_clusters_on_one_network_never_mix() {
         let entry = registry.get(&key("/whose"), Read::Linearizable).await.unwrap().unwrap();
         assert_eq!(entry.value, value);
         registry.close().await.unwrap();
+    }
+}
+
+/// A follower answers a stale read from its own copy, which may not hold yet what the Raft leader has acknowledged.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stale_read_does_not_miss_the_handles_own_put() {
+    let group = Group::start(3).await;
+    let registry = group.connect(group.follower().await).await;
+    let key = key("/own");
+    for number in 0..500 {
+        let revision = registry.put(&key, number.to_string()).await.unwrap();
+        let entry = registry.get(&key, Read::Stale).await.unwrap();
+        assert_eq!(entry.map(|entry| entry.mod_revision), Some(revision), "put {number}");
+    }
+}
+
+/// A member that lags behind does not take the present revision for one that is still to come.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_that_lags_refuses_no_revision_that_was_given_out() {
+    let group = Group::start(3).await;
+    let (leader, follower) = (group.leader().await, group.follower().await);
+    let (writing, watching) = (group.connect(leader).await, group.connect(follower).await);
+    let key = key("/new");
+    for number in 0..200 {
+        let after = writing.put(&key, number.to_string()).await.unwrap();
+        let request = |after| WatchRequest {
+            from: WatchFrom::After(after),
+            ..WatchRequest::new(&key, WatchScope::Key)
+        };
+        watching.watch(request(after)).await.unwrap();
+        let refused = watching.watch(request(Revision(after.0 + 1_000))).await;
+        assert!(matches!(refused, Err(Error::InvalidRequest(_))), "{refused:?}");
     }
 }

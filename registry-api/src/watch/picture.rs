@@ -65,6 +65,39 @@ impl Picture {
         puts.into_iter().chain(deletes).collect()
     }
 
+    /// The store holds exactly these entries as of `revision`, and is not the one that the picture is of: it was restored
+    /// from a backup, or replaced. Revisions say nothing there about which entry is newer, so only an equal one is known.
+    /// Each other is delivered, and a delete for each key that the store does not hold, whatever its revision.
+    pub fn resync(&mut self, entries: Vec<Entry>, revision: Revision) -> Vec<Event> {
+        let mut known = std::mem::take(&mut self.entries);
+        let mut puts = Vec::new();
+        for entry in entries {
+            match known.remove(&entry.key) {
+                Some(known) if known == entry => {}
+                Some(known) if known.create_revision == entry.create_revision => {
+                    puts.push(Event::Updated(entry.clone()));
+                }
+                Some(last) => {
+                    puts.push(Event::Deleted {
+                        last,
+                        revision: entry.create_revision,
+                        cause: DeleteCause::Unknown,
+                    });
+                    puts.push(Event::Created(entry.clone()));
+                }
+                None => puts.push(Event::Created(entry.clone())),
+            }
+            self.entries.insert(entry.key.clone(), entry);
+        }
+        puts.sort_by_key(Event::revision);
+        let deletes = known.into_values().map(|last| Event::Deleted {
+            last,
+            revision,
+            cause: DeleteCause::Unknown,
+        });
+        puts.into_iter().chain(deletes).collect()
+    }
+
     /// What is known of a key.
     pub fn get(&self, key: &Key) -> Option<&Entry> {
         self.entries.get(key)
@@ -73,5 +106,68 @@ impl Picture {
     /// All that is known, by key.
     pub fn entries(&self) -> impl Iterator<Item = &Entry> {
         self.entries.values()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(key: &str, created: u64, changed: u64, value: &str) -> Entry {
+        Entry {
+            key: Key::parse(key).expect("it is a key"),
+            value: value.to_owned().into(),
+            create_revision: Revision(created),
+            mod_revision: Revision(changed),
+            session: None,
+        }
+    }
+
+    /// A store that was restored holds older entries than a watcher knows, or others under the same revisions.
+    #[test]
+    fn a_store_that_went_back_is_told_whole() {
+        let same = entry("/same", 1, 1, "1");
+        let mut picture = Picture::default();
+        let known = [
+            same.clone(),
+            entry("/older", 2, 9, "new"),
+            entry("/recreated", 8, 8, "new"),
+            entry("/deleted", 7, 7, ""),
+            entry("/value", 3, 3, "one"),
+            entry("/modified", 4, 5, "same"),
+        ];
+        for entry in known.clone() {
+            picture.put(entry);
+        }
+        let store = vec![
+            same,
+            entry("/older", 2, 2, "old"),
+            entry("/recreated", 6, 6, "old"),
+            entry("/value", 3, 3, "two"),
+            entry("/modified", 4, 4, "same"),
+            entry("/new", 5, 5, ""),
+        ];
+        let (told, mut now) = (picture.resync(store.clone(), Revision(6)), BTreeMap::new());
+        let deleted = |revision: u64, at: usize| Event::Deleted {
+            last: known[at].clone(),
+            revision: Revision(revision),
+            cause: DeleteCause::Unknown,
+        };
+        assert_eq!(
+            told,
+            [
+                Event::Updated(store[1].clone()),
+                Event::Updated(store[3].clone()),
+                Event::Updated(store[4].clone()),
+                Event::Created(store[5].clone()),
+                deleted(6, 2),
+                Event::Created(store[2].clone()),
+                deleted(6, 3),
+            ]
+        );
+        for entry in store {
+            now.insert(entry.key.clone(), entry);
+        }
+        assert!(picture.entries().eq(now.values()));
     }
 }

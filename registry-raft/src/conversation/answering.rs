@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use prost::Message;
 use registry_api::Error;
@@ -67,6 +68,7 @@ pub(super) fn answer_unless(
     };
     let taken = telling.taken.clone();
     let mut last = None;
+    let (answers, mut said) = (service.clone(), false);
     tokio::spawn(async move {
         tokio::select! {
             () = read(service, asked, &telling) => {}
@@ -84,8 +86,13 @@ pub(super) fn answer_unless(
         taken.fetch_add(1, Ordering::Relaxed);
         waiting.add_to(told, &mut last)
     };
-    together(told, mpsc::Receiver::poll_recv, add, |told| proto::ToldTogether {
-        told,
+    together(told, mpsc::Receiver::poll_recv, add, move |told| {
+        let cluster = answers.cluster().filter(|_| !said);
+        said |= cluster.is_some();
+        proto::ToldTogether {
+            told,
+            cluster: cluster.map_or_else(Bytes::new, |cluster| Bytes::copy_from_slice(&cluster)),
+        }
     })
     .map(Ok)
 }

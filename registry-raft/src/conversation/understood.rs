@@ -94,7 +94,11 @@ fn good() -> Vec<Vec<u8>> {
             also: vec![2; (number == 1).into()],
             what,
         });
-        proto::ToldTogether { told: told.collect() }.encode_to_vec()
+        proto::ToldTogether {
+            told: told.collect(),
+            cluster: bytes::Bytes::new(),
+        }
+        .encode_to_vec()
     };
     messages.map(told).to_vec()
 }
@@ -108,6 +112,7 @@ fn is_understood(input: &[u8]) -> bool {
     let conversation = Conversation {
         asking,
         waiting: Arc::default(),
+        cluster: Arc::default(),
     };
     let (once, mut answer) = oneshot::channel();
     conversation.waiting.lock().add(Waiter::Once(once)).unwrap();
@@ -174,6 +179,7 @@ fn told_by<const N: usize>(knows: Option<Revision>, streams: [Vec<Item>; N]) -> 
         let conversation = Conversation {
             asking: mpsc::unbounded_channel().0,
             waiting: Arc::default(),
+            cluster: Arc::default(),
         };
         let mut items = conversation.watch(proto::WatchRequest::default()).unwrap();
         for part in parts {

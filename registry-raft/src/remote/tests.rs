@@ -304,3 +304,33 @@ async fn a_long_queue_is_in_order() {
     }
     store.stop().await;
 }
+
+/// Another store at the same address may know the session's number, as another's: what it answers keeps no session alive.
+#[test]
+fn a_session_is_over_where_another_cluster_answers() {
+    let (one, other) = (Some([1; 16]), Some([2; 16]));
+    let reply = |outcome| Answer::Reply(command::Reply::from(outcome));
+    let done = || Answer::Done(proto::Unit {});
+    let mut home = Home::default();
+    home.answered(None, one, reply(Outcome::SessionOpened(7))).unwrap();
+    for by in [one, None] {
+        home.answered(Some(7), by, done()).unwrap();
+    }
+    assert_eq!(home.ended(), None);
+    let kept = home.answered(Some(7), other, done());
+    assert!(
+        matches!(&kept, Err(Error::SessionExpired { session }) if session.0 == 7),
+        "{kept:?}"
+    );
+    assert_eq!(home.ended().map(|session| session.0), Some(7));
+    let written = home.answered(Some(7), other, reply(Outcome::Done(proto::Unit {})));
+    assert!(matches!(written, Err(Error::OutcomeUnknown { .. })), "{written:?}");
+    let expired = home.answered(Some(7), other, reply(Outcome::SessionExpired(7)));
+    assert!(matches!(expired, Ok(Answer::Reply(_))), "{expired:?}");
+    // Reads are of the store that there is, and the next session is one of it.
+    home.answered(None, other, Answer::Get(proto::GetAnswer::default()))
+        .unwrap();
+    home.answered(None, other, reply(Outcome::SessionOpened(8))).unwrap();
+    home.answered(Some(8), other, done()).unwrap();
+    assert_eq!((home.cluster, home.ended()), (other, None));
+}

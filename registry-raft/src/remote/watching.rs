@@ -89,8 +89,17 @@ impl WatchStream {
             let first = items.message().await?;
             Ok::<_, tonic::Status>((first, items))
         };
+        let opened = opened.await;
+        self.link.home.lock().note(conversation.cluster());
+        if self.reader.lock().answered_by(conversation.cluster())
+            && let WatchFrom::After(requested) | WatchFrom::AfterOrReset(requested) = from
+        {
+            // The revision is another cluster's: all is listed again.
+            let oldest = requested;
+            return Err(Error::Compacted { requested, oldest });
+        }
         // The first item says whether the watch could begin; it is an empty one if so.
-        match opened.await {
+        match opened {
             Ok((Some(proto::WatchResponse { item: None }), items)) => Ok(items),
             Ok((
                 Some(proto::WatchResponse {
@@ -190,6 +199,11 @@ impl WatchStream {
                 match opened {
                     Ok(items) => break items,
                     Err(Error::Compacted { .. }) => self.reader.lock().told = None,
+                    // The store does not know the revision yet that it told: it is not what it was.
+                    Err(Error::InvalidRequest(reason)) if from != WatchFrom::Now => {
+                        tracing::warn!(reason, "a watch lists all again");
+                        self.reader.lock().went_back();
+                    }
                     Err(Error::Unavailable { source, .. }) => {
                         tracing::debug!(error = %source, "a watch looks for a member");
                     }
@@ -240,6 +254,10 @@ pub(crate) struct Reader {
     together: Vec<proto::Event>,
     /// What no other member mends.
     failed: Option<Error>,
+    /// The cluster of the member that the stream comes from.
+    cluster: Option<[u8; 16]>,
+    /// The store is not the one that told what is known: the next listing is compared with that by equality.
+    moved: bool,
 }
 
 impl Reader {
@@ -254,6 +272,8 @@ impl Reader {
             current: None,
             together: Vec::new(),
             failed: None,
+            cluster: None,
+            moved: false,
         }
     }
 
@@ -261,6 +281,22 @@ impl Reader {
     #[cfg(test)]
     pub(crate) fn reported(&self) -> Option<Revision> {
         self.told
+    }
+
+    /// Takes note of the cluster that answers, and says whether it is another than before.
+    fn answered_by(&mut self, cluster: Option<[u8; 16]>) -> bool {
+        let another = cluster.is_some() && self.cluster.is_some() && self.cluster != cluster;
+        if another {
+            self.went_back();
+        }
+        self.cluster = cluster.or(self.cluster);
+        another
+    }
+
+    /// The store was restored, or is a new one: its revisions are not those that were told.
+    fn went_back(&mut self) {
+        self.told = None;
+        self.moved = true;
     }
 
     /// A stream begins, with what comes after that which was told.
@@ -299,7 +335,11 @@ impl Reader {
             Some(Item::Synced(revision)) => {
                 let revision = Revision(*revision);
                 if let Some(current) = self.current.take() {
-                    self.feed.changes(self.picture.replace(current, revision));
+                    let events = match std::mem::take(&mut self.moved) {
+                        true => self.picture.resync(current, revision),
+                        false => self.picture.replace(current, revision),
+                    };
+                    self.feed.changes(events);
                 }
                 self.listing = false;
                 // A stream that was cut while its events waited to be coalesced may mark what was reported before.
