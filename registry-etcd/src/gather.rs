@@ -81,7 +81,7 @@ pub(crate) async fn put(store: &Arc<Store>, deadline: Instant, mut txn: Txn) -> 
             commit(&store.requests, &store.names, deadline, &txn, None).await
         }
         Some(answered) => match timeout_at(deadline, answered).await {
-            Ok(answer) => answer.unwrap_or_else(|_| Err(error::unavailable(Trouble::Stopped))),
+            Ok(answer) => answer.unwrap_or_else(|_| Err(error::unknown("a put", Trouble::Stopped))),
             Err(elapsed) => Err(error::unknown("a put", elapsed)),
         },
     }

@@ -60,8 +60,11 @@ impl History {
         state.newest = state.newest.max(revision);
     }
 
-    /// Takes the cluster id of a response.
+    /// Takes the cluster id of a response; zero where it has none.
     pub(crate) fn heard(&self, cluster: u64) {
+        if cluster == 0 {
+            return;
+        }
         let mut state = self.state();
         if state.cluster != 0 && state.cluster != cluster {
             tracing::warn!(from = state.cluster, to = cluster, "another etcd cluster responds");
@@ -124,6 +127,7 @@ mod tests {
         let history = History::default();
         history.heard(1);
         history.confirmed(history.now(), Revision(5));
+        history.heard(0);
         history.heard(1);
         assert_eq!(history.now().number, 0);
         history.heard(2);
