@@ -66,7 +66,7 @@ impl Group {
 
     async fn session(&self, at: usize, ttl: Duration) -> SessionId {
         let ttl_ms = u64::try_from(ttl.as_millis()).unwrap();
-        let open = Command::new(Change::Open(proto::OpenSession { ttl_ms }));
+        let open = Command::new(Change::Open(proto::OpenSession { ttl_ms, first: 0 }));
         let reply = self.core(at).propose(&open).await.unwrap();
         match reply.result.unwrap() {
             crate::command::Outcome::SessionOpened(session) => SessionId(session),
