@@ -37,9 +37,9 @@ use crate::tree::{Record, Tree};
 use crate::types::{LogId, Peer, SnapshotMeta, StoredMembership};
 use crate::wire;
 
-/// How many revisions a restored state may make in each second since 2025, when the time was [`EPOCH`]: a group makes far
-/// fewer. So each restore begins above all that an earlier one can have given out by then, and programs which hold numbers
-/// as JavaScript does can tell the revisions apart until 2093.
+/// How many revisions a second (as a power of two) a restored state leaps over since 2025, which is [`EPOCH`]: a group makes
+/// far fewer. So each restore begins above all that an earlier one can have given out by then, be it a moment before.
+/// Programs which hold numbers as JavaScript does can tell the revisions apart until 2093.
 const REVISIONS_A_SECOND: u32 = 22;
 const EPOCH: Duration = Duration::from_secs(1_735_689_600);
 /// How much of a backup is one message, how many are made ahead of who reads them, and how long one may wait.
@@ -307,18 +307,19 @@ fn make(file: &Path, directory: &Path, peer: Peer) -> Result<Backup> {
     Ok(backup)
 }
 
-/// The revision of a state that is restored now: by time and chance above all that any group before it has given out.
+/// The revision of a state that is restored now: above all that any group before it has given out.
 ///
 /// # Errors
 /// The clock is before 2025, or the backup is of a group that was restored later than now by this clock: what other groups
 /// have given out can't be known then.
 fn revision_after(backup: u64, now: Duration) -> Result<u64> {
     let clock = |reason: &str| Err(storage(Path::new("the clock"), reason.into()));
-    let Some(seconds) = now.checked_sub(EPOCH).map(|since| since.as_secs()) else {
+    let Some(since) = now.checked_sub(EPOCH) else {
         return clock("it is set to a time before 2025; a restored group's revisions begin with the time, so set it");
     };
-    let drawn = uuid::Uuid::new_v4().as_u64_pair().0 >> (u64::BITS - REVISIONS_A_SECOND);
-    match seconds.checked_mul(1 << REVISIONS_A_SECOND).map(|begin| begin | drawn) {
+    let fraction = (u64::from(since.subsec_nanos()) << REVISIONS_A_SECOND) / 1_000_000_000;
+    let leap = since.as_secs().checked_mul(1 << REVISIONS_A_SECOND);
+    match leap.map(|leap| leap + fraction) {
         Some(revision) if revision > backup => Ok(revision),
         _ => clock(
             "the backup's revisions are larger than those of a group that is restored now: it was restored itself at a \
@@ -387,15 +388,17 @@ mod tests {
         let now = EPOCH + 700 * DAY;
         let first = revision_after(1_000, now).unwrap();
         assert!(first > 1_000);
-        // Four million revisions a second are more than any group makes.
-        let given_out = first + 4_000_000 * 10;
-        let second = revision_after(1_000, now + Duration::from_secs(11)).unwrap();
-        assert!(second > given_out, "{second} was given out by then");
-        assert_ne!(
-            revision_after(1_000, now).unwrap(),
-            first,
-            "chance tells two of one second apart"
-        );
+        // A million revisions a second are more than any group makes.
+        let mut second = first;
+        for after in [
+            Duration::from_micros(10),
+            Duration::from_millis(5),
+            Duration::from_secs(11),
+        ] {
+            let given_out = first + u64::try_from(after.as_micros()).unwrap();
+            second = revision_after(1_000, now + after).unwrap();
+            assert!(second > given_out, "{second} was given out by then");
+        }
         assert!(revision_after(0, EPOCH + 24_800 * DAY).unwrap() < 1 << 53);
         for (backup, now) in [(0, EPOCH - DAY), (second, now - DAY), (u64::MAX, now)] {
             let refused = revision_after(backup, now).unwrap_err().to_string();

@@ -217,7 +217,7 @@ async fn two_restores_of_one_backup_share_no_number() {
         other.token()
     );
     assert!(second.put(&key("/b"), "1").await.unwrap() > newest);
-    // The holder of the first group's lock learns of it, though its session had minutes to go.
+    // The holder of the first group's lock learns of it, though its session had time to go.
     within(PATIENCE, held.lost()).await;
     expired(&first, session).await;
     let released = held.release().await;
