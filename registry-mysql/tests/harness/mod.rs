@@ -40,7 +40,7 @@ impl Product {
         match self {
             Self::MariaDb => &["--innodb-log-file-size=8M"],
             Self::MySql => &[
-                "--innodb-redo-log-capacity=8M",
+                "--innodb-redo-log-capacity=64M",
                 "--mysqlx=OFF",
                 "--secure-file-priv=NULL",
             ],
