@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use registry::{Error, Held, Key, Leadership, Registry, Revision};
+use registry::{BootInstant, Error, Held, Key, Leadership, Registry, Revision};
 use serde_json::json;
 
 use super::failure::warn;
@@ -48,6 +48,14 @@ impl Hold {
         }
     }
 
+    /// Until when no other client can hold it, as far as is known now.
+    fn valid_until(&self) -> Option<BootInstant> {
+        match self {
+            Self::Lock(held) => held.valid_until(),
+            Self::Leadership(leadership) => leadership.valid_until(),
+        }
+    }
+
     async fn release(self) -> registry::Result<()> {
         match self {
             Self::Lock(held) => held.release().await,
@@ -75,7 +83,6 @@ pub(super) async fn hold(
     stop: &Stop,
     out: Output,
 ) -> Outcome {
-    let session = registry.session().live().ok();
     let what = hold.what();
     let outcome = match command {
         [] => until_stopped(&hold, stop, out).await,
@@ -86,6 +93,7 @@ pub(super) async fn hold(
     {
         return outcome;
     }
+    let valid_until = hold.valid_until();
     let unreleased = match stop.unless_again(hold.release()).await {
         Some(Ok(())) => {
             // A session that can't be closed expires; nothing depends on it any more.
@@ -93,9 +101,10 @@ pub(super) async fn hold(
             return outcome;
         }
         Some(Err(error)) => {
-            // The store's own word, while the session is valid: another client deleted the key while it was held.
-            let valid = session.is_some_and(|id| registry.session().is_valid(id));
-            if matches!(error, Error::HoldLost { .. }) && valid {
+            // Lost though the time is not over in which the session was sure: the store said so, and nobody knows whether
+            // that was before the command ended. Otherwise the store could not be reached until then.
+            let in_time = valid_until.is_none_or(|until| BootInstant::now() < until);
+            if matches!(error, Error::HoldLost { .. }) && in_time {
                 return Err(Failure::from(error));
             }
             Failure::from(error)
