@@ -294,5 +294,7 @@ pub(crate) fn jars() -> Result<String, BoxError> {
             jars.push(path.display().to_string());
         }
     }
+    // Debian's zookeeper.jar names the system's jars as its class path: those of the folder have to come before it.
+    jars.sort();
     Ok(jars.join(":"))
 }

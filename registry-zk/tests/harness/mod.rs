@@ -285,9 +285,11 @@ fn jars() -> String {
     let dir = std::env::var_os(JARS).map_or_else(|| PathBuf::from("/usr/share/java"), PathBuf::from);
     let files = fs::read_dir(&dir).expect("ZooKeeper is missing: apt-get install zookeeper");
     let names = files.filter_map(|file| file.ok()?.file_name().into_string().ok());
-    let jars: Vec<_> = names
+    let mut jars: Vec<_> = names
         .filter(|name| WANTED.contains(&name.as_str()) || netty(name))
         .collect();
+    // Debian's zookeeper.jar names the system's jars as its class path: those of the folder have to come before it.
+    jars.sort();
     assert!(
         jars.iter().any(|name| name == "zookeeper.jar"),
         "no zookeeper.jar in {}: apt-get install zookeeper, or set {JARS}",
