@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use registry_api::{
-    Error, Event, List, Options, Prefix, Read, Registered, Registry, Result, SessionState, WatchItem, WatchRequest,
-    WatchScope,
+    Error, Event, List, Options, Prefix, Read, Registered, Registry, Result, SessionState, Watch, WatchItem,
+    WatchRequest, WatchScope,
 };
 
 use crate::cluster::eventually;
@@ -440,15 +440,22 @@ pub async fn a_campaign_goes_on_over_a_restart(cluster: &impl Cluster) -> Result
     one.close().await
 }
 
-/// S5. A registration comes back by itself after its session expired.
+/// S5. A registration comes back by itself after its session expired, and is put once.
 pub async fn an_expired_registration_comes_back(cluster: &impl Cluster) -> Result<()> {
-    const ROUNDS: usize = 2;
     let (one, other) = (cluster.connect().await?, cluster.connect().await?);
     let k = key("/workers/w");
     let mut watch = other.watch(WatchRequest::new(&k, WatchScope::Key)).await?;
     let registration = one.register(&k, "1").await?;
-    for _ in 0..ROUNDS {
+    let mut events = Vec::new();
+    for _ in 0..2 {
         let session = one.session().live()?;
+        // Before the next put: a watch may pass over a key that is deleted and put again at once.
+        hear(
+            &mut watch,
+            &mut events,
+            |event| matches!(event, Event::Created(entry) if entry.session == Some(session)),
+        )
+        .await?;
         cluster.revoke(session).await;
         let mut states = registration.state();
         let back = states.wait_for(|state| matches!(state, Registered::There(id, _) if *id != session));
@@ -456,23 +463,35 @@ pub async fn an_expired_registration_comes_back(cluster: &impl Cluster) -> Resul
         let entry = other.get(&k, Read::Linearizable).await?.expect("it is back");
         assert_ne!(entry.session, Some(session));
     }
+    let session = one.session().live()?;
+    hear(
+        &mut watch,
+        &mut events,
+        |event| matches!(event, Event::Created(entry) if entry.session == Some(session)),
+    )
+    .await?;
     registration.unregister().await?;
-    let mut events = Vec::new();
-    while events
-        .iter()
-        .filter(|event| matches!(event, Event::Deleted { .. }))
-        .count()
-        <= ROUNDS
-    {
+    hear(
+        &mut watch,
+        &mut events,
+        |event| matches!(event, Event::Deleted { last, .. } if last.session == Some(session)),
+    )
+    .await?;
+    let updated = events.iter().any(|event| matches!(event, Event::Updated(_)));
+    assert!(!updated, "put more than once: {events:?}");
+    other.close().await?;
+    one.close().await
+}
+
+/// Reads a watch until it has told of such an event.
+async fn hear(watch: &mut Watch, events: &mut Vec<Event>, wanted: impl Fn(&Event) -> bool) -> Result<()> {
+    while !events.iter().any(&wanted) {
         match within(PATIENCE, watch.next()).await.expect("a watch goes on")? {
             WatchItem::Changes(changes) => events.extend(changes),
             WatchItem::Synced(_) | WatchItem::Reset => {}
         }
     }
-    let updated = events.iter().any(|event| matches!(event, Event::Updated(_)));
-    assert!(!updated, "put more than once: {events:?}");
-    other.close().await?;
-    one.close().await
+    Ok(())
 }
 
 /// S5. A registration that ends while the store is away is deleted once the store is back, though its session lives on.
