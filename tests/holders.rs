@@ -82,7 +82,7 @@ async fn work(files: &Files, held: &Held) {
             println!("said: lost");
             return;
         }
-        let said = match files.count_fenced(held.token().0) {
+        let said = match files.count_fenced(held.token().get().cast_unsigned()) {
             true => "counted",
             false => "refused",
         };

@@ -72,6 +72,14 @@ pub enum Error {
         /// Why no answer came.
         source: BoxError,
     },
+    /// The fencing tokens of the namespace are exhausted: no larger one fits 63 bits. The lock is not held.
+    #[error("no fencing token is left: epoch {epoch} and revision {revision} make more than 9223372036854775807")]
+    TokenOverflow {
+        /// The namespace's epoch, or the one that it was to be raised to.
+        epoch: u32,
+        /// The revision of the store.
+        revision: Revision,
+    },
     /// A bad key. Nothing was sent.
     #[error(transparent)]
     Key(#[from] KeyError),

@@ -18,6 +18,7 @@ mod options;
 pub mod recipe;
 mod registry;
 mod session;
+mod token;
 mod txn;
 pub mod watch;
 
@@ -29,10 +30,11 @@ pub use error::{BoxError, Error, Refusal, Result, with_causes};
 pub use key::{Key, KeyError, MAX_KEY, Namespace, NamespaceError, Prefix};
 pub use options::{Options, SessionTtl, TtlBounds};
 pub use recipe::{
-    Campaign, Contender, Election, Held, Leader, Leadership, Lock, Mirror, ReentrantHeld, ReentrantLock, Registered,
-    Registration,
+    Campaign, Contender, Election, Epoch, Held, Leader, Leadership, Lock, Mirror, Raise, ReentrantHeld, ReentrantLock,
+    Registered, Registration,
 };
 pub use registry::{Depth, Health, List, Page, Read, Registry};
 pub use session::{Grant, Session, SessionId, SessionState, SessionStore};
+pub use token::{Token, TokenError};
 pub use txn::{Committed, Condition, Existing, Expect, Kind, MAX_OPERATIONS, MAX_TXN, Operation, Txn};
 pub use watch::{DeleteCause, Event, Watch, WatchFrom, WatchItem, WatchRequest, WatchScope};

@@ -5,6 +5,7 @@
 
 mod cleanup;
 mod election;
+mod epoch;
 mod lock;
 mod mirror;
 mod name;
@@ -14,6 +15,8 @@ mod reentrant;
 mod register;
 
 pub use election::{Campaign, Election, Leader, Leadership};
+pub use epoch::{Epoch, Raise};
+pub(crate) use epoch::{Epochs, epoch, raise_epoch};
 pub use lock::{Held, Lock};
 pub use mirror::Mirror;
 pub(crate) use name::Names;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use crate::recipe::{Election, Lock, Mirror, ReentrantLock, Registration};
+use crate::recipe::{self, Election, Epoch, Lock, Mirror, Raise, ReentrantLock, Registration};
 use crate::{
     Capabilities, Committed, Entry, Error, Existing, Expect, Key, Kind, Prefix, Result, Revision, Session,
     SessionState, Txn, Watch, WatchRequest, WatchScope,
@@ -111,6 +111,13 @@ pub trait Registry: std::fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// [`Error::Unavailable`] with the cause.
     async fn health(&self) -> Result<Health>;
+
+    /// Returns how often this handle noticed that its store went back: it lost changes that it had acknowledged, as one that
+    /// was restored from a copy, and gives their revisions out again. Before the handle enters a queue for the next time,
+    /// it raises the epoch of fencing tokens.
+    fn rollbacks(&self) -> u64 {
+        0
+    }
 
     /// Ends the session; its ephemeral keys are gone when this returns (S3). Watches end, and every later call is
     /// refused with [`Error::Closed`]. A second `close` does nothing.
@@ -309,6 +316,23 @@ impl dyn Registry {
     /// As [`Registry::watch`]; [`Error::Unavailable`] if the store does not answer within the `request_timeout`.
     pub async fn mirror(self: &Arc<Self>, prefix: impl Into<Prefix>, scope: WatchScope) -> Result<Mirror> {
         Mirror::start(self.clone(), prefix.into(), scope).await
+    }
+
+    /// Reads the epoch of the namespace's fencing tokens, and with it the largest one that can have been given out.
+    ///
+    /// # Errors
+    /// As [`Registry::list`].
+    pub async fn epoch(&self) -> Result<Epoch> {
+        recipe::epoch(self).await
+    }
+
+    /// Raises the epoch of the namespace's fencing tokens, so that later ones are larger than every one that `raise`
+    /// names, and returns it. Contenders that are in a queue keep their tokens.
+    ///
+    /// # Errors
+    /// [`Error::TokenOverflow`] if there is no such epoch; nothing changed. Else as [`Registry::commit`].
+    pub async fn raise_epoch(&self, raise: Raise) -> Result<Epoch> {
+        recipe::raise_epoch(self, raise).await
     }
 
     /// Waits until the session is connected and the store answers.

@@ -20,7 +20,7 @@ use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::boot::boottime;
-use crate::recipe::{Names, Owners};
+use crate::recipe::{Epochs, Names, Owners};
 use crate::{BootInstant, Error, Result};
 
 /// How late the end of a session may be noticed after the machine was suspended.
@@ -111,6 +111,7 @@ pub struct Session {
     close: mpsc::Sender<(Duration, oneshot::Sender<Result<()>>)>,
     names: Arc<Names>,
     owners: Arc<Owners>,
+    epochs: Arc<Epochs>,
 }
 
 impl Session {
@@ -148,6 +149,7 @@ impl Session {
             close,
             names: Arc::default(),
             owners: Arc::default(),
+            epochs: Arc::default(),
         })
     }
 
@@ -219,6 +221,11 @@ impl Session {
     /// The names under which this handle's contenders enter queues.
     pub(crate) fn names(&self) -> &Names {
         &self.names
+    }
+
+    /// What this handle knows of fencing tokens.
+    pub(crate) fn epochs(&self) -> &Epochs {
+        &self.epochs
     }
 
     /// The owners of this handle's reentrant locks.

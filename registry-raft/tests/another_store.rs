@@ -212,7 +212,7 @@ async fn two_restores_of_one_backup_share_no_number() {
     assert_ne!(second.session().live().unwrap(), session);
     let other = second.lock(&key("/lock")).acquire().await.unwrap();
     assert!(
-        other.token() > held.token() && other.token() > newest,
+        other.token() > held.token() && other.token().get().cast_unsigned() > newest.0,
         "{} was given out",
         other.token()
     );

@@ -194,7 +194,7 @@ async fn what_the_old_group_gave_out_is_not_given_again() {
         started.elapsed()
     );
     let next = within(PATIENCE, new.lock(&key("/lock")).acquire()).await.unwrap();
-    assert!(next.token() > held.token() && next.token() > after);
+    assert!(next.token() > held.token() && next.token().get().cast_unsigned() > after.0);
 
     // A watch of the old group's later revisions is not resumed as if nothing had happened.
     let mut resumed = WatchRequest::new(key("/later"), WatchScope::Key);

@@ -74,13 +74,13 @@ pub async fn observe_ends_in_the_newest(cluster: &impl Cluster) -> Result<()> {
     let election = one.election(&key("/e"));
     let mut course = other.election(&key("/e")).observe().await?;
     assert_eq!(next(&mut course).await?, None);
-    let mut last = registry_api::Revision(0);
+    let mut last = None;
     for round in 0..3 {
         let leadership = election.campaign(format!("a{round}")).await?;
         let leader = next(&mut course).await?.expect("one leads");
         assert_eq!(leader.value, format!("a{round}"));
-        assert!(leader.token == leadership.token() && leader.token > last);
-        last = leader.token;
+        assert!(leader.token == leadership.token() && Some(leader.token) > last);
+        last = Some(leader.token);
         leadership.publish(format!("b{round}")).await?;
         assert_eq!(next(&mut course).await?.expect("one leads").value, format!("b{round}"));
         leadership.resign().await?;
@@ -189,11 +189,12 @@ pub async fn equal_values_are_other_candidates(cluster: &impl Cluster) -> Result
 pub async fn a_leader_can_lead_again(cluster: &impl Cluster) -> Result<()> {
     let registry = cluster.connect().await?;
     let election = registry.election(&key("/e"));
-    let mut last = registry_api::Revision(0);
+    let mut last = None;
     for _ in 0..20 {
         let leadership = within(PATIENCE, election.campaign("me")).await?;
-        assert!(leadership.token() > last);
-        last = leadership.token();
+        assert!(Some(leadership.token()) > last);
+        last = Some(leadership.token());
+        assert_eq!(election.leader().await?.map(|leader| leader.token), last);
         leadership.resign().await?;
     }
     registry.close().await
@@ -251,11 +252,11 @@ pub async fn an_old_leaders_end_leaves_the_present_one(cluster: &impl Cluster) -
 pub async fn who_lost_it_can_lead_again(cluster: &impl Cluster) -> Result<()> {
     let (one, other) = (cluster.connect().await?, cluster.connect().await?);
     let election = one.election(&key("/e"));
-    let mut last = registry_api::Revision(0);
+    let mut last = None;
     for _ in 0..5 {
         let leadership = within(PATIENCE, election.campaign("me")).await?;
-        assert!(leadership.token() > last);
-        last = leadership.token();
+        assert!(Some(leadership.token()) > last);
+        last = Some(leadership.token());
         other.delete(&leadership.condition().key).await?;
         within(PATIENCE, leadership.lost()).await;
     }
@@ -330,7 +331,7 @@ pub async fn lost_and_won(cluster: &impl Cluster, times: u32) -> Result<()> {
     let (one, other) = (cluster.connect().await?, cluster.connect().await?);
     let election = one.election(&key("/e"));
     let mut course = other.election(&key("/e")).observe().await?;
-    let mut last = registry_api::Revision(0);
+    let mut last = None;
     for round in 0..times {
         let leadership = loop {
             match within(PATIENCE, election.campaign(round.to_string())).await {
@@ -340,8 +341,8 @@ pub async fn lost_and_won(cluster: &impl Cluster, times: u32) -> Result<()> {
                 Err(error) => return Err(error),
             }
         };
-        assert!(leadership.token() > last, "{} after {last}", leadership.token());
-        last = leadership.token();
+        assert!(Some(leadership.token()) > last, "{} after {last:?}", leadership.token());
+        last = Some(leadership.token());
         match round % 100 {
             99 => {
                 cluster.revoke(one.session().live()?).await;
@@ -355,11 +356,15 @@ pub async fn lost_and_won(cluster: &impl Cluster, times: u32) -> Result<()> {
         }
     }
     assert!(election.candidates().await?.is_empty());
-    let (mut newest, mut told) = (registry_api::Revision(0), 0);
+    let (mut newest, mut told) = (None, 0);
     while newest < last {
         if let Some(leader) = next(&mut course).await? {
-            assert!(leader.token >= newest, "{} was told after {newest}", leader.token);
-            (newest, told) = (leader.token, told + 1);
+            assert!(
+                Some(leader.token) >= newest,
+                "{} was told after {newest:?}",
+                leader.token
+            );
+            (newest, told) = (Some(leader.token), told + 1);
         }
     }
     println!("{times} leaderships in a row, {told} of them told to an observer");

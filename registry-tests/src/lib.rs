@@ -58,7 +58,7 @@ macro_rules! properties {
                 a_listing_follows_the_end_of_a_key;
             lock: one_holds_at_a_time, waiters_come_in_their_order, try_acquire_never_waits, a_deadline_leaves_the_queue,
                 a_dropped_wait_leaves_the_queue, dropping_outside_a_runtime_leaves_the_queue,
-                a_runtime_that_stopped_frees_its_locks, tokens_only_grow, a_lost_lock_writes_nothing,
+                a_runtime_that_stopped_frees_its_locks, tokens_only_grow, tokens_grow_over_a_raised_epoch, a_lost_lock_writes_nothing,
                 one_handle_is_two_contenders, a_reentrant_lock_counts, a_removed_reentrant_lock_is_lost,
                 a_release_that_finds_nothing_says_so, dropping_releases, closing_releases,
                 removed_by_another_hand_is_lost, release_of_a_lost_lock_touches_nothing, labels_are_seen,

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use registry_api::{Error, Lock, Read, Registry, Result, Txn};
+use registry_api::{Error, Lock, Raise, Read, Registry, Result, Token, Txn};
+use tokio::runtime::Runtime;
 
 use crate::cluster::eventually;
 use crate::{Cluster, key, within};
@@ -172,11 +173,12 @@ fn drop_outside<T: Send + 'static>(dropped: T) {
 pub async fn a_runtime_that_stopped_frees_its_locks(cluster: &impl Cluster) -> Result<()> {
     let other = cluster.connect().await?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.expect("a runtime can be built");
+    let runtime = Stopped(Some(runtime.expect("a runtime can be built")));
     let queue = &other.lock(&key("/l"));
     let on_its_own = || {
         runtime.block_on(async {
             let registry = cluster.connect().await?;
+            let session = registry.session().live()?;
             let held = registry.lock(&key("/l")).acquire().await?;
             let lock = registry.lock(&key("/l"));
             let mut waiting = Box::pin(async move { lock.acquire().await });
@@ -185,11 +187,11 @@ pub async fn a_runtime_that_stopped_frees_its_locks(cluster: &impl Cluster) -> R
                 () = queued(queue, 2) => {}
             }
             let registration = registry.register(&key("/w"), "").await?;
-            Result::<_, Error>::Ok((registry, held, waiting, registration))
+            Result::<_, Error>::Ok((registry, session, held, waiting, registration))
         })
     };
     let scoped = || std::thread::scope(|threads| threads.spawn(on_its_own).join().expect("it does not panic"));
-    let (registry, held, waiting, registration) = tokio::task::block_in_place(scoped)?;
+    let (registry, session, held, waiting, registration) = tokio::task::block_in_place(scoped)?;
     drop((waiting, held, registration));
     let others = &other;
     // A request may have to find out first that its connection is not served any more.
@@ -199,23 +201,115 @@ pub async fn a_runtime_that_stopped_frees_its_locks(cluster: &impl Cluster) -> R
         queue.is_ok_and(|queue| queue.is_empty()) && registered.is_ok_and(|entry| entry.is_none())
     })
     .await;
-    assert!(registry.session().live().is_ok(), "it was not the session's end");
+    assert_eq!(registry.session().live()?, session, "they did not go with the session");
     tokio::task::block_in_place(|| runtime.block_on(registry.close()))?;
-    runtime.shutdown_background();
     other.close().await
+}
+
+/// A runtime that is driven only now and then, and can be dropped on a thread of another.
+struct Stopped(Option<Runtime>);
+
+impl Stopped {
+    fn block_on<F: Future>(&self, future: F) -> F::Output {
+        self.0.as_ref().expect("it is dropped last").block_on(future)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 /// L3. Each hold has a fencing token, larger than every earlier holder's, also when the queue was empty in between.
 pub async fn tokens_only_grow(cluster: &impl Cluster) -> Result<()> {
     let (one, other) = (cluster.connect().await?, cluster.connect().await?);
-    let mut last = registry_api::Revision(0);
+    let mut last = None;
     for n in 0..6 {
         let registry = if n % 2 == 0 { &one } else { &other };
         let held = registry.lock(&key("/l")).acquire().await?;
-        assert!(held.token() > last);
-        last = held.token();
+        assert!(Some(held.token()) > last);
+        last = Some(held.token());
+        let holder = other.lock(&key("/l")).holder().await?;
+        assert_eq!(
+            holder.map(|holder| holder.token),
+            last,
+            "every observer computes the same"
+        );
         held.release().await?;
     }
+    other.close().await?;
+    one.close().await
+}
+
+/// L3. Tokens go on growing when the epoch of the namespace is raised, as it is after a move to another store: above
+/// whatever was given out there, for all handles, and in the order of the queue.
+pub async fn tokens_grow_over_a_raised_epoch(cluster: &impl Cluster) -> Result<()> {
+    let (one, other) = (cluster.connect().await?, cluster.connect().await?);
+    let lock = one.lock(&key("/l"));
+    let mut last = lock.acquire().await?;
+    for round in 0..4 {
+        assert!(one.epoch().await?.highest_token()? >= last.token());
+        // The one waits in the queue when the epoch is raised, the other enters after.
+        let waiting = |registry: &Arc<dyn Registry>| {
+            let lock = registry.lock(&key("/l"));
+            tokio::spawn(async move { lock.acquire().await })
+        };
+        let early = waiting(&other);
+        queued(&lock, 2).await;
+        let (elsewhere, raise) = match round % 2 {
+            0 => {
+                let elsewhere = Token::new(last.token().get() + (round << 33) + 1).expect("it is positive");
+                (elsewhere, Raise::Above(elsewhere))
+            }
+            _ => (last.token(), Raise::AfterRestore),
+        };
+        // One handle raises it, and others find out.
+        let raised = [&one, &other][round as usize / 2].raise_epoch(raise).await?;
+        assert!(raised.highest_token()? >= elsewhere);
+        let late = waiting(&one);
+        queued(&lock, 3).await;
+        let order: Vec<_> = other
+            .lock(&key("/l"))
+            .contenders()
+            .await?
+            .iter()
+            .map(|c| c.token)
+            .collect();
+        assert!(order.is_sorted() && order[0] == last.token(), "{order:?}");
+        last.release().await?;
+        let early = within(PATIENCE, early).await.expect("it does not panic")?;
+        early.release().await?;
+        last = within(PATIENCE, late).await.expect("it does not panic")?;
+        assert!(last.token() > elsewhere, "{} after {elsewhere}", last.token());
+        assert_eq!(order[2], last.token(), "every observer computes the same");
+        let writes = Txn::new().require(last.condition()).put(&key("/work"), "");
+        one.commit(writes).await?;
+    }
+    assert!(lock.try_acquire().await?.is_none());
+    last.release().await?;
+    lock.try_acquire().await?.expect("it is free").release().await?;
+    let election = other.election(&key("/e"));
+    let leadership = election.campaign("").await?;
+    assert_eq!(
+        election.leader().await?.map(|leader| leader.token),
+        Some(leadership.token())
+    );
+    let mut observed = one.election(&key("/e")).observe().await?;
+    let leader = within(PATIENCE, observed.next())
+        .await
+        .expect("an observation goes on")?;
+    assert_eq!(leader.map(|leader| leader.token), Some(leadership.token()));
+    leadership.resign().await?;
+    // An epoch that makes tokens of more than 63 bits is refused, and changes nothing.
+    let before = one.epoch().await?;
+    let refused = one
+        .raise_epoch(Raise::Above(Token::new(i64::MAX).expect("it is positive")))
+        .await;
+    assert!(matches!(refused, Err(Error::TokenOverflow { .. })), "{refused:?}");
+    assert_eq!(one.epoch().await?.epoch, before.epoch);
     other.close().await?;
     one.close().await
 }

@@ -156,6 +156,11 @@ impl Store {
         for condition in &txn.conditions {
             match condition.expect {
                 Expect::Absent if condition.key == *key => {}
+                // The epoch of fencing tokens: a recipe's key is made once, so that it exists is all there is to check.
+                Expect::Present if condition.key.is_recipe() => steps.push(Step::Check {
+                    path: self.names.path(&condition.key),
+                    version: -1,
+                }),
                 Expect::Childless if Prefix::from(&condition.key) == directory => {
                     steps.push(mark(&self.names.prefix(&directory)));
                 }

@@ -70,7 +70,7 @@ fn print(leader: Option<Leader>, out: Output) -> Result<(), Failure> {
             let (name, value) = registry::json::value(&leader.value);
             out.line(
                 || format!("leader  {}  {}", leader.token, value_line(&leader.value)),
-                || json!({ "token": leader.token.0, name: value }),
+                || json!({ "token": leader.token, name: value }),
             )
         }
         None => out.line(|| "no leader".into(), || json!({ "token": null })),

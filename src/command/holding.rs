@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use registry::{BootInstant, Error, Held, Key, Leadership, Registry, Revision};
+use registry::{BootInstant, Error, Held, Key, Leadership, Registry, Token};
 use serde_json::json;
 
 use super::failure::warn;
@@ -27,7 +27,7 @@ impl Hold {
         }
     }
 
-    pub(super) fn token(&self) -> Revision {
+    pub(super) fn token(&self) -> Token {
         match self {
             Self::Lock(held) => held.token(),
             Self::Leadership(leadership) => leadership.token(),
@@ -131,7 +131,7 @@ async fn until_stopped(hold: &Hold, stop: &Stop, out: Output) -> Outcome {
     };
     out.line(
         || format!("{holding} {name} with token {token}, until Ctrl-C"),
-        || json!({ "name": name.as_str(), "token": token.0 }),
+        || json!({ "name": name.as_str(), "token": token }),
     )?;
     tokio::select! {
         biased;

@@ -77,11 +77,11 @@ impl Lock {
                 || {
                     format!(
                         "{role} {:>10} {}  {label}",
-                        contender.token.0,
+                        contender.token.get(),
                         session.clone().unwrap_or_default()
                     )
                 },
-                || json!({ "role": role, "token": contender.token.0, "session": session, "label": label }),
+                || json!({ "role": role, "token": contender.token, "session": session, "label": label }),
             )?;
         }
         match contenders.is_empty() {

@@ -79,6 +79,7 @@ pub(crate) enum Fault {
     WatchesEnd,
     UnknownIsTakenForDone,
     // Answers.
+    AnswersAreRight,
     FirstAnswerIsLost,
     ManyAnswersAreLost,
     PutsComeLate,
@@ -182,7 +183,7 @@ impl Broken {
                 let first = first.entry(entry.key.clone()).or_insert_with(|| entry.clone());
                 entry.create_revision = first.create_revision;
             }
-            Fault::QueuesAreTurnedRound => entry.create_revision = Revision(u64::MAX - entry.create_revision.0),
+            Fault::QueuesAreTurnedRound => entry.create_revision = Revision((1 << 40) - entry.create_revision.0),
             _ => {}
         }
         entry

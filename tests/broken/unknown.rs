@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use registry::raft::{Member, RaftConfig};
-use registry::{Error, Key, Options, Read, Registry};
+use registry::{Error, Key, List, Options, Prefix, Raise, Read, Registry, Token};
+use registry_tests::cluster::eventually;
 use registry_tests::{key, within};
 use tokio::task::JoinSet;
 
@@ -74,6 +75,51 @@ async fn a_contender_is_in_the_queue_once_whatever_was_tried_again() {
         assert_eq!(most, 1 + CONTENDERS, "round {round}: somebody had two places");
         assert_eq!(lock.contenders().await.unwrap(), [], "round {round}");
     }
+}
+
+/// L3. A handle that is given a revision again, as by a store that was restored from a copy, enters again in a new epoch,
+/// whose tokens are larger than all that can have been given out.
+#[tokio::test]
+async fn a_store_that_went_back_gives_larger_tokens() {
+    let (broken, whole) = handles(Fault::RevisionIsStuck).await;
+    let lock = broken.lock(&key("/l"));
+    let mut last = None;
+    for round in 0..3 {
+        let held = within(PATIENCE, lock.acquire()).await.unwrap();
+        assert!(Some(held.token()) > last, "{} after {last:?}", held.token());
+        if round > 0 {
+            let epoch = held.token().get() >> 32;
+            assert!(epoch > 58_000_000, "{epoch} is no time: two restores may have the same");
+        }
+        last = Some(held.token());
+        held.release().await.unwrap();
+        // The place that had the token again was left.
+        let queue = whole.lock(&key("/l"));
+        eventually(PATIENCE, || async { queue.contenders().await.unwrap().is_empty() }).await;
+    }
+    assert!(whole.epoch().await.unwrap().epoch > 58_000_000);
+}
+
+/// L3. A handle that knows of a higher epoch than the store has deals with the copy of an earlier state.
+#[tokio::test]
+async fn an_epoch_that_is_lost_is_noticed() {
+    let (broken, whole) = handles(Fault::AnswersAreRight).await;
+    let raised = broken
+        .raise_epoch(Raise::Above(Token::new(5 << 32).unwrap()))
+        .await
+        .unwrap();
+    assert_eq!(raised.epoch, 6);
+    let lock = broken.lock(&key("/l"));
+    let before = lock.acquire().await.unwrap();
+    assert_eq!(before.token().get() >> 32, 6);
+    before.release().await.unwrap();
+    // The copy is of before the raise.
+    let epoch = Prefix::from_store("~/epoch").unwrap();
+    let stored = whole.list_all(List::new(epoch)).await.unwrap();
+    whole.delete(&stored[0].key).await.unwrap();
+    let after = within(PATIENCE, lock.acquire()).await.unwrap();
+    assert!(after.token().get() >> 32 > 58_000_000, "{}", after.token());
+    after.release().await.unwrap();
 }
 
 /// S5. Nothing that a registration sent comes after `unregister` has returned.

@@ -46,7 +46,7 @@ async fn a_command_runs_under_a_lock_and_a_leadership() {
             ],
         )
         .await;
-    assert_eq!(said, "/l 1\n");
+    assert_eq!(said, "/l 2\n", "the first revision is that of the epoch's record");
     let (mut holder, _, said) = shell.starts(&["lock", "/l", "--label", "me"]).await;
     assert!(said.starts_with("holding /l with token"), "{said}");
     assert!(shell.says(0, &["lock", "/l", "--show"]).await.contains("holds"));

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures_util::Stream;
 
+use super::epoch;
 use super::opening::read_to_synced;
 use super::queue::{Contender, Hold, Queue, QueueKind};
 use crate::{
-    BootInstant, Condition, Entry, Event, Key, Registry, Result, Revision, SessionId, Watch, WatchItem, WatchRequest,
-    WatchScope,
+    BootInstant, Condition, Entry, Event, Key, Registry, Result, Revision, SessionId, Token, Watch, WatchItem,
+    WatchRequest, WatchScope,
 };
 
 /// An election: of the candidates that campaign, one leads at a time, in the order they came (E1).
@@ -29,7 +30,7 @@ use crate::{
 ///     () = work(leadership.token()) => leadership.resign().await?,
 /// }
 /// # Ok(()) }
-/// # async fn work(_: registry_api::Revision) {}
+/// # async fn work(_: registry_api::Token) {}
 /// ```
 #[derive(Clone, Debug)]
 pub struct Election {
@@ -60,7 +61,13 @@ impl Election {
     /// # Errors
     /// As [`Registry::list`].
     pub async fn leader(&self) -> Result<Option<Leader>> {
-        Ok(self.queue.entries().await?.into_iter().next().map(Leader::from))
+        self.queue
+            .entries()
+            .await?
+            .into_iter()
+            .next()
+            .map(Leader::of)
+            .transpose()
     }
 
     /// The leader, then the other candidates in their order.
@@ -68,7 +75,7 @@ impl Election {
     /// # Errors
     /// As [`Registry::list`].
     pub async fn candidates(&self) -> Result<Vec<Contender>> {
-        Ok(self.queue.entries().await?.into_iter().map(Contender::from).collect())
+        self.queue.entries().await?.into_iter().map(Contender::of).collect()
     }
 
     /// Returns the leader now, then each change of leader or of its value (E2). Changes that come faster than they are
@@ -96,21 +103,21 @@ pub struct Leader {
     /// What it published.
     pub value: Bytes,
     /// Its fencing token: larger than that of every earlier leader.
-    pub token: Revision,
+    pub token: Token,
     /// The revision of the value.
     pub mod_revision: Revision,
     /// Its session.
     pub session: Option<SessionId>,
 }
 
-impl From<Entry> for Leader {
-    fn from(entry: Entry) -> Self {
-        Self {
+impl Leader {
+    fn of(entry: Entry) -> Result<Self> {
+        Ok(Self {
+            token: epoch::token(&entry)?,
             value: entry.value,
-            token: entry.create_revision,
             mod_revision: entry.mod_revision,
             session: entry.session,
-        }
+        })
     }
 }
 
@@ -131,8 +138,8 @@ struct Candidates {
 }
 
 impl Candidates {
-    fn leader(&self) -> Option<Leader> {
-        self.places.values().next().cloned().map(Leader::from)
+    fn leader(&self) -> Result<Option<Leader>> {
+        self.places.values().next().cloned().map(Leader::of).transpose()
     }
 
     fn apply(&mut self, item: WatchItem) {
@@ -162,7 +169,10 @@ impl Campaign {
     /// Loses nothing.
     pub async fn next(&mut self) -> Option<Result<Option<Leader>>> {
         loop {
-            let leader = self.candidates.leader();
+            let leader = match self.candidates.leader() {
+                Ok(leader) => leader,
+                Err(error) => return Some(Err(error)),
+            };
             if self.candidates.synced && self.told.as_ref() != Some(&leader) {
                 self.told = Some(leader.clone());
                 return Some(Ok(leader));
@@ -196,7 +206,7 @@ impl Leadership {
     }
 
     /// The fencing token: larger than that of every earlier leader of this election.
-    pub fn token(&self) -> Revision {
+    pub fn token(&self) -> Token {
         self.0.token()
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::queue::{Contender, Hold, Queue, QueueKind};
-use crate::{BootInstant, Condition, Error, Key, Registry, Result, Revision};
+use crate::{BootInstant, Condition, Error, Key, Registry, Result, Token};
 
 /// An exclusive lock, held by at most one live session (L1).
 ///
@@ -98,7 +98,7 @@ impl Lock {
     /// # Errors
     /// As [`Registry::list`].
     pub async fn contenders(&self) -> Result<Vec<Contender>> {
-        Ok(self.queue.entries().await?.into_iter().map(Contender::from).collect())
+        self.queue.entries().await?.into_iter().map(Contender::of).collect()
     }
 }
 
@@ -114,8 +114,9 @@ impl Held {
         self.0.name()
     }
 
-    /// The fencing token: larger than that of every earlier holder of this lock (L3).
-    pub fn token(&self) -> Revision {
+    /// The fencing token: larger than that of every earlier holder of this lock (L3), also after the namespace has moved
+    /// to another store.
+    pub fn token(&self) -> Token {
         self.0.token()
     }
 

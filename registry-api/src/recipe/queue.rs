@@ -1,8 +1,8 @@
 //! The queue beneath locks and elections: one ephemeral key per contender, in the order of their creation.
 //!
 //! Each contender watches only the one before it, so the end of one wakes one (the lock recipe of the ZooKeeper
-//! documentation, without the herd). The `create_revision` of a contender's key is its place, and its fencing token
-//! once it holds: larger than every earlier holder's, since revisions never go back.
+//! documentation, without the herd). The `create_revision` of a contender's key is its place. Together with the epoch that
+//! its name carries it is its fencing token once it holds.
 
 mod hold;
 
@@ -17,8 +17,9 @@ use futures_util::future::BoxFuture;
 pub(super) use hold::Hold;
 
 use super::cleanup::{Backoff, Retry, until_done};
+use super::epoch;
 use super::name::{Names, fresh};
-use crate::{Depth, Entry, Error, Expect, Key, List, Page, Registry, Result, Revision, SessionId, Txn, spawn};
+use crate::{Depth, Entry, Error, Expect, Key, List, Page, Registry, Result, Revision, SessionId, Token, Txn, spawn};
 
 /// How long entering or leaving is retried while the caller waits, whatever the session's TTL.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
@@ -46,18 +47,19 @@ pub struct Contender {
     /// What it left to be known by: a label, or the value it published.
     pub value: Bytes,
     /// Its place: the smallest is the holder's, and is the holder's fencing token.
-    pub token: Revision,
+    pub token: Token,
     /// Its session.
     pub session: Option<SessionId>,
 }
 
-impl From<Entry> for Contender {
-    fn from(entry: Entry) -> Self {
-        Self {
+impl Contender {
+    /// The contender that an entry is of.
+    pub(super) fn of(entry: Entry) -> Result<Self> {
+        Ok(Self {
+            token: epoch::token(&entry)?,
             value: entry.value,
-            token: entry.create_revision,
             session: entry.session,
-        }
+        })
     }
 }
 
@@ -99,6 +101,9 @@ impl Queue {
     async fn entries_from(&self, page: Page) -> Result<Vec<Entry>> {
         let mut entries = self.registry.list_on(self.listing(), page).await?;
         entries.sort_by_key(|entry| entry.create_revision);
+        if let Some(last) = entries.last() {
+            self.registry.session().epochs().saw(epoch::token(last)?);
+        }
         Ok(entries)
     }
 
@@ -120,22 +125,47 @@ impl Queue {
         }
     }
 
+    /// Takes a place, in the epoch that the store has.
     async fn enter(&self, value: Bytes, enter: Enter) -> Result<(Place, Seen)> {
+        let registry = &*self.registry;
+        let epochs = registry.session().epochs();
+        loop {
+            epochs.raise_if_due(registry).await?;
+            let (epoch, before) = (epochs.epoch(), epochs.highest());
+            match self.enter_in(epoch, value.clone(), enter).await {
+                Ok((place, _)) if place.token()? <= before || epochs.is_due(registry) => {
+                    // Revisions grow. This one is lower than one before, or the backend noticed as much, so the store is a
+                    // copy of an earlier state. The place is left, as it is dropped.
+                    tracing::warn!(queue = %self.name, ?before, "the store went back");
+                    epochs.store_went_back();
+                }
+                Err(Error::Conflict { key, .. }) if key == epoch::condition(epoch).key => {
+                    epochs.refresh(registry).await?;
+                }
+                entered => return entered,
+            }
+        }
+    }
+
+    async fn enter_in(&self, epoch: u32, value: Bytes, enter: Enter) -> Result<(Place, Seen)> {
         let session = self.registry.session().live()?;
-        let name = self.names().map_or_else(fresh, |names| names.take(session));
+        let name = self
+            .names()
+            .map_or_else(|| fresh(epoch), |names| names.take(session, epoch));
         let key = Key::of_recipe(&format!("{}/{name}", &self.dir.as_str()[1..]));
         let queue = self.clone();
         let put = {
             let key = key.clone();
-            async move { queue.put(&key, value, session, enter).await }
+            async move { queue.put(&key, epoch, value, session, enter).await }
         };
         let mut entering = Entering {
             put: Some(put.boxed()),
             place: Some(Place {
                 queue: self.clone(),
                 key,
+                epoch,
                 session,
-                token: None,
+                revision: None,
                 settled: false,
                 kept: false,
             }),
@@ -143,8 +173,8 @@ impl Queue {
         let (mut place, entered) = entering.done().await;
         place.settled = !entered.doubt;
         match entered.place {
-            Ok((token, seen)) => {
-                place.token = Some(token);
+            Ok((revision, seen)) => {
+                place.revision = Some(revision);
                 Ok((place, seen))
             }
             Err(error) => {
@@ -159,9 +189,9 @@ impl Queue {
     }
 
     /// Puts the contender's key, within a deadline.
-    async fn put(&self, key: &Key, value: Bytes, session: SessionId, enter: Enter) -> Entered {
+    async fn put(&self, key: &Key, epoch: u32, value: Bytes, session: SessionId, enter: Enter) -> Entered {
         let mut doubt = false;
-        let put = self.try_put(key, value, session, enter, &mut doubt);
+        let put = self.try_put(key, epoch, value, session, enter, &mut doubt);
         match tokio::time::timeout(PATIENCE, put).await {
             Ok(place) => Entered { place, doubt },
             Err(elapsed) => Entered {
@@ -182,7 +212,7 @@ impl Queue {
 
     fn give_back(&self, session: SessionId, key: &Key) {
         if let Some(names) = self.names() {
-            names.give_back(session, key.name());
+            names.give_back(session, self.registry.session().epochs().epoch(), key.name());
         }
     }
 
@@ -191,6 +221,7 @@ impl Queue {
     async fn try_put(
         &self,
         key: &Key,
+        epoch: u32,
         value: Bytes,
         session: SessionId,
         enter: Enter,
@@ -198,7 +229,11 @@ impl Queue {
     ) -> Result<(Revision, Seen)> {
         // An empty queue takes one request: nobody is there, so this place is the first. Where the queue is told along, so
         // does any.
-        let txn = || Txn::new().when(key, Expect::Absent).put_ephemeral(key, value.clone());
+        let epoch = epoch::condition(epoch);
+        let txn = || {
+            let absent = Txn::new().when(key, Expect::Absent);
+            absent.require(epoch.clone()).put_ephemeral(key, value.clone())
+        };
         let told_along = self.registry.capabilities().lists_along;
         let mut empty = enter == Enter::IfEmpty || !(told_along || self.crowded.load(Ordering::Relaxed));
         let mut backoff = Backoff::default();
@@ -214,9 +249,14 @@ impl Queue {
                 Ok(entered) => return Ok(entered),
                 Err(Error::Conflict { key: conflicting, .. }) if &conflicting == key => {}
                 Err(error @ Error::Conflict { .. }) => {
-                    // Somebody is in the queue: perhaps this very contender, by a try of unknown outcome.
-                    if *doubt && let Some(token) = self.own(key, session).await? {
-                        return Ok((token, Seen::Queue(None)));
+                    // Another contender is in the queue, or perhaps this one, by an attempt of unknown outcome.
+                    if *doubt && let Some(revision) = self.own(key, session).await? {
+                        return Ok((revision, Seen::Queue(None)));
+                    }
+                    if matches!(&error, Error::Conflict { key, .. } if *key == epoch.key) {
+                        // The epoch never comes back, so no attempt in flight can succeed any more.
+                        *doubt = false;
+                        return Err(error);
                     }
                     if enter == Enter::IfEmpty {
                         return Err(error);
@@ -236,7 +276,7 @@ impl Queue {
                 Err(error) => return Err(error),
             }
             match self.own(key, session).await? {
-                Some(token) => return Ok((token, Seen::Queue(None))),
+                Some(revision) => return Ok((revision, Seen::Queue(None))),
                 // It was there and is gone: the session it belonged to has ended.
                 None => return Err(Error::SessionExpired { session }),
             }
@@ -314,14 +354,23 @@ impl Drop for Entering {
 struct Place {
     queue: Queue,
     key: Key,
+    epoch: u32,
     session: SessionId,
-    token: Option<Revision>,
+    /// The `create_revision` of the key, once it is known to have been put.
+    revision: Option<Revision>,
     /// Whether no put of the key can be under way any more.
     settled: bool,
     kept: bool,
 }
 
 impl Place {
+    /// The fencing token of the place, once the key is known to have been put.
+    fn token(&self) -> Result<Option<Token>> {
+        self.revision
+            .map(|revision| Token::of(self.epoch, revision))
+            .transpose()
+    }
+
     /// Waits until every contender before this one is gone, and this one is still there. `page` is the first of the
     /// contenders, no older than the place.
     async fn wait_first(&mut self, mut page: Option<Page>) -> Result<()> {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use tokio::sync::Mutex as AsyncMutex;
 
 use super::lock::{Held, Lock};
-use crate::{Key, Registry, Result, Revision};
+use crate::{Key, Registry, Result, Token};
 
 /// A lock with a count: its owner may acquire it again while holding it, and the last release frees it (L4).
 ///
@@ -83,7 +83,7 @@ impl ReentrantHeld {
     }
 
     /// The fencing token of the shared hold.
-    pub fn token(&self) -> Revision {
+    pub fn token(&self) -> Token {
         self.held.token()
     }
 

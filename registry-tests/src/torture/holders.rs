@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use registry_api::{Campaign, Error, Held, Leadership, Registry, Revision};
+use registry_api::{Campaign, Error, Held, Leadership, Registry, Token};
 
 use super::Run;
 use crate::{Dice, key};
@@ -17,12 +17,12 @@ const TURN: Duration = Duration::from_secs(3);
 
 /// A lock held or a leadership.
 pub(super) trait Hold {
-    fn token(&self) -> Revision;
+    fn token(&self) -> Token;
     fn is_lost(&self) -> bool;
 }
 
 impl Hold for Held {
-    fn token(&self) -> Revision {
+    fn token(&self) -> Token {
         self.token()
     }
 
@@ -32,7 +32,7 @@ impl Hold for Held {
 }
 
 impl Hold for Leadership {
-    fn token(&self) -> Revision {
+    fn token(&self) -> Token {
         self.token()
     }
 
@@ -42,11 +42,11 @@ impl Hold for Leadership {
 }
 
 /// Where everybody who believes to hold the one thing shows up.
-pub(super) struct Arena<T>(Mutex<(Revision, Option<Arc<T>>)>);
+pub(super) struct Arena<T>(Mutex<(Option<Token>, Option<Arc<T>>)>);
 
 impl<T> Default for Arena<T> {
     fn default() -> Self {
-        Self(Mutex::new((Revision::default(), None)))
+        Self(Mutex::new((None, None)))
     }
 }
 
@@ -57,18 +57,18 @@ impl<T: Hold> Arena<T> {
         let mut arena = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (newest, before) = &mut *arena;
         let other_is_sure = before.as_ref().is_some_and(|before| !before.is_lost());
-        let is_later = hold.token() > *newest;
+        let is_later = Some(hold.token()) > *newest;
         // Looked at last: what is sure now was so when the other was looked at.
         if !hold.is_lost() {
             assert!(
                 !other_is_sure,
-                "two hold it, with the tokens {newest} and {}",
+                "two hold it, with the tokens {newest:?} and {}",
                 hold.token()
             );
-            assert!(is_later, "token {} after {newest}", hold.token());
+            assert!(is_later, "token {} after {newest:?}", hold.token());
         }
         if is_later {
-            (*newest, *before) = (hold.token(), Some(hold.clone()));
+            (*newest, *before) = (Some(hold.token()), Some(hold.clone()));
         }
         hold
     }
@@ -106,20 +106,20 @@ impl Default for Counter {
 
 impl Counter {
     /// The newest token that it has seen, and the count.
-    fn load(&self) -> (u64, u64) {
+    fn load(&self) -> (i64, u64) {
         let text = std::fs::read_to_string(self.dir.path().join("counter")).expect("it was written");
         let (token, count) = text.split_once(' ').expect("two numbers");
         (token.parse().expect("a number"), count.parse().expect("a number"))
     }
 
     /// Reads, or with `count` writes, unless it has seen a larger token.
-    fn access(&self, token: Revision, count: Option<u64>) -> Option<u64> {
+    fn access(&self, token: Token, count: Option<u64>) -> Option<u64> {
         let _guard = self.guard.lock().unwrap_or_else(PoisonError::into_inner);
         let (newest, found) = self.load();
-        if token.0 < newest {
+        if token.get() < newest {
             return None;
         }
-        let text = format!("{} {}", token.0, count.unwrap_or(found));
+        let text = format!("{token} {}", count.unwrap_or(found));
         std::fs::write(self.dir.path().join("counter"), text).expect("there is room");
         if count.is_some() {
             self.written.fetch_add(1, Ordering::SeqCst);
@@ -205,7 +205,7 @@ pub(super) async fn campaign(registry: Arc<dyn Registry>, run: Run, arena: Arc<A
 
 /// Observes the election: tokens only grow (E2).
 pub(super) async fn observe(mut course: Campaign, run: Run) {
-    let mut newest = Revision::default();
+    let mut newest = None;
     let mut stop = run.stop.clone();
     loop {
         let leader = tokio::select! {
@@ -214,11 +214,11 @@ pub(super) async fn observe(mut course: Campaign, run: Run) {
         };
         let Some(leader) = leader else { continue };
         assert!(
-            leader.token >= newest,
-            "leader {} was told after {newest}",
+            Some(leader.token) >= newest,
+            "leader {} was told after {newest:?}",
             leader.token
         );
-        newest = leader.token;
+        newest = Some(leader.token);
         run.counts.one("leaders observed");
     }
 }

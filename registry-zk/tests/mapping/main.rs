@@ -105,7 +105,7 @@ async fn revisions_are_zxids() {
     let queue = "/registry~/lock/1/l";
     let contenders = raw.list_children(queue).await.unwrap();
     let (_, stat) = raw.get_data(&format!("{queue}/{}", contenders[0])).await.unwrap();
-    assert_eq!(held.token().0, stat.czxid.cast_unsigned());
+    assert_eq!(held.token().get(), stat.czxid);
     held.release().await.unwrap();
     registry.close().await.unwrap();
 }

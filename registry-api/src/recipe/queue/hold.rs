@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::{Backoff, Left, PATIENCE, Place, Queue, Retry, leave, leave_in_background};
 use crate::{
-    BootInstant, Condition, Error, Expect, Key, Read, Result, Revision, SessionId, Txn, WatchRequest, WatchScope,
+    BootInstant, Condition, Error, Expect, Key, Read, Result, Revision, SessionId, Token, Txn, WatchRequest, WatchScope,
 };
 
 /// The first place: a lock held, or a leadership.
@@ -14,7 +14,9 @@ use crate::{
 pub(in crate::recipe) struct Hold {
     queue: Queue,
     key: Key,
-    token: Revision,
+    token: Token,
+    /// The `create_revision` of the key.
+    revision: Revision,
     session: SessionId,
     /// Whether no put or delete of the key can be under way.
     settled: AtomicBool,
@@ -28,11 +30,18 @@ impl Place {
         if !self.queue.registry.session().is_valid(self.session) {
             return Err(self.session_gone());
         }
+        let (Some(token), Some(revision)) = (self.token()?, self.revision) else {
+            return Err(Error::HoldLost {
+                key: self.queue.name.clone(),
+            });
+        };
+        self.queue.registry.session().epochs().saw(token);
         self.kept = true;
         Ok(Hold {
             queue: self.queue.clone(),
             key: self.key.clone(),
-            token: self.token.expect("a place that was entered has a token"),
+            token,
+            revision,
             session: self.session,
             settled: AtomicBool::new(self.settled),
             lost: AtomicBool::new(false),
@@ -46,7 +55,7 @@ impl Hold {
         &self.queue.name
     }
 
-    pub(in crate::recipe) fn token(&self) -> Revision {
+    pub(in crate::recipe) fn token(&self) -> Token {
         self.token
     }
 
@@ -54,7 +63,7 @@ impl Hold {
     pub(in crate::recipe) fn condition(&self) -> Condition {
         Condition {
             key: self.key.clone(),
-            expect: Expect::CreateRevision(self.token),
+            expect: Expect::CreateRevision(self.revision),
         }
     }
 
@@ -81,7 +90,7 @@ impl Hold {
             let mut backoff = Backoff::default();
             let gone = || async {
                 let request = WatchRequest::new(&self.key, WatchScope::Key);
-                registry.watch(request).await?.gone(self.token).await
+                registry.watch(request).await?.gone(self.revision).await
             };
             while gone().await.is_err() {
                 backoff.wait().await;
@@ -103,7 +112,7 @@ impl Hold {
             return Ok(false);
         }
         let entry = self.queue.registry.get(&self.key, Read::Linearizable).await?;
-        if entry.is_none_or(|entry| entry.create_revision != self.token) {
+        if entry.is_none_or(|entry| entry.create_revision != self.revision) {
             self.lost.store(true, Ordering::Release);
         }
         Ok(!self.is_lost())
