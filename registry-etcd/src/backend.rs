@@ -219,6 +219,10 @@ impl Registry for Etcd {
             .sum())
     }
 
+    fn rollbacks(&self) -> u64 {
+        self.store.history.now().number
+    }
+
     async fn watch(&self, request: WatchRequest) -> Result<Watch> {
         self.session.check_open()?;
         watch::start(&self.store, request, self.session.states()).await

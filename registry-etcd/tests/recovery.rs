@@ -271,6 +271,9 @@ async fn a_store_that_went_back_is_noticed() {
         known
             .until(&mut watch, |known| known.entries.contains_key("/again"))
             .await;
+        // L3. Revisions are given out again, fencing tokens are not.
+        let next = registry.lock(&key("/lock")).acquire_within(PATIENCE).await.unwrap();
+        assert!(next.token() > held.token(), "{} after {}", next.token(), held.token());
         registry.close().await.unwrap();
     }
 }

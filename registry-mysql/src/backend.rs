@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use async_trait::async_trait;
@@ -121,6 +122,10 @@ impl Registry for Mysql {
             .write(Job::DeletePrefix(prefix.clone()), None, deadline)
             .await?;
         Ok(written.deleted)
+    }
+
+    fn rollbacks(&self) -> u64 {
+        self.store.rollbacks.load(Ordering::Relaxed)
     }
 
     async fn watch(&self, request: WatchRequest) -> Result<Watch> {

@@ -5,6 +5,8 @@
 //! a smaller revision than its own, knows that the server went back: it was restored, or replaced by a replica that
 //! lagged.
 
+use std::sync::atomic::Ordering;
+
 use registry_api::{DeleteCause, Entry, Event, Result, Revision};
 use sqlx::mysql::MySqlRow;
 
@@ -152,6 +154,7 @@ impl Store {
         let standing = self.standing(answers.first())?;
         let Standing { counters, mark } = &standing;
         if standing.went_back(cursor) {
+            self.rollbacks.fetch_add(1, Ordering::Relaxed);
             return Ok(Some(Found::WentBack));
         }
         // Part of a revision may be deleted and the rest not yet.

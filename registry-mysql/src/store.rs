@@ -1,5 +1,6 @@
 //! What all calls on a handle share.
 
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use registry_api::{Error, Namespace, Options, Result, Revision};
@@ -25,6 +26,8 @@ pub(crate) struct Store {
     pub(crate) history: u64,
     pub(crate) size: AnswerSize,
     pub(crate) poll: Poll,
+    /// How often a watch found that the server went back.
+    pub(crate) rollbacks: AtomicU64,
 }
 
 impl Store {
@@ -46,6 +49,7 @@ impl Store {
             history: config.history.get(),
             size: AnswerSize::default(),
             poll: Poll::default(),
+            rollbacks: AtomicU64::new(0),
         })
     }
 

@@ -437,6 +437,11 @@ async fn a_server_that_went_back_in_time_is_noticed_by_watches() {
     }
     assert!(known.contains(&"deleted /lost b\"1\"".into()), "{known:?}");
     assert!(known.contains(&"created /kept b\"1\"".into()), "{known:?}");
+    // L3. The handle never saw a token, and raises their epoch all the same: to the seconds since 2025.
+    let held = within(PATIENCE, "a lock", registry.lock(&key("/l")).acquire())
+        .await
+        .unwrap();
+    assert!(held.token().get() >> 32 > 58_000_000, "{}", held.token());
     other.close().await.unwrap();
 }
 

@@ -154,6 +154,10 @@ impl Registry for Zk {
         .await
     }
 
+    fn rollbacks(&self) -> u64 {
+        self.store.rollbacks()
+    }
+
     async fn watch(&self, request: WatchRequest) -> Result<Watch> {
         let states = self.session.states();
         self.call(

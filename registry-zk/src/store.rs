@@ -1,7 +1,7 @@
 //! What all calls on a handle share: the connection of the present session, and how it is asked.
 
 use std::future::Future;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -32,6 +32,8 @@ pub(crate) struct Store {
     slot: watch::Sender<Slot>,
     /// The newest change this handle has seen.
     seen: AtomicI64,
+    /// How often a watch found that the servers were restored from an older copy.
+    rollbacks: AtomicU64,
     /// The runtime of the thread that keeps sessions.
     runtime: OnceLock<Handle>,
 }
@@ -84,6 +86,7 @@ impl Store {
             ephemerals: Ephemerals::default(),
             slot: watch::Sender::new(Slot::Opening),
             seen: AtomicI64::new(0),
+            rollbacks: AtomicU64::new(0),
             runtime: OnceLock::new(),
         }
     }
@@ -126,6 +129,11 @@ impl Store {
     /// The servers were restored from an older copy.
     pub(crate) fn went_back(&self, to: i64) {
         self.seen.store(to, Ordering::Release);
+        self.rollbacks.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn rollbacks(&self) -> u64 {
+        self.rollbacks.load(Ordering::Acquire)
     }
 
     pub(crate) fn seen(&self) -> i64 {

@@ -30,6 +30,9 @@ async fn a_watch_follows_servers_that_went_back() {
         put_at_last(&*registry, "/later", &count.to_string()).await;
     }
     registry.delete(&key("/removed")).await.unwrap();
+    let held = registry.lock(&key("/lock")).acquire().await.unwrap();
+    let token = held.token();
+    held.release().await.unwrap();
     let mirror = registry.mirror(Prefix::root(), WatchScope::Subtree).await.unwrap();
     let holds = |path: &str| {
         let entry = mirror.get(&key(path))?;
@@ -51,5 +54,8 @@ async fn a_watch_follows_servers_that_went_back() {
     registry.wait_connected(PATIENCE).await.unwrap();
     registry.put(&key("/later"), "again").await.unwrap();
     until("the mirror goes on", PATIENCE, async || holds("/later").is_some()).await;
+    // L3. Revisions are given out again, fencing tokens are not.
+    let next = registry.lock(&key("/lock")).acquire_within(PATIENCE).await.unwrap();
+    assert!(next.token() > token, "{} after {token}", next.token());
     registry.close().await.unwrap();
 }
