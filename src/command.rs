@@ -6,6 +6,7 @@ mod bench;
 #[cfg(feature = "raft")]
 mod demo;
 mod election;
+mod epoch;
 mod export;
 mod failure;
 mod holding;
@@ -117,11 +118,18 @@ enum Command {
     Import(import::Import),
     /// Writes the persistent keys at and below a prefix as JSON lines.
     ///
-    /// They are the keys of one revision, which is printed to standard error, also while others write. ZooKeeper has no such
+    /// The first line has the highest fencing token that the store can have given out, above which `import` raises those of
+    /// the next store. The keys are those of one revision, which is printed to standard error, also while others write. ZooKeeper has no such
     /// reads: there, and where the store no longer keeps the changes made meanwhile, a transaction may be in the export by
     /// half, which is warned of.
     #[command(after_help = "Example: registry export /app > app.jsonl")]
     Export(export::Export),
+    /// Shows the epoch of the namespace's fencing tokens, or raises it.
+    ///
+    /// The tokens of locks and leaderships are larger in a higher epoch. `import` raises it by itself, and so does a handle
+    /// that notices that its store went back.
+    #[command(after_help = "Examples:\n  registry epoch\n  registry epoch --raise")]
+    Epoch(epoch::Epoch),
     /// Measures the store: throughput and latency of each kind of work, with so many tasks at once.
     #[command(
         after_help = "Examples:\n  registry bench\n  registry bench put get --tasks 1,64,256 --duration 10s --plot bench.svg\n  registry bench --embedded --set raft.data_dir=/tmp/bench"
@@ -224,6 +232,7 @@ pub(crate) async fn run(cli: Cli) -> Outcome {
         Command::Register(register) => register.run(&settings.connect().await?, out).await,
         Command::Import(import) => import.run(&settings, out).await,
         Command::Export(export) => export.run(&settings.connect().await?, out).await,
+        Command::Epoch(epoch) => epoch.run(&settings.connect().await?, out).await,
     }
 }
 

@@ -11,6 +11,7 @@ use registry::{Entry, Error, Event, List, Prefix, Registry, Revision, WatchFrom,
 use serde_json::json;
 use tempfile::SpooledTempFile;
 
+use super::epoch::Header;
 use super::failure::warn;
 use super::kv::close;
 use super::output::{Output, progress};
@@ -36,6 +37,7 @@ impl Export {
         bar.finish_and_clear();
         let mut pages = read?;
         let changed = pages.changes(registry, &self.prefix).await;
+        let header = Header::read(&**registry).await;
         close(registry).await;
         let (changed, revision) = match changed? {
             Changes::Known(changed, revision) => (changed, Some(revision)),
@@ -45,6 +47,13 @@ impl Export {
             }
         };
         let mut printed = Printed::new(out);
+        match header? {
+            Some(header) => printed.header(&header)?,
+            None => warn(
+                "this client may not read the epoch of fencing tokens: those of the store that imports this may be smaller",
+                out.json,
+            ),
+        }
         pages.merged(changed, |line| printed.line(line))?;
         let Printed { count, left_out, .. } = printed.end()?;
         // The export went to standard output.
@@ -225,6 +234,10 @@ impl Printed {
             count: 0,
             left_out: 0,
         }
+    }
+
+    fn header(&mut self, header: &Header) -> Result<(), Failure> {
+        self.out.bytes(format!("{}\n", header.line()).as_bytes())
     }
 
     fn line(&mut self, line: &str) -> Result<(), Failure> {

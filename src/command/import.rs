@@ -16,6 +16,7 @@ use registry::{Key, Registry};
 use serde::Deserialize;
 use serde_json::json;
 
+use super::epoch::Header;
 use super::kv::close;
 use super::output::{Output, progress};
 use super::stop::Stop;
@@ -70,6 +71,8 @@ struct Lines<R> {
     reader: BufReader<R>,
     number: usize,
     text: Vec<u8>,
+    /// The first line, if it is that of an export.
+    header: Option<Header>,
 }
 
 impl<R: Read> Lines<R> {
@@ -78,6 +81,7 @@ impl<R: Read> Lines<R> {
             reader: BufReader::with_capacity(1 << 20, input),
             number: 0,
             text: Vec::new(),
+            header: None,
         }
     }
 
@@ -89,6 +93,7 @@ impl<R: Read> Lines<R> {
             match self.reader.read_until(b'\n', &mut self.text) {
                 Ok(0) => return None,
                 Ok(_) if self.text.trim_ascii().is_empty() => {}
+                Ok(_) if self.number == 1 && self.is_header() => {}
                 Ok(_) => return Some((self.number, Line::parse(&self.text))),
                 Err(error) => return Some((self.number, Err(error.to_string()))),
             }
@@ -96,9 +101,22 @@ impl<R: Read> Lines<R> {
     }
 }
 
+impl<R> Lines<R> {
+    fn is_header(&mut self) -> bool {
+        self.header = Header::parse(&self.text);
+        self.header.is_some()
+    }
+}
+
+/// A file whose lines were checked.
+struct Checked {
+    file: File,
+    header: Option<Header>,
+}
+
 /// Opens the file and checks each line, so that a wrong one is refused before anything is sent. What can't be read twice,
 /// as standard input or a pipe, is copied to a temporary file meanwhile.
-fn checked(path: &Path) -> Result<File, Failure> {
+fn checked(path: &Path) -> Result<Checked, Failure> {
     let wrong = |error: io::Error| Failure::usage(format!("{}: {error}", path.display()));
     if path == Path::new("-") {
         return copied(io::stdin().lock());
@@ -111,17 +129,18 @@ fn checked(path: &Path) -> Result<File, Failure> {
     while let Some((number, line)) = lines.next() {
         line.map_err(|why| refused(number, &why))?;
     }
+    let header = lines.header;
     (&file).rewind().map_err(wrong)?;
-    Ok(file)
+    Ok(Checked { file, header })
 }
 
-fn copied(input: impl Read) -> Result<File, Failure> {
+fn copied(input: impl Read) -> Result<Checked, Failure> {
     let failed = |error: io::Error| Failure::io("the input can't be copied to a temporary file", &error);
     let mut copy = io::BufWriter::new(tempfile::tempfile().map_err(failed)?);
     let (mut lines, mut last) = (Lines::of(input), 0);
     while let Some((number, line)) = lines.next() {
         line.map_err(|why| refused(number, &why))?;
-        // With the blank lines between, so that the numbers stay the same.
+        // With blank lines for those between, so that the numbers stay the same.
         for _ in last + 1..number {
             copy.write_all(b"\n").map_err(failed)?;
         }
@@ -130,7 +149,8 @@ fn copied(input: impl Read) -> Result<File, Failure> {
     }
     let mut copy = copy.into_inner().map_err(|error| failed(error.into_error()))?;
     copy.rewind().map_err(failed)?;
-    Ok(copy)
+    let header = lines.header;
+    Ok(Checked { file: copy, header })
 }
 
 fn refused(number: usize, why: &str) -> Failure {
@@ -139,10 +159,13 @@ fn refused(number: usize, why: &str) -> Failure {
 
 impl Import {
     pub(crate) async fn run(self, settings: &Settings, out: Output) -> Outcome {
-        let file = checked(&self.file)?;
+        let Checked { file, header } = checked(&self.file)?;
         let size = file.metadata().map_or(0, |metadata| metadata.len());
         let registry = settings.connect().await?;
         let stop = Stop::listen()?;
+        if let Some(header) = header {
+            header.raise(&*registry).await?;
+        }
         let bar = progress(Some(size));
         let mut puts = Puts::new(&registry, Lines::of(bar.wrap_read(file)));
         puts.all(&stop).await;
