@@ -7,11 +7,13 @@ use crate::harness::gate::Gate;
 
 const TIME: Duration = Duration::from_secs(2);
 
-/// A handle behind a gate. Its session is long, so that the connection outlives the calls.
+/// A handle behind a gate. Its session and its patience with a silent server are long, so that the connection outlives the
+/// calls.
 async fn behind(gate: &Gate) -> Arc<dyn Registry> {
     let options = Options {
         request_timeout: TIME,
         session_ttl: SessionTtl::new(Duration::from_secs(40)).unwrap(),
+        connect_timeout: Duration::from_secs(30),
         ..Options::default()
     };
     registry_zk::connect(&config(&gate.address), &options).await.unwrap()

@@ -170,5 +170,16 @@ async fn a_mirror_catches_up_with_a_key_that_came_and_went() {
         let caught_up = tokio::time::timeout(PATIENCE, mirror.caught_up(put)).await;
         caught_up.unwrap_or_else(|_| panic!("round {round}: never")).unwrap();
     }
+    // No watch can see this one: its node comes and goes in one transaction.
+    registry.put(&key("/k/there"), "").await.unwrap();
+    let raw = servers.raw().await;
+    let mut both = raw.new_multi_writer();
+    both.add_create("/registry/k/gone", b"", &anyone()).unwrap();
+    both.add_delete("/registry/k/gone", None).unwrap();
+    both.commit().await.unwrap();
+    let (_, above) = raw.get_data("/registry/k").await.unwrap();
+    let gone = Revision(above.pzxid.cast_unsigned());
+    let caught_up = tokio::time::timeout(PATIENCE, mirror.caught_up(gone)).await;
+    caught_up.expect("it never hears of it").unwrap();
     registry.close().await.unwrap();
 }

@@ -163,8 +163,10 @@ async fn a_parent_that_nobody_put_never_stays() {
     other.put_ephemeral(&key("/e/f/g"), "").await.unwrap();
     other.close().await.unwrap();
     gone("the parents of an ephemeral key").await;
-    // A put that was cut off half way leaves a chain without an end.
+    // A put whose program ended half way leaves a chain without an end, and a session that ends.
+    let cut_off = connect(&servers.addresses()).await;
     make_marks(&raw, &["/registry/half", "/registry/half/made"]).await;
+    cut_off.close().await.unwrap();
     gone("a half-finished chain").await;
     // It is in nobody's way before.
     make_marks(&raw, &["/registry/half", "/registry/half/made"]).await;
@@ -176,10 +178,28 @@ async fn a_parent_that_nobody_put_never_stays() {
 
     // The sweep goes on when the handle that swept is gone.
     let next = connect(&servers.addresses()).await;
-    registry.close().await.unwrap();
     make_marks(&raw, &["/registry/half"]).await;
+    registry.close().await.unwrap();
     gone("a leaf that is none").await;
     next.close().await.unwrap();
+}
+
+/// What was put is no placeholder, however empty it is, and whatever was deleted below it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parent_that_was_put_stays() {
+    let servers = Servers::start(1).await;
+    let registry = connect(&servers.addresses()).await;
+    for value in ["", "v"] {
+        registry.put(&key("/p"), value).await.unwrap();
+        registry.put(&key("/p/q/r"), "").await.unwrap();
+        registry.delete_prefix(&Prefix::parse("/p/q").unwrap()).await.unwrap();
+        assert_eq!(get(&registry, "/p").await.unwrap().value, value);
+        registry.put(&key("/p/q/r"), "").await.unwrap();
+        registry.delete(&key("/p/q/r")).await.unwrap();
+        assert_eq!(get(&registry, "/p").await.unwrap().value, value);
+        assert_eq!(children(&registry, "/p").await, Vec::<String>::new());
+    }
+    registry.close().await.unwrap();
 }
 
 /// A sweep that meets changes on its way looks again, also when nothing happens any more.
