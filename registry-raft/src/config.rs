@@ -9,6 +9,8 @@ use serde::Deserialize;
 
 /// Where a member listens, and where a handle looks for one, when nothing is said.
 pub const DEFAULT_ADDRESS: &str = "127.0.0.1:7480";
+/// A host name has 253 bytes at the most (RFC 1035), and a port 5.
+const LONGEST_ADDRESS: usize = 260;
 const DEFAULT_MEMBER: &str = "a";
 const DEFAULT_DATA_DIR: &str = "registry-data";
 /// The data directory that is none: everything in memory, and no port.
@@ -259,13 +261,23 @@ impl RaftConfig {
         let name = self.member_name();
         for (member, address) in &self.cluster {
             check_name("cluster", member)?;
-            check_address("cluster", address)?;
+            check_reachable("cluster", address)?;
         }
         for address in &self.join {
             check_address("join", address)?;
         }
         if let Some(address) = &self.advertise {
-            check_address("advertise", address)?;
+            check_reachable("advertise", address)?;
+        }
+        if self.directory().is_some()
+            && self.advertise.as_deref().or(self.listed()).is_none()
+            && let Some(listen) = self.listen.as_deref().filter(|listen| is_unspecified(listen))
+        {
+            let reason = format!(
+                "the member listens on {listen:?}, all addresses of its host, which leads others to themselves; set it to \
+                 the host:port by which they reach this one"
+            );
+            return Err(refused("advertise", reason));
         }
         if !self.cluster.is_empty() && self.listed().is_none() {
             let members: Vec<_> = self.cluster.keys().map(String::as_str).collect();
@@ -332,6 +344,29 @@ pub(crate) fn check_address(field: &str, address: &str) -> Result<()> {
             field,
             format!("{address:?} is no host and port such as {DEFAULT_ADDRESS}"),
         )),
+    }
+}
+
+/// Refuses what is no address by which a member is reached from elsewhere.
+pub(crate) fn check_reachable(field: &str, address: &str) -> Result<()> {
+    check_address(field, address)?;
+    let reason = match address.len() {
+        _ if is_unspecified(address) => {
+            "stands for all addresses of a host, and leads others to themselves; give the host:port by which they reach it"
+        }
+        LONGEST_ADDRESS.. => "is longer than any host and port",
+        _ => return Ok(()),
+    };
+    Err(refused(field, format!("{address:?} {reason}")))
+}
+
+fn is_unspecified(address: &str) -> bool {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    match host.parse::<std::net::IpAddr>() {
+        Ok(std::net::IpAddr::V6(ip)) => ip.to_canonical().is_unspecified(),
+        Ok(ip) => ip.is_unspecified(),
+        Err(_) => false,
     }
 }
 
@@ -452,11 +487,17 @@ mod tests {
             advertise: Some(address.into()),
             ..config
         };
+        let listen = |address: &str, config: RaftConfig| RaftConfig {
+            listen: Some(address.into()),
+            ..config
+        };
         for good in [
             list(&[("a", "127.0.0.1:1"), ("b", "localhost:2"), ("c", "[::1]:3")]),
             list(&[("a", "10.0.0.2:1"), ("b", "db-1:1")]),
             join(&["10.0.0.2:1", "db-1:1"]),
             advertise("db-2:1", join(&["db-1:1"])),
+            listen("0.0.0.0:1", advertise("db-2:1", join(&["db-1:1"]))),
+            listen("0.0.0.0:1", list(&[("a", "h1:1"), ("b", "h2:1")])),
         ] {
             good.check().unwrap();
         }
@@ -484,6 +525,17 @@ mod tests {
             ("cluster", list(&[("a", "h1"), ("b", "h2:1")])),
             ("cluster", list(&[("a", "h1:1"), ("b/c", "h2:1")])),
             ("join", join(&["h1"])),
+            // All addresses of a host lead each of the others to itself.
+            ("cluster", list(&[("a", "0.0.0.0:1"), ("b", "h2:1")])),
+            ("cluster", list(&[("a", "h1:1"), ("b", "[::]:1")])),
+            ("advertise", advertise("0.0.0.0:1", join(&["h1:1"]))),
+            ("advertise", advertise("[::ffff:0.0.0.0]:1", join(&["h1:1"]))),
+            ("advertise", listen("0.0.0.0:1", join(&["h1:1"]))),
+            ("advertise", listen("[::]:1", RaftConfig::default())),
+            (
+                "advertise",
+                advertise(&format!("{}:1", "h".repeat(300)), join(&["h1:1"])),
+            ),
             ("join", both),
             ("data_dir", in_memory),
         ];

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tonic::Status;
 use uuid::Uuid;
 
+use crate::config::check_reachable;
 use crate::directory::Directory;
 use crate::link::BACKEND;
 use crate::member::Core;
@@ -56,6 +57,10 @@ struct Behind {
     list: BTreeMap<String, String>,
     transport: Transport,
     decision: Mutex<Decision>,
+    /// Where the others reach this member.
+    address: OnceLock<String>,
+    /// Where other members said they are, if that is news.
+    claims: Mutex<BTreeMap<u64, String>>,
     core: OnceLock<Core>,
 }
 
@@ -76,6 +81,13 @@ enum Round {
     Missing(Vec<String>),
 }
 
+impl Round {
+    /// Whether it found the same members as the round before, and no group.
+    fn confirms(&self, first: &BTreeMap<String, u64>) -> bool {
+        matches!(self, Self::All(again) if again == first)
+    }
+}
+
 impl Door {
     pub(crate) fn new(id: u64, name: &str, list: &BTreeMap<String, String>, transport: Transport) -> Self {
         Self(Arc::new(Behind {
@@ -84,12 +96,34 @@ impl Door {
             list: list.clone(),
             transport,
             decision: Mutex::default(),
+            address: OnceLock::new(),
+            claims: Mutex::default(),
             core: OnceLock::new(),
         }))
     }
 
     pub(crate) fn core(&self) -> Option<&Core> {
         self.0.core.get()
+    }
+
+    /// Says where the others reach this member.
+    pub(crate) fn locate(&self, address: &str) {
+        // There is one address as long as the process runs.
+        let _ = self.0.address.set(address.to_owned());
+    }
+
+    /// Where members of the group say that they are, if they were not found there yet.
+    pub(crate) fn claims(&self) -> BTreeMap<u64, String> {
+        std::mem::take(&mut *self.0.claims.lock())
+    }
+
+    /// Notes where a member of the group says that it is. It is believed once it responds there.
+    fn note_claim(&self, core: &Core, theirs: &message::Greeting) {
+        let known = core.network().addresses().of(theirs.id);
+        let news = known.is_some_and(|known| known != theirs.address);
+        if news && *theirs.cluster == core.identity().cluster && check_reachable("advertise", &theirs.address).is_ok() {
+            self.0.claims.lock().insert(theirs.id, theirs.address.clone());
+        }
     }
 
     /// From now on requests are answered.
@@ -112,6 +146,10 @@ impl Door {
             decision.proposed = None;
         }
         let mut greeting = self.greeting_of(&decision);
+        drop(decision);
+        if let Some(core) = self.core() {
+            self.note_claim(core, theirs);
+        }
         greeting.removed = self.core().is_some_and(|core| {
             *theirs.cluster == core.identity().cluster
                 && core.store().read(|inner| inner.state.removed.contains(&theirs.id))
@@ -124,6 +162,7 @@ impl Door {
             id: self.0.id,
             name: self.0.name.clone(),
             list: self.0.list.clone().into_iter().collect(),
+            address: self.0.address.get().cloned().unwrap_or_default(),
             proposed: decision
                 .proposed
                 .map_or_else(Bytes::new, |proposed| Bytes::copy_from_slice(&proposed)),
@@ -180,8 +219,8 @@ impl Door {
                     self.propose(&group);
                     match self.greet_all(&lanes).await? {
                         Round::Founded(group) => return Ok(group),
-                        Round::All(again) if again == ids && self.decide(&group) => return Ok(group),
-                        Round::All(_) | Round::Missing(_) => me.decision.lock().proposed = None,
+                        second if second.confirms(&ids) && self.decide(&group) => return Ok(group),
+                        _ => me.decision.lock().proposed = None,
                     }
                 }
             }
@@ -346,12 +385,11 @@ pub(crate) async fn greet(lane: &Lane, greeting: message::Greeting) -> Result<me
 }
 
 impl Core {
-    /// Looks whether the group has gone on without this member, and ends it then: nobody else tells it.
+    /// Ends the member once its log has failed, or the group has removed it: no other member tells it.
     pub(crate) async fn keep_company(
         self,
         door: Door,
         directory: Option<Arc<Directory>>,
-        end: watch::Sender<Option<String>>,
         mut stopping: watch::Receiver<bool>,
     ) {
         let mut turn = 0;
@@ -368,26 +406,16 @@ impl Core {
                 let metrics = metrics.borrow_watched();
                 metrics.running_state.as_ref().err().map(ToString::to_string)
             };
-            let reason = match failed {
-                Some(failed) => failed,
-                None if self.was_removed(&door, turn).await => {
-                    if let Some(Err(error)) = directory.as_ref().map(|directory| directory.removed()) {
-                        tracing::error!(%error, "the directory does not know that its member was removed");
-                    }
-                    format!("member {:?} was removed from its group", door.0.name)
+            if let Some(failed) = failed {
+                return self.fail(failed);
+            }
+            if self.was_removed(&door, turn).await {
+                if let Some(Err(error)) = directory.as_ref().map(|directory| directory.removed()) {
+                    tracing::error!(%error, "the directory does not know that its member was removed");
                 }
-                None => {
-                    turn += 1;
-                    continue;
-                }
-            };
-            tracing::error!(reason, "the member ends");
-            self.standing().close();
-            self.store().end_watches();
-            // An error says that it had ended already.
-            let _ = self.raft().shutdown().await;
-            end.send_replace(Some(reason));
-            return;
+                return self.fail(format!("member {:?} was removed from its group", door.0.name));
+            }
+            turn += 1;
         }
     }
 
@@ -481,6 +509,17 @@ fn unavailable(cause: impl Into<registry_api::BoxError>) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whoever is silent in the second round may have the group by now, or may have lost its disk.
+    #[test]
+    fn only_the_same_members_confirm_a_group() {
+        let ids = |c| BTreeMap::from([("a".to_owned(), 1), ("c".to_owned(), c)]);
+        assert!(Round::All(ids(3)).confirms(&ids(3)));
+        assert!(!Round::All(ids(4)).confirms(&ids(3)));
+        assert!(!Round::Missing(vec!["c".into()]).confirms(&ids(3)));
+        let members = BTreeMap::from([(1, Peer::default())]);
+        assert!(!Round::Founded(Group::of(members)).confirms(&ids(3)));
+    }
 
     #[test]
     fn a_list_and_a_group_that_differ_are_told_apart() {

@@ -16,7 +16,9 @@ use tokio::sync::{mpsc, oneshot};
 use tonic::{Code, Status};
 
 use crate::command::not_understood;
+use crate::config::{check_name, check_reachable, refused as refused_setting};
 use crate::directory::removed_for_good;
+use crate::founding::greet;
 use crate::link::{BACKEND, failure, millis, of_question};
 use crate::member::{Core, unavailable};
 use crate::network::Way;
@@ -320,6 +322,9 @@ impl Core {
         if *admission.cluster != self.identity().cluster {
             return Err(refused("it asks to join another group".into()));
         }
+        check_name("member", &admission.name)
+            .and_then(|()| check_reachable("advertise", &admission.address))
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
         let leader = tokio::time::timeout(ROUND, self.leader()).await;
         let leader = leader.map_err(|_| Status::unavailable("there is no Raft leader"))?;
         match leader.map_err(|error| Status::unavailable(why(&error)))? {
@@ -354,13 +359,48 @@ impl Core {
             name: admission.name,
             address: admission.address,
         };
-        if members.get(&admission.id) == Some(&peer) {
+        let change = match members.get(&admission.id) {
+            Some(known) if *known == peer => return Ok(()),
+            Some(known) if known.name != peer.name => {
+                let reason = format!("the group has this member under the name {:?}", known.name);
+                return Err(Status::already_exists(reason));
+            }
+            Some(known) => {
+                self.responds_at(admission.id, &peer.address).await?;
+                tracing::info!(
+                    member = peer.name,
+                    from = known.address,
+                    to = peer.address,
+                    "a member has moved"
+                );
+                ChangeMembers::SetNodes(BTreeMap::from([(admission.id, peer)]))
+            }
+            None => {
+                tracing::info!(member = peer.name, address = peer.address, "a member joins");
+                ChangeMembers::AddNodes(BTreeMap::from([(admission.id, peer)]))
+            }
+        };
+        let changed = self.propose_members(change, true, decided_on).await;
+        changed.map_err(|error| Status::unavailable(why(&error)))
+    }
+
+    /// Checks that a member is at an address before that is recorded or relied on.
+    pub(crate) async fn responds_at(&self, id: u64, address: &str) -> std::result::Result<(), Status> {
+        if id == self.identity().member {
             return Ok(());
         }
-        tracing::info!(member = peer.name, address = peer.address, "a member joins");
-        let learner = ChangeMembers::AddNodes(BTreeMap::from([(admission.id, peer)]));
-        let taken_in = self.propose_members(learner, true, decided_on).await;
-        taken_in.map_err(|error| Status::unavailable(why(&error)))
+        let greeting = greet(&self.network().new_lane(address), message::Greeting::default()).await;
+        match greeting {
+            Ok(greeting) if greeting.id == id => Ok(()),
+            Ok(greeting) => {
+                let reason = format!("at {address} is another member, {:?}", greeting.name);
+                Err(Status::unavailable(reason))
+            }
+            Err(status) => Err(Status::unavailable(format!(
+                "it does not respond: {}",
+                status.message()
+            ))),
+        }
     }
 
     /// Asks the members at these addresses to be taken in, until one of them has it done.
@@ -391,6 +431,9 @@ impl Core {
                             place: format!("member {}", peer.name),
                             reason: status.message().into(),
                         });
+                    }
+                    Err(status) if status.code() == Code::InvalidArgument => {
+                        return Err(refused_setting("advertise", status.message().into()));
                     }
                     Err(status) if said.elapsed() > 5 * ROUND => {
                         said = Instant::now();

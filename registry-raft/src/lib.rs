@@ -19,6 +19,7 @@
 //!
 //! Everything of openraft stays inside this crate: messages are our own, on the wire and on disk.
 
+mod addresses;
 mod backend;
 mod backup;
 #[cfg(test)]

@@ -6,6 +6,7 @@ mod answering;
 mod awake;
 #[cfg(test)]
 mod differing;
+mod failing;
 #[cfg(test)]
 mod foreign;
 #[cfg(test)]
@@ -350,6 +351,8 @@ pub(crate) struct Core {
     /// Who answered when this member last asked whether it leads.
     answered: Arc<Mutex<BTreeSet<u64>>>,
     awake: Arc<Awake>,
+    /// Why the member can't go on.
+    failed: watch::Sender<Option<String>>,
 }
 
 impl std::fmt::Debug for Core {

@@ -12,6 +12,7 @@ use openraft::{ChangeMembers, Instant as _, LogIdOptionExt, Precondition};
 use registry_api::{Error, Result};
 use tokio::sync::watch;
 
+use crate::config::check_reachable;
 use crate::founding::greet;
 use crate::leader::Leader;
 use crate::link::Link;
@@ -33,7 +34,7 @@ const LAG: u64 = 1000;
 #[non_exhaustive]
 pub enum MemberChange {
     /// Takes in a member that was started with `join`, as a learner: it follows the log and has no vote. One that joined
-    /// by itself is there already.
+    /// by itself is there already. Of a member at another address than before the new one is recorded.
     Add {
         /// Its name.
         name: String,
@@ -109,17 +110,23 @@ impl Core {
         // What was changed before is decided on, and nothing that this member does not lead any more.
         self.barrier().await?;
         let (decided_on, membership) = self.membership();
-        let Some((id, _)) = membership.nodes().find(|(_, peer)| peer.name == *name) else {
+        let Some((id, peer)) = membership.nodes().find(|(_, peer)| peer.name == *name) else {
             let names: BTreeSet<_> = membership.nodes().map(|(_, peer)| peer.name.as_str()).collect();
             let names = Vec::from_iter(names);
             let reason = format!("there is no member {name:?}; there are {}", names.join(", "));
             return Err(Error::InvalidRequest(reason));
         };
-        let (id, votes) = (*id, membership.voter_ids().collect::<BTreeSet<_>>());
+        let (id, address) = (*id, peer.address.clone());
+        let votes = membership.voter_ids().collect::<BTreeSet<_>>();
         match change.kind() {
             Kind::Add => Ok(()),
             Kind::Promote if votes.contains(&id) => Ok(()),
             Kind::Promote => {
+                let there = self.responds_at(id, &address).await;
+                there.map_err(|status| {
+                    let reason = status.message();
+                    Error::InvalidRequest(format!("{name:?} can't be given a vote at {address}: {reason}"))
+                })?;
                 self.caught_up(id, name).await?;
                 let voters = ChangeMembers::AddVoterIds(BTreeSet::from([id]));
                 self.propose_members(voters, true, decided_on).await
@@ -143,8 +150,11 @@ impl Core {
     }
 
     async fn invite(&self, name: &str, address: &str) -> Result<()> {
-        let lane = self.network().new_lane(address);
         let refused = |reason: String| Err(Error::InvalidRequest(reason));
+        if let Err(Error::Config { reason, .. }) = check_reachable("address", address) {
+            return refused(reason);
+        }
+        let lane = self.network().new_lane(address);
         let greeting = match greet(&lane, message::Greeting::default()).await {
             Ok(greeting) => greeting,
             // Not tried again: who asks knows better when it is there.
@@ -161,6 +171,13 @@ impl Core {
         if !greeting.cluster.is_empty() && *greeting.cluster != self.identity().cluster {
             return refused(format!("the member at {address} is in another group"));
         }
+        if !greeting.address.is_empty() && greeting.address != address {
+            // It would have its own address recorded again.
+            return refused(format!(
+                "member {name:?} is at {address}, but tells the others to reach it at {:?}: set registry.raft.advertise there",
+                greeting.address
+            ));
+        }
         let admission = message::Admission {
             cluster: bytes::Bytes::copy_from_slice(&self.identity().cluster),
             id: greeting.id,
@@ -170,7 +187,7 @@ impl Core {
         };
         let admitted = self.admit(admission).await;
         admitted.map_err(|status| match status.code() {
-            tonic::Code::AlreadyExists => Error::InvalidRequest(status.message().into()),
+            tonic::Code::AlreadyExists | tonic::Code::InvalidArgument => Error::InvalidRequest(status.message().into()),
             _ => unavailable(status.message().to_owned()),
         })
     }
@@ -337,6 +354,7 @@ impl Core {
         let ended = Arc::new(AtomicBool::new(false));
         let ends = ended.clone();
         let keep = move || {
+            let _needed = self.needs("the lease");
             let told = self.standing().leadership();
             while !ends.load(Ordering::Acquire) {
                 let leads = *told.borrow();

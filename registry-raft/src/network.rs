@@ -29,6 +29,7 @@ use openraft::{RaftNetworkFactory, RaftNetworkV2};
 use parking_lot::Mutex;
 use tonic::{Code, Status};
 
+use crate::addresses::Addresses;
 use crate::config::Timers;
 use crate::conversation::Conversation;
 use crate::log::Identity;
@@ -58,7 +59,9 @@ const BACKOFF: Duration = Duration::from_millis(50);
 pub(crate) struct Lane {
     transport: Transport,
     address: String,
-    channel: Mutex<Option<Connection>>,
+    /// The member, if it is to be reached wherever it is now.
+    member: Option<(u64, Addresses)>,
+    channel: Mutex<Option<(String, Connection)>>,
     conversation: Mutex<Option<Conversation>>,
 }
 
@@ -67,21 +70,33 @@ impl Lane {
         Self {
             transport: transport.clone(),
             address: address.into(),
+            member: None,
             channel: Mutex::default(),
             conversation: Mutex::default(),
         }
     }
 
+    /// Where it leads now.
+    fn address(&self) -> String {
+        let now = self.member.as_ref().and_then(|(id, addresses)| addresses.of(*id));
+        now.unwrap_or_else(|| self.address.clone())
+    }
+
     pub(crate) async fn channel(&self) -> Result<Connection, Status> {
-        if let Some(channel) = &*self.channel.lock() {
-            return Ok(channel.clone());
+        let address = self.address();
+        let dialed = self.channel.lock().clone();
+        match dialed {
+            Some((to, channel)) if to == address => return Ok(channel),
+            // The member is elsewhere now.
+            Some(_) => self.reset(),
+            None => {}
         }
-        let dialed = self.transport.dial(&self.address, PATIENCE).await;
+        let dialed = self.transport.dial(&address, PATIENCE).await;
         let channel = dialed.map_err(|error| {
             let cause = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
-            Status::unavailable(format!("{}: {cause}", self.address))
+            Status::unavailable(format!("{address}: {cause}"))
         })?;
-        *self.channel.lock() = Some(channel.clone());
+        *self.channel.lock() = Some((address, channel.clone()));
         Ok(channel)
     }
 
@@ -122,7 +137,7 @@ impl Lane {
             Ok(answer) => answer,
             Err(_) => Err(Status::deadline_exceeded(format!(
                 "{}: no answer within {deadline:?}",
-                self.address
+                self.address()
             ))),
         };
         if let Err(status) = &answer
@@ -134,7 +149,7 @@ impl Lane {
     }
 }
 
-type Lanes = HashMap<(u64, String, Way), Arc<Lane>>;
+type Lanes = HashMap<(u64, Way), Arc<Lane>>;
 
 /// What a connection to another member is for. The other side answers a bounded number of requests of one conversation at
 /// once, and reads no further meanwhile: what must not wait has a conversation of its own.
@@ -171,6 +186,7 @@ impl Way {
 pub(crate) struct Network {
     us: Identity,
     transport: Transport,
+    addresses: Addresses,
     lanes: Arc<Mutex<Lanes>>,
     silences: Silences,
 }
@@ -196,6 +212,7 @@ impl Network {
         Self {
             us,
             transport,
+            addresses: Addresses::default(),
             lanes: Arc::default(),
             silences: Silences::default(),
         }
@@ -209,15 +226,35 @@ impl Network {
         said.min().map(Duration::from_millis)
     }
 
-    /// The connection for what Raft itself asks.
-    pub(crate) fn lane(&self, target: u64, address: &str) -> Arc<Lane> {
-        self.lane_for(target, address, Way::Raft)
+    pub(crate) fn transport(&self) -> &Transport {
+        &self.transport
     }
 
-    pub(crate) fn lane_for(&self, target: u64, address: &str, way: Way) -> Arc<Lane> {
+    /// Where the members are reached.
+    pub(crate) fn addresses(&self) -> &Addresses {
+        &self.addresses
+    }
+
+    /// The connection for what Raft itself asks.
+    pub(crate) fn lane(&self, target: u64, recorded: &str) -> Arc<Lane> {
+        self.lane_for(target, recorded, Way::Raft)
+    }
+
+    /// The connection to a member for calls of that kind: to the address that the group has recorded, or where the member was
+    /// found since.
+    pub(crate) fn lane_for(&self, target: u64, recorded: &str, way: Way) -> Arc<Lane> {
+        self.addresses.record(target, recorded);
         let mut lanes = self.lanes.lock();
-        let lane = lanes.entry((target, address.into(), way));
-        lane.or_insert_with(|| Arc::new(self.new_lane(address))).clone()
+        let lane = lanes.entry((target, way));
+        lane.or_insert_with(|| Arc::new(self.lane_of(target, recorded))).clone()
+    }
+
+    /// As [`Network::lane`], one of its own.
+    fn lane_of(&self, target: u64, recorded: &str) -> Lane {
+        Lane {
+            member: Some((target, self.addresses.clone())),
+            ..self.new_lane(recorded)
+        }
     }
 
     /// A connection of one's own.
@@ -230,7 +267,7 @@ impl Network {
             us: self.us,
             target,
             short: self.lane(target, &peer.address),
-            bulk: self.new_lane(&peer.address),
+            bulk: self.lane_of(target, &peer.address),
             silences: self.silences.clone(),
             kind,
         }

@@ -195,7 +195,7 @@ fn check_list(list: &proto::List) -> Result<(), Error> {
 fn check_members(change: &proto::ChangeMembers) -> Result<(), Error> {
     use proto::change_members::Kind;
     let checked = crate::config::check_name("name", &change.name).and_then(|()| match change.kind() {
-        Kind::Add => crate::config::check_address("address", &change.address),
+        Kind::Add => crate::config::check_reachable("address", &change.address),
         Kind::Promote | Kind::Remove | Kind::Transfer => Ok(()),
     });
     // It is no setting of this member's.

@@ -11,6 +11,7 @@ use harness::{Group, PATIENCE, options};
 use registry_api::{Error, Read, WatchItem, WatchRequest, WatchScope};
 use registry_raft::{Member, MemberChange, RaftConfig};
 use registry_tests::cluster::eventually;
+use registry_tests::process::free_port;
 use registry_tests::{key, within};
 
 fn promote(name: &str) -> MemberChange {
@@ -310,4 +311,128 @@ async fn a_group_of_one_grows() {
     );
     others.close().await.unwrap();
     third.close().await.unwrap();
+}
+
+fn add(name: &str, address: &str) -> MemberChange {
+    MemberChange::Add {
+        name: name.into(),
+        address: address.into(),
+    }
+}
+
+impl Group {
+    /// Where the group has that member, as another one sees it.
+    fn recorded(&self, by: usize, name: &str) -> String {
+        let members = self.member(by).status().members;
+        let member = members.into_iter().find(|member| member.name == name);
+        member.map_or_else(String::new, |member| member.address)
+    }
+}
+
+/// Also where its vote is needed, and after all have been restarted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_starts_at_another_address_is_recorded_and_found_there() {
+    let mut group = Group::start(3).await;
+    let (leader, moved) = (group.leader().await, group.follower().await);
+    let name = group.member(moved).name().to_owned();
+    group.stop(moved).await;
+    let to = format!("127.0.0.1:{}", free_port());
+    group.configs[moved].cluster.insert(name.clone(), to.clone());
+    group.restart(moved).await;
+    eventually(PATIENCE, || async { group.recorded(leader, &name) == to }).await;
+    let registry = group.connect(leader).await;
+    let other = (0..3).find(|at| *at != leader && *at != moved).unwrap();
+    group.stop(other).await;
+    registry.put(&key("/a"), "1").await.unwrap();
+    group.restart(other).await;
+    assert_eq!(group.recorded(other, &name), to);
+    registry.close().await.unwrap();
+}
+
+/// Their disks are whole, and all addresses are new: the lists that they are given say where the others are.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_that_has_moved_altogether_finds_itself_by_the_new_list() {
+    let mut group = Group::start(3).await;
+    let registry = group.connect(0).await;
+    registry.put(&key("/a"), "kept").await.unwrap();
+    registry.close().await.unwrap();
+    for at in 0..3 {
+        group.stop(at).await;
+    }
+    let list: Vec<_> = ["a", "b", "c"]
+        .map(|name| (name.to_owned(), format!("127.0.0.1:{}", free_port())))
+        .into();
+    for config in &mut group.configs {
+        config.cluster = list.iter().cloned().collect();
+    }
+    let starting = join_all(group.configs.iter().map(Member::start));
+    let members = within(PATIENCE, starting).await;
+    group.members = members.into_iter().map(|member| Some(member.unwrap())).collect();
+    let registry = group.connect(0).await;
+    let entry = registry.get(&key("/a"), Read::Linearizable).await.unwrap();
+    assert_eq!(entry.unwrap().value, "kept");
+    registry.put(&key("/a"), "goes on").await.unwrap();
+    for at in 0..3 {
+        let all = || async { list.iter().all(|(name, to)| group.recorded(at, name) == *to) };
+        eventually(PATIENCE, all).await;
+    }
+    registry.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_of_one_records_where_it_is() {
+    let mut group = Group::start(1).await;
+    group.stop(0).await;
+    let to = format!("127.0.0.1:{}", free_port());
+    group.configs[0].cluster.insert("a".into(), to.clone());
+    group.restart(0).await;
+    eventually(PATIENCE, || async { group.recorded(0, "a") == to }).await;
+}
+
+/// Of a name that the group has at another address: the new one is recorded if that member is there, and refused if not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn adding_a_member_at_another_address_records_it_or_is_refused() {
+    let mut group = Group::start(1).await;
+    let d = group.join("d", |_| {}).await;
+    let before = group.recorded(0, "d");
+    let nowhere = format!("127.0.0.1:{}", free_port());
+    let refused = group.member(0).change_members(add("d", &nowhere)).await;
+    assert!(
+        matches!(&refused, Err(Error::InvalidRequest(reason)) if reason.contains(&nowhere)),
+        "{refused:?}"
+    );
+    let unspecified = group.member(0).change_members(add("d", "0.0.0.0:7480")).await;
+    assert!(
+        matches!(&unspecified, Err(Error::InvalidRequest(reason)) if reason.contains("all addresses of a host")),
+        "{unspecified:?}"
+    );
+    assert_eq!(group.recorded(0, "d"), before);
+    // Another way to the same member, which says otherwise, and would take it back.
+    let wire = registry_tests::Wire::to(group.member(d).address().unwrap()).await;
+    let to = wire.address().to_string();
+    let refused = group.member(0).change_members(add("d", &to)).await;
+    assert!(
+        matches!(&refused, Err(Error::InvalidRequest(reason)) if reason.contains("advertise") && reason.contains(&before)),
+        "{refused:?}"
+    );
+    assert_eq!(group.recorded(0, "d"), before);
+    group.stop(d).await;
+    group.configs[d].advertise = Some(to.clone());
+    group.restart(d).await;
+    group.member(0).change_members(add("d", &to)).await.unwrap();
+    assert_eq!(group.recorded(0, "d"), to);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_learner_that_does_not_respond_gets_no_vote() {
+    let mut group = Group::start(1).await;
+    let d = group.join("d", |_| {}).await;
+    group.stop(d).await;
+    let refused = group.member(0).change_members(promote("d")).await;
+    assert!(
+        matches!(&refused, Err(Error::InvalidRequest(reason)) if reason.contains("does not respond")),
+        "{refused:?}"
+    );
+    group.restart(d).await;
+    group.member(0).change_members(promote("d")).await.unwrap();
 }

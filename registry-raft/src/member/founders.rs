@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use openraft::RaftLogReader;
 use registry_api::{Key, Read};
 use registry_tests::process::free_port;
 
@@ -69,6 +70,12 @@ impl Founders {
     }
 }
 
+async fn first_entry(member: &Member) -> Option<crate::proto::registry::log::v1::Entry> {
+    let mut log = member.core.log.clone();
+    let entries = log.try_get_log_entries(0..1).await.unwrap();
+    entries.first().map(crate::wire::entry_to)
+}
+
 async fn kept(member: &Member) -> Option<String> {
     let registry = member.connect(&Options::default()).await.unwrap();
     let entry = registry.get(&Key::parse("/a").unwrap(), Read::Linearizable).await;
@@ -90,11 +97,20 @@ async fn a_slow_founder_takes_the_group_from_any_member() {
     a.stop().await.unwrap();
 }
 
-/// The whole member: with it the group has a majority again.
+/// The whole member: with it the group has a majority again. Meanwhile the group has changed, which is no reason to begin
+/// the log with another entry than it has.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_founder_that_was_stopped_makes_a_majority_with_the_member_that_has_the_log() {
     let founders = Founders::start().await;
     let (a, c) = founders.found_without_b().await;
+    let joining = RaftConfig {
+        member: Some("d".into()),
+        data_dir: Some(founders.dir.path().join("d")),
+        listen: Some("127.0.0.1:0".into()),
+        join: vec![founders.list["a"].clone()],
+        ..RaftConfig::default()
+    };
+    let d = registry_tests::within(PATIENCE, Member::start(&joining)).await.unwrap();
     c.stop().await.unwrap();
     // The same disk under the same id, by the directory that it would have had.
     let directory = Directory::open(&founders.dir.path().join("b"), "b", || Identity {
@@ -122,7 +138,8 @@ async fn a_founder_that_was_stopped_makes_a_majority_with_the_member_that_has_th
     })
     .await;
     assert_eq!(kept(&b).await.as_deref(), Some("kept"));
-    for member in [a, b] {
+    assert_eq!(first_entry(&b).await, first_entry(&a).await);
+    for member in [a, b, d] {
         member.stop().await.unwrap();
     }
 }

@@ -152,3 +152,32 @@ async fn a_name_is_given_once_to_all_that_ask_at_the_same_time() {
     }
     group.member.stop().await.unwrap();
 }
+
+/// By whichever version it asks: what is recorded has to lead the others to it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_at_no_address_is_not_taken_in() {
+    let group = Group::start().await;
+    let question = |address: &str, name: &str| Admission {
+        address: address.into(),
+        ..group.question(7, name)
+    };
+    let long = format!("{}:1", "h".repeat(300));
+    for (address, name) in [
+        ("0.0.0.0:1", "b"),
+        ("[::]:1", "b"),
+        ("b", "b"),
+        (&long, "b"),
+        ("h:1", "b c"),
+    ] {
+        let refusal = group.admit(&question(address, name)).await.unwrap_err();
+        assert_eq!(refusal.code(), tonic::Code::InvalidArgument, "{address}: {refusal}");
+    }
+    assert_eq!(group.member.status().members.len(), 1);
+    // Nor is an address recorded for one that is there, unless it responds at it.
+    group.admit(&question("127.0.0.1:1", "b")).await.unwrap();
+    let refusal = group.admit(&question("127.0.0.1:2", "b")).await.unwrap_err();
+    assert!(refusal.message().contains("does not respond"), "{refusal}");
+    let renamed = group.admit(&question("127.0.0.1:1", "c")).await.unwrap_err();
+    assert_eq!(renamed.code(), tonic::Code::AlreadyExists, "{renamed}");
+    group.member.stop().await.unwrap();
+}

@@ -69,6 +69,10 @@ pub(super) async fn start(config: &RaftConfig) -> Result<Started> {
         &config.cluster,
         transport.clone(),
     );
+    let own = address.map(|address| config.advertised(address));
+    if let Some(own) = &own {
+        door.locate(own);
+    }
     let (stop, stopping) = watch::channel(false);
     // The others greet it, and vote, before it can answer anybody else.
     let server = listener.map(|listener| {
@@ -138,24 +142,35 @@ pub(super) async fn start(config: &RaftConfig) -> Result<Started> {
         heard: Arc::default(),
         answered: Arc::default(),
         awake: Arc::default(),
+        failed: watch::channel(None).0,
     };
+    let (end, ended) = watch::channel(None);
+    tokio::spawn(core.clone().end_on_failure(end, stopping.clone()));
+    let server = server.map(|server| core.keep_running("the server", server));
     let awake = core.awake.clone();
-    tokio::spawn(async move { awake.keep().await });
-    tokio::spawn(core.clone().serve_readers(waiting));
+    core.keep("the clock", async move { awake.keep().await });
+    core.keep("the reader", core.clone().serve_readers(waiting));
     match core.may_elect() {
         Ok(()) => core.raft.runtime_config().elect(true),
-        Err(_) => drop(tokio::spawn(core.clone().elect_later(stopping.clone()))),
+        Err(_) => core.keep("the start of elections", core.clone().elect_later(stopping.clone())),
     }
     door.open(core.clone());
+    if let Some(own) = own {
+        let keeping = core
+            .clone()
+            .keep_addresses(door.clone(), config.clone(), own, stopping.clone());
+        core.keep("the addresses of the members", keeping);
+    }
     core.begin(config, &door, address).await?;
     core.compare_list(&config.cluster);
-    tokio::spawn(core.clone().keep_time(stopping.clone()));
-    let (end, ended) = watch::channel(None);
-    tokio::spawn(core.clone().keep_house(config.snapshot_log_bytes(), stopping.clone()));
+    core.keep("the expiry of sessions", core.clone().keep_time(stopping.clone()));
+    let keeping = core.clone().keep_house(config.snapshot_log_bytes(), stopping.clone());
+    core.keep("the snapshots", keeping);
     let leadership = core.standing().leadership();
     let lease = core.clone().keep_lease()?;
-    tokio::spawn(core.clone().keep_leadership(lease, stopping.clone()));
-    tokio::spawn(core.clone().keep_company(door, directory.clone(), end, stopping));
+    core.keep("the leadership", core.clone().keep_leadership(lease, stopping.clone()));
+    let keeping = core.clone().keep_company(door, directory.clone(), stopping);
+    core.keep("the membership", keeping);
     Ok(Started {
         core,
         address,
