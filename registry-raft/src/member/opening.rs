@@ -236,7 +236,7 @@ pub(super) async fn recovered(raft: &Raft<TypeConfig, StateMachine>) -> Result<(
 /// From when on a member that starts may elect. It has forgotten when it last heard a Raft leader, who counts on its silence:
 /// it is taken to have heard one just now, with the longest timers there are: it may have run with others before. A member
 /// that has never heard a leader, or is the only voter, need not wait.
-fn elects_from(membership: &StoredMembership, term: u64, member: u64) -> Instant {
+pub(super) fn elects_from(membership: &StoredMembership, term: u64, member: u64) -> Instant {
     let others = membership.membership().voter_ids().any(|voter| voter != member);
     let heard_one = term > 0 && others;
     Instant::now() + Duration::from_millis(if heard_one { Timers::longest_silence() } else { 0 })

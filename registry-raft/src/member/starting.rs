@@ -1,17 +1,18 @@
 //! Members that are started again, and may have promised their silence to a leader before.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use futures_util::future::join_all;
 use registry_tests::process::free_port;
 
-use super::opening::{raft_config, recovered};
+use super::opening::{elects_from, raft_config, recovered};
 use super::*;
 use crate::network::Lane;
 use crate::proto::registry::log::v1 as log;
 use crate::proto::registry::peer::v1 as message;
 use crate::transport::Transport;
+use crate::types::Peer;
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
 
@@ -163,6 +164,28 @@ async fn they_elect_nobody_until_they_would_have_missed_their_leader() {
         assert!(began.elapsed() >= longest(), "one led after {:?}", began.elapsed());
         for member in members {
             member.unwrap().stop().await.unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_member_that_may_have_heard_a_leader_elects_after_the_longest_silence() {
+    for (voters, term, waits) in [
+        (&[1, 2, 3][..], 1, true),
+        (&[2, 3], 1, true),
+        (&[1, 2, 3], 0, false),
+        (&[1], 1, false),
+    ] {
+        let nodes: BTreeMap<u64, Peer> = voters.iter().map(|id| (*id, Peer::default())).collect();
+        let voters: BTreeSet<u64> = voters.iter().copied().collect();
+        let membership = openraft::Membership::new(vec![voters.clone()], nodes).unwrap();
+        let membership = StoredMembership::new(None, membership);
+        let before = Instant::now();
+        let from = elects_from(&membership, term, 1);
+        let silence = Duration::from_millis(Timers::longest_silence());
+        match waits {
+            true => assert!(from >= before + silence, "{voters:?}, term {term}"),
+            false => assert!(from <= Instant::now(), "{voters:?}, term {term}"),
         }
     }
 }
