@@ -196,11 +196,19 @@ fn told_by<const N: usize>(knows: Option<Revision>, streams: [Vec<Item>; N]) -> 
     items.expect("the feed is gone")
 }
 
-/// The stream breaks between two parts of what belongs together: the next one's whole is told, once.
+/// The stream breaks between two parts of what belongs together: the next one's whole is told, once. Of a key that the watch
+/// does not know, nothing else says that its end was told before.
 #[test]
 fn a_part_is_told_with_the_rest_of_it() {
-    let broken = vec![part("/ns/a", true)];
-    let whole = vec![part("/ns/a", true), part("/ns/b", false)];
+    let end_of_a = || {
+        let Item::Changes(mut changes) = part("/ns/a", true) else {
+            unreachable!("a part is changes");
+        };
+        changes.events[0].kind = proto::event::Kind::Deleted.into();
+        Item::Changes(changes)
+    };
+    let broken = vec![end_of_a()];
+    let whole = vec![end_of_a(), part("/ns/b", false)];
     let told = told_by(Some(Revision(4)), [broken, whole]);
     assert!(
         matches!(&told[..], [WatchItem::Changes(events)] if events.len() == 2),

@@ -281,12 +281,16 @@ mod tests {
         let (second, mut second_body) = stream(&unfinished);
         first.send(message(5_000, 495).into()).unwrap();
         assert_eq!(read(&mut first_body).await.unwrap(), 500);
-        // One whole message after the other counts for nothing.
+        // One message after the other counts for nothing once it is whole.
         for _ in 0..100 {
-            second.send(message(400, 400).into()).unwrap();
-            assert_eq!(read(&mut second_body).await.unwrap(), 405);
+            let whole = message(400, 400);
+            let (begin, rest) = whole.split_at(100);
+            for (piece, counts) in [(begin, 100), (rest, 0)] {
+                second.send(Bytes::copy_from_slice(piece)).unwrap();
+                assert_eq!(read(&mut second_body).await.unwrap(), piece.len());
+                assert_eq!(held(), 500 + counts);
+            }
         }
-        assert_eq!(held(), 500);
         second.send(message(5_000, 495).into()).unwrap();
         assert_eq!(read(&mut second_body).await.unwrap(), 500);
         assert_eq!(held(), 1_000);
