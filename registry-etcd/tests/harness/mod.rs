@@ -61,8 +61,8 @@ impl Servers {
         cluster.started().await
     }
 
-    /// Members that elect fast and reach each other over wires: each member's is the one that the others dial.
-    pub async fn start_fast_over_wires(members: usize) -> (Self, Vec<Wire>) {
+    /// Members that reach each other over wires: each member's is the one that the others dial.
+    pub async fn start_over_wires(members: usize) -> (Self, Vec<Wire>) {
         let mut cluster = Self::new(members);
         cluster.arguments = ["--heartbeat-interval=50", "--election-timeout=500"]
             .map(Into::into)
