@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::commit::{Outcome, Written, commit, latest, may_be_of_one};
 use crate::error::{self, Shared, Trouble, Verdict};
-use crate::line::Backoff;
+use crate::line::{Backoff, Route};
 use crate::settings::LEAST_PACKET;
 use crate::store::Store;
 
@@ -95,6 +95,7 @@ pub(crate) fn sql_bytes(txn: &Txn) -> usize {
 /// The way to the writer, which ends when this is dropped.
 pub(crate) struct Writes {
     requests: mpsc::Sender<Request>,
+    route: Route,
     /// Why the last try failed.
     last: Arc<Mutex<Option<Shared>>>,
 }
@@ -102,6 +103,7 @@ pub(crate) struct Writes {
 impl Writes {
     pub(crate) fn start(store: Arc<Store>) -> Self {
         let (requests, waiting) = mpsc::channel(MAX_WAITING);
+        let route = store.lines.route.clone();
         let last = Arc::<Mutex<Option<Shared>>>::default();
         let writer = Writer {
             store,
@@ -111,7 +113,7 @@ impl Writes {
             last: last.clone(),
         };
         registry_api::spawn(writer.run());
-        Self { requests, last }
+        Self { requests, route, last }
     }
 
     /// Writes, and says what came of it.
@@ -133,10 +135,11 @@ impl Writes {
             Ok(Some(answer)) => answer,
             none => {
                 let last = self.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                let cause = last.map_or(Trouble::Stopped, Trouble::Repeated);
-                let cause: registry_api::BoxError = match none {
-                    Err(elapsed) if matches!(cause, Trouble::Stopped) => elapsed.into(),
-                    _ => cause.into(),
+                let waited_out = Instant::now() >= deadline || matches!(none, Err(_));
+                let cause = match last {
+                    Some(last) => Trouble::Repeated(last),
+                    None if waited_out => self.route.silent(),
+                    None => Trouble::Stopped,
                 };
                 Err(match claimed.swap(true, Ordering::AcqRel) {
                     true => error::unknown(cause),

@@ -89,7 +89,7 @@ impl Route {
         }
     }
 
-    fn silent(&self) -> Trouble {
+    pub(crate) fn silent(&self) -> Trouble {
         Trouble::Silent {
             endpoint: self.endpoint.clone(),
             waited: self.patience,

@@ -501,7 +501,7 @@ async fn an_expired_session_puts_nothing_and_its_keys_go_at_one_revision() {
 async fn a_full_disk_is_named_and_nothing_is_lost() {
     // A table space that may not grow: to a writer the same as a disk that is full, without a disk to fill.
     let bounded = "--innodb-data-file-path=ibdata1:12M:autoextend:max:64M";
-    let server = Server::start_with(&["--innodb-file-per-table=OFF", bounded]).await;
+    let mut server = Server::start_with(&["--innodb-file-per-table=OFF", bounded]).await;
     let registry = connect(&server.address()).await;
     let mut put = Vec::new();
     let refused = loop {
@@ -512,14 +512,36 @@ async fn a_full_disk_is_named_and_nothing_is_lost() {
         }
         assert!(put.len() < 1000, "it never fills up");
     };
-    assert!(matches!(refused, Error::Unavailable { .. }), "{refused:?}");
-    assert!(causes(&refused).contains("1114"), "{}", causes(&refused));
+    // MariaDB 11.8 aborts when a rollback finds no room. It gets some, and has to have what it acknowledged.
+    let aborts = !causes(&refused).contains("1114");
+    if aborts {
+        // It writes the trace of its stack first.
+        let began = Instant::now();
+        while !server.has_ended() {
+            assert!(began.elapsed() < PATIENCE, "it runs: {}", causes(&refused));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        server.add_argument("--innodb-data-file-path=ibdata1:12M:autoextend");
+        server.restart().await;
+        registry.wait_connected(PATIENCE).await.unwrap();
+    } else {
+        assert!(matches!(refused, Error::Unavailable { .. }), "{refused:?}");
+    }
     // What was acknowledged is there, and what was refused is not.
     let entries = registry
         .list_all(registry_api::List::new(Prefix::root()))
         .await
         .unwrap();
-    assert_eq!(entries.len(), put.len());
+    let unknown = usize::from(matches!(refused, Error::OutcomeUnknown { .. }));
+    assert!(
+        (put.len()..=put.len() + unknown).contains(&entries.len()),
+        "{} of {}",
+        entries.len(),
+        put.len()
+    );
+    if aborts {
+        return;
+    }
     // Reads go on, and so does the session.
     assert!(registry.health().await.is_ok());
     assert!(registry.session().live().is_ok());

@@ -222,6 +222,13 @@ impl Server {
             .unwrap();
     }
 
+    /// Whether it has ended by itself.
+    pub fn has_ended(&mut self) -> bool {
+        self.process
+            .as_mut()
+            .is_none_or(|process| process.try_wait().unwrap().is_some())
+    }
+
     /// For the next start.
     pub fn add_argument(&mut self, argument: &str) {
         self.arguments.push(argument.to_owned());
