@@ -437,6 +437,36 @@ async fn a_reader_that_reconnects_goes_on_from_the_last_id() {
     }
 }
 
+/// As from a store that was emptied: the reader would wait for ever, and be sure that it misses nothing.
+#[tokio::test]
+async fn a_watch_from_a_revision_still_to_come_is_refused_or_reset() {
+    let served = Served::start().await;
+    let revision = served.puts("/w/a", "1").await;
+    let ahead = revision + 1_000;
+    let last = format!("Last-Event-ID: {ahead}");
+    for (path, arguments) in [
+        (format!("/v1/watch/w/?after={ahead}"), vec![]),
+        ("/v1/watch/w/".to_owned(), vec!["-H", last.as_str()]),
+    ] {
+        let said = served.asks(&path, &arguments).await.refuses(400, "invalid_request");
+        assert!(
+            said.contains(&ahead.to_string()) && said.contains("still to come"),
+            "{said}"
+        );
+    }
+    let mut watching = served.watches("/v1/watch/w/?reset", &["-H", &last]).await;
+    assert_eq!(watching.next().await.0, "reset");
+    let (kind, event, id) = watching.next_with_id().await;
+    assert_eq!(
+        (kind.as_str(), &event["entry"]["key"], id),
+        ("created", &Value::from("/w/a"), None)
+    );
+    assert_eq!(watching.next_with_id().await.2, Some(revision));
+    // The newest there is is no revision to come.
+    let mut watching = served.watches(&format!("/v1/watch/w/?after={revision}"), &[]).await;
+    assert_eq!(watching.next_with_id().await.2, Some(revision));
+}
+
 /// A restored group can tell nothing of before: who comes back with a revision of then is refused, or begins anew.
 #[tokio::test]
 async fn a_watch_from_what_is_compacted_is_refused_or_reset() {
