@@ -135,7 +135,7 @@ impl Writes {
             Ok(Some(answer)) => answer,
             none => {
                 let last = self.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                let waited_out = Instant::now() >= deadline || matches!(none, Err(_));
+                let waited_out = Instant::now() >= deadline || none.is_err();
                 let cause = match last {
                     Some(last) => Trouble::Repeated(last),
                     None if waited_out => self.route.silent(),
