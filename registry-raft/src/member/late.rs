@@ -177,6 +177,13 @@ async fn a_member_at_no_address_is_not_taken_in() {
     group.admit(&question("127.0.0.1:1", "b")).await.unwrap();
     let refusal = group.admit(&question("127.0.0.1:2", "b")).await.unwrap_err();
     assert!(refusal.message().contains("does not respond"), "{refusal}");
+    // The Raft leader checks its own new address as it does any other.
+    let own = Admission {
+        id: group.member.core.identity().member,
+        ..question("127.0.0.1:2", "a")
+    };
+    let refusal = group.admit(&own).await.unwrap_err();
+    assert!(refusal.message().contains("does not respond"), "{refusal}");
     let renamed = group.admit(&question("127.0.0.1:1", "c")).await.unwrap_err();
     assert_eq!(renamed.code(), tonic::Code::AlreadyExists, "{renamed}");
     group.member.stop().await.unwrap();
