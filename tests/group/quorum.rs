@@ -130,17 +130,26 @@ async fn calls_fail(registry: &Arc<dyn Registry>, request_timeout: Duration) {
             within(limit, lock.try_acquire()),
             within(limit, election.leader()),
         );
-        let errors = [put.err(), ephemeral.err(), delete.err(), delete_below.err()];
-        errors.into_iter().chain([commit.err(), locked.err(), led.err()])
+        let in_session = [ephemeral.err(), locked.err()];
+        (
+            in_session,
+            [put.err(), delete.err(), delete_below.err(), commit.err(), led.err()],
+        )
     };
     assert!(within(limit, registry.health()).await.is_err());
-    let (reads, writes) = tokio::join!(reads, writes);
+    let (reads, (in_session, writes)) = tokio::join!(reads, writes);
     for read in reads {
         assert!(matches!(read, Some(Error::Unavailable { .. })), "{read:?}");
     }
+    let unknown =
+        |error: &Option<Error>| matches!(error, Some(Error::Unavailable { .. } | Error::OutcomeUnknown { .. }));
     for write in writes {
-        let unknown = matches!(write, Some(Error::Unavailable { .. } | Error::OutcomeUnknown { .. }));
-        assert!(unknown, "{write:?}");
+        assert!(unknown(&write), "{write:?}");
+    }
+    // The session may end before these calls begin, since `health` waits for its deadline first.
+    for write in in_session {
+        let ended = matches!(write, Some(Error::SessionExpired { session }) if !registry.session().is_valid(session));
+        assert!(ended || unknown(&write), "{write:?}");
     }
 }
 
