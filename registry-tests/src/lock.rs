@@ -303,6 +303,12 @@ pub async fn tokens_grow_over_a_raised_epoch(cluster: &impl Cluster) -> Result<(
         .expect("an observation goes on")?;
     assert_eq!(leader.map(|leader| leader.token), Some(leadership.token()));
     leadership.resign().await?;
+    // A handle that knows of no raise enters an empty queue.
+    one.lock(&key("/empty")).acquire().await?.release().await?;
+    let raised = other.raise_epoch(Raise::AfterRestore).await?;
+    let held = one.lock(&key("/empty")).acquire().await?;
+    assert!(held.token() > raised.highest_token()?, "{} in {raised:?}", held.token());
+    held.release().await?;
     // An epoch that makes tokens of more than 63 bits is refused, and changes nothing.
     let before = one.epoch().await?;
     let refused = one

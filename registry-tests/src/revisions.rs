@@ -72,11 +72,12 @@ pub async fn conditions_are_checked(cluster: &impl Cluster) -> Result<()> {
         other => panic!("{expected}: {other:?}"),
     };
     refused(registry.put_if(&a, Expect::Present, "x").await, Expect::Present, None);
-    refused(
-        registry.put_if(&a, Expect::ModRevision(Revision(1)), "x").await,
-        Expect::ModRevision(Revision(1)),
-        None,
-    );
+    // No key is at revision 0, so it is no name for an absent one.
+    for revision in [Revision(0), Revision(1), Revision(u64::MAX)] {
+        for demanded in [Expect::ModRevision(revision), Expect::CreateRevision(revision)] {
+            refused(registry.put_if(&a, demanded, "x").await, demanded, None);
+        }
+    }
     let first = registry.put_if(&a, Expect::Absent, "1").await?;
     refused(
         registry.put_if(&a, Expect::Absent, "x").await,
