@@ -50,19 +50,30 @@ async fn a_demoted_server_answers_nothing() {
             ..options()
         };
         let registry = try_connect_as(user, &server.address(), &quick).await.unwrap();
-        registry.put(&key("/a"), "1").await.unwrap();
-        fill(&registry).await;
-        // A switchover that closes no connection.
-        server.run("SET GLOBAL read_only = 1").await;
+        // A switchover that closes no connection. A call that was refused leaves its connections, so each call gets new ones.
+        let demote = async || {
+            server.run("SET GLOBAL read_only = 0").await;
+            registry.put(&key("/a"), "1").await.unwrap();
+            fill(&registry).await;
+            server.run("SET GLOBAL read_only = 1").await;
+        };
         let root = Prefix::root();
-        let list = registry_api::List::new(root.clone());
+        demote().await;
         assert_read_only("get", registry.get(&key("/a"), Read::Linearizable).await);
+        demote().await;
         assert_read_only("stale get", registry.get(&key("/a"), Read::Stale).await);
+        demote().await;
+        let list = registry_api::List::new(root.clone());
         assert_read_only("list", registry.list(list).await);
+        demote().await;
         assert_read_only("children", registry.children(&root, Read::Linearizable).await);
+        demote().await;
         assert_read_only("count", registry.count(&root, Read::Linearizable).await);
+        demote().await;
         assert_read_only("health", registry.health().await.map(|_| ()));
+        demote().await;
         assert_read_only("put", registry.put(&key("/a"), "2").await);
+        demote().await;
         // A refusal is a read too.
         let refused = Txn::new().when(&key("/a"), Expect::Absent).put(&key("/a"), "3");
         assert_read_only("commit", registry.commit(refused).await.map(|_| ()));
