@@ -38,7 +38,19 @@ async fn etcdctl_sees_plain_names_and_values_and_nothing_else() {
     let leadership = registry.election(&key("/jobs/all")).campaign("I").await.unwrap();
 
     let all = etcdctl(&cluster, &["get", "--prefix", ""]);
-    let [job, now, worker, here, candidate, published, contender, label] = &all[..] else {
+    let [
+        job,
+        now,
+        worker,
+        here,
+        candidate,
+        published,
+        epoch,
+        zero,
+        contender,
+        label,
+    ] = &all[..]
+    else {
         panic!("{all:?}");
     };
     assert_eq!(
@@ -48,6 +60,8 @@ async fn etcdctl_sees_plain_names_and_values_and_nothing_else() {
     assert!(candidate.starts_with("/registry~/election/2/jobs/all/"), "{candidate}");
     assert!(contender.starts_with("/registry~/lock/1/jobs/"), "{contender}");
     assert_eq!([published, label], ["I", "me"]);
+    // The epoch of the namespace's fencing tokens, which stays.
+    assert_eq!([epoch, zero], ["/registry~/epoch/0", "0"]);
     // A session is a lease by its number, and what is ephemeral is attached to it.
     let session = registry.session().live().unwrap().to_string();
     let lease = etcdctl(&cluster, &["lease", "timetolive", &session, "--keys"]).concat();
@@ -65,7 +79,7 @@ async fn etcdctl_sees_plain_names_and_values_and_nothing_else() {
     registry.close().await.unwrap();
     assert_eq!(
         etcdctl(&cluster, &["get", "--prefix", ""]),
-        ["/registry/jobs/compact", "now"]
+        ["/registry/jobs/compact", "now", "/registry~/epoch/0", "0"]
     );
     assert_eq!(etcdctl(&cluster, &["lease", "list"]), ["found 0 leases"]);
 }
