@@ -57,6 +57,8 @@ pub(crate) struct RaftRegistry {
 struct Seen {
     of: Option<[u8; 16]>,
     revision: u64,
+    /// How often another cluster answered at a lower revision.
+    rollbacks: u64,
 }
 
 impl Seen {
@@ -152,10 +154,12 @@ impl RaftRegistry {
     /// Takes note of a revision that was returned.
     fn note(&self, revision: u64) {
         let (mut seen, of) = (self.seen.lock(), self.link.cluster());
-        seen.revision = match seen.is_of(of) {
-            true => seen.revision.max(revision),
-            false => revision,
-        };
+        if seen.is_of(of) {
+            seen.revision = seen.revision.max(revision);
+        } else {
+            seen.rollbacks += u64::from(revision < seen.revision);
+            seen.revision = revision;
+        }
         seen.of = of;
     }
 
@@ -303,6 +307,10 @@ impl Registry for RaftRegistry {
 
     fn session(&self) -> &Session {
         &self.session
+    }
+
+    fn rollbacks(&self) -> u64 {
+        self.seen.lock().rollbacks
     }
 
     async fn get(&self, key: &Key, read: Read) -> Result<Option<Entry>> {

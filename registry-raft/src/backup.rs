@@ -20,7 +20,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use openraft::Membership;
-use registry_api::{BoxError, Error, Result};
+use registry_api::{BoxError, Epoch, Error, Key, Result, Revision};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::config::{RaftConfig, refused};
@@ -30,6 +30,7 @@ use crate::log::Identity;
 use crate::member::Core;
 use crate::proto;
 use crate::proto::backup_part::Part;
+use crate::service::split;
 use crate::snapshot::{self, Frozen, Snapshots};
 use crate::state::{SessionRecord, first_session};
 use crate::store::Inner;
@@ -271,12 +272,17 @@ fn make(file: &Path, directory: &Path, peer: Peer) -> Result<Backup> {
     }
     let mut tree = Tree::default();
     let mut ephemeral = Vec::new();
+    let mut epochs = Vec::new();
     let (backup, read) = read(file, |record| match record.session {
+        0 if record.key.contains("~/epoch/") => epochs.push(record),
         0 => drop(tree.insert(Arc::new(record))),
         _ => ephemeral.push(record),
     })?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let revision = revision_after(read.header.revision, now)?;
+    for record in epochs {
+        tree.insert(Arc::new(raised(record, revision)?));
+    }
     let (first, mut numbers) = (first_session(), BTreeMap::new());
     let owners = ephemeral.iter().map(|record| record.session);
     for (session, number) in read.sessions.keys().copied().chain(owners).zip(first + 1..) {
@@ -326,6 +332,22 @@ fn revision_after(backup: u64, now: Duration) -> Result<u64> {
              later time; set the clock",
         ),
     }
+}
+
+/// The record that a restore at that revision puts in the place of one that may hold the epoch of a namespace's fencing
+/// tokens. The epoch may have been raised after the backup was taken, and tokens from then are to be exceeded too.
+fn raised(record: Record, revision: u64) -> Result<Record> {
+    let (namespace, key) = split(&record.key)?;
+    let key = Key::from_store(key).map_err(unavailable)?;
+    let raised = Epoch::restored(&key, Revision(revision))?;
+    Ok(raised.map_or(record, |(key, value)| Record {
+        key: namespace.qualify(key.as_str()).into(),
+        value: value.into(),
+        create_revision: revision,
+        mod_revision: revision,
+        version: 1,
+        session: 0,
+    }))
 }
 
 /// The state as the new group begins with it.

@@ -295,7 +295,7 @@ fn qualified_prefix(qualified: &str) -> Result<(Namespace, Prefix), Error> {
 }
 
 /// The namespace, and what is behind it: nothing, a user's key or a recipe's.
-fn split(qualified: &str) -> Result<(Namespace, &str), Error> {
+pub(crate) fn split(qualified: &str) -> Result<(Namespace, &str), Error> {
     let end = qualified
         .char_indices()
         .skip(1)

@@ -260,6 +260,10 @@ async fn an_empty_store_at_the_same_address_is_noticed() {
         "{told:?}"
     );
     assert_ne!(registry.session().live().unwrap(), session);
+    // Other handles may have held locks: this one raises the epoch of fencing tokens before it enters a queue.
+    assert_eq!(registry.rollbacks(), 1);
+    let held = registry.lock(&key("/lock")).acquire().await.unwrap();
+    assert!(held.token().get() >> 32 > 58_000_000, "{}", held.token());
     registry.close().await.unwrap();
     place.member.take().unwrap().stop().await.unwrap();
 }

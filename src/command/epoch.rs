@@ -17,12 +17,15 @@ pub(crate) struct Epoch {
     /// Raises it: after etcd, ZooKeeper or MySQL was restored from a copy, before programs start
     #[arg(long)]
     raise: bool,
+    /// A fencing token that was given out: the raised epoch's are larger, besides what `--raise` sees to by itself
+    #[arg(long, value_name = "TOKEN", requires = "raise")]
+    above: Option<Token>,
 }
 
 impl Epoch {
     pub(crate) async fn run(self, registry: &Arc<dyn Registry>, out: Output) -> Outcome {
         let epoch = match self.raise {
-            true => registry.raise_epoch(Raise::AfterRestore).await?,
+            true => raise(&**registry, self.above).await?,
             false => registry.epoch().await?,
         };
         close(registry).await;
@@ -32,6 +35,14 @@ impl Epoch {
             || json!({ "epoch": epoch.epoch, "revision": epoch.revision.0, "token": token }),
         )?;
         Ok(ExitCode::SUCCESS)
+    }
+}
+
+async fn raise(registry: &dyn Registry, above: Option<Token>) -> registry::Result<registry::Epoch> {
+    let raised = registry.raise_epoch(Raise::AfterRestore).await?;
+    match above {
+        Some(token) => registry.raise_epoch(Raise::Above(token)).await,
+        None => Ok(raised),
     }
 }
 

@@ -163,8 +163,12 @@ impl Import {
         let size = file.metadata().map_or(0, |metadata| metadata.len());
         let registry = settings.connect().await?;
         let stop = Stop::listen()?;
-        if let Some(header) = header {
-            header.raise(&*registry).await?;
+        match header {
+            Some(header) => header.raise(&*registry).await?,
+            None => tracing::warn!(
+                "the file does not begin with the line in which an export says how high its store's fencing tokens are: the \
+                 epoch is not raised; if keys move here from another store, run `registry epoch --raise --above TOKEN`"
+            ),
         }
         let bar = progress(Some(size));
         let mut puts = Puts::new(&registry, Lines::of(bar.wrap_read(file)));

@@ -83,6 +83,7 @@ pub(crate) enum Fault {
     FirstAnswerIsLost,
     ManyAnswersAreLost,
     PutsComeLate,
+    FirstPutLandsLate,
 }
 
 /// A handle with a fault.
@@ -369,6 +370,17 @@ impl Registry for Broken {
                     whole.commit(broken).await
                 };
                 tokio::spawn(late).await.unwrap()?
+            }
+            Fault::FirstPutLandsLate if deleted.is_empty() && self.count.fetch_add(1, Ordering::Relaxed) == 0 => {
+                let whole = self.whole.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(Self::LATE).await;
+                    whole.commit(broken).await
+                });
+                return Err(Error::OutcomeUnknown {
+                    operation: "a put",
+                    source: "it lands late".into(),
+                });
             }
             _ => self.whole.commit(broken).await?,
         };

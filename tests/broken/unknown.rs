@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 
 use crate::store::{Broken, Fault};
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Two handles on one member: one with a fault, one without.
 async fn handles(fault: Fault) -> (Arc<dyn Registry>, Arc<dyn Registry>) {
@@ -120,6 +120,43 @@ async fn an_epoch_that_is_lost_is_noticed() {
     let after = within(PATIENCE, lock.acquire()).await.unwrap();
     assert!(after.token().get() >> 32 > 58_000_000, "{}", after.token());
     after.release().await.unwrap();
+}
+
+/// L7. The first put of a contender is held up somewhere, a second one takes effect, and the first lands after the release.
+#[tokio::test]
+async fn a_put_that_lands_after_its_contender_left_is_deleted() {
+    let (broken, whole) = handles(Fault::FirstPutLandsLate).await;
+    let lock = whole.lock(&key("/l"));
+    lock.acquire().await.unwrap().release().await.unwrap();
+    broken
+        .lock(&key("/l"))
+        .acquire()
+        .await
+        .unwrap()
+        .release()
+        .await
+        .unwrap();
+    eventually(PATIENCE, || async { lock.holder().await.unwrap().is_some() }).await;
+    within(PATIENCE, lock.acquire()).await.unwrap().release().await.unwrap();
+    broken.session().live().unwrap();
+}
+
+/// L7. The same in a namespace whose epoch is not stored yet, so that the first put lands once the second has stored it.
+#[tokio::test]
+async fn a_first_put_that_lands_late_is_deleted() {
+    let (broken, whole) = handles(Fault::FirstPutLandsLate).await;
+    let lock = whole.lock(&key("/l"));
+    broken
+        .lock(&key("/l"))
+        .acquire()
+        .await
+        .unwrap()
+        .release()
+        .await
+        .unwrap();
+    eventually(PATIENCE, || async { lock.holder().await.unwrap().is_some() }).await;
+    within(PATIENCE, lock.acquire()).await.unwrap().release().await.unwrap();
+    broken.session().live().unwrap();
 }
 
 /// S5. Nothing that a registration sent comes after `unregister` has returned.

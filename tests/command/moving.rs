@@ -71,6 +71,54 @@ async fn tokens_grow_from_store_to_store() {
     let raised = &one.json(&["epoch", "--raise"]).await[0];
     assert!(raised["epoch"].as_u64() > Some(58_000_000), "{raised}");
     assert!(token(&one).await > last);
+    // Above a token that the store does not know of.
+    let known = (100_000_000_i64 << 32) + 5;
+    one.says(0, &["epoch", "--raise", "--above", &known.to_string()]).await;
+    assert!(token(&one).await > known);
+    one.says(2, &["epoch", "--above", "5"]).await;
+    one.says(2, &["epoch", "--raise", "--above", "-5"]).await;
+    // A file of other origin does not say where tokens were.
+    std::fs::write(
+        other.dir.path().join("plain.jsonl"),
+        "{\"key\": \"/plain\", \"value\": \"\"}\n",
+    )
+    .unwrap();
+    let imported = other.run(&["import", "plain.jsonl"]).await;
+    let said = String::from_utf8_lossy(&imported.stderr);
+    assert!(
+        imported.status.success() && said.contains("the epoch is not raised"),
+        "{said}"
+    );
+}
+
+/// L3. A backup from before the epoch was raised is restored: tokens are larger than those given out since.
+#[tokio::test]
+async fn tokens_grow_over_a_restore_of_an_older_epoch() {
+    let shell = Shell::new();
+    let mut member = shell.serve().await;
+    let token = async |shell: &Shell| -> i64 {
+        let said = shell
+            .says(0, &["lock", "/l", "--", "sh", "-c", "echo $REGISTRY_TOKEN"])
+            .await;
+        said.trim().parse().unwrap()
+    };
+    token(&shell).await;
+    // Keys that look like an epoch and are none.
+    for user in ["/a~/epoch/7", "/epoch/7"] {
+        shell.says(0, &["put", user, "mine"]).await;
+    }
+    shell.says(0, &["backup", "backup"]).await;
+    shell.says(0, &["epoch", "--raise"]).await;
+    let last = token(&shell).await;
+    member.kill().await;
+    std::fs::remove_dir_all(shell.dir.path().join("registry-data")).unwrap();
+    shell.says(0, &["restore", "backup"]).await;
+    let _member = shell.serve().await;
+    let next = token(&shell).await;
+    assert!(next > last, "{next} after {last}");
+    for user in ["/a~/epoch/7", "/epoch/7"] {
+        assert_eq!(shell.says(0, &["get", user]).await, "mine");
+    }
 }
 
 /// Real input, the description of every Debian package: imported with the member killed in the middle, listed in pages,

@@ -25,7 +25,7 @@ const YEAR_2025: Duration = Duration::from_secs(1_735_689_600);
 pub enum Raise {
     /// The namespace moved here from elsewhere, where no token was larger than this one.
     Above(Token),
-    /// The store was restored from a copy, or went back otherwise. The epoch becomes at least the seconds since 2025,
+    /// The store was restored from a copy, or went back otherwise. The epoch becomes larger than the seconds since 2025,
     /// so that two restores of one copy never have the same.
     AfterRestore,
 }
@@ -48,6 +48,30 @@ impl Epoch {
         // No token is smaller than 1.
         Token::of(self.epoch, self.revision.max(Revision(1)))
     }
+
+    /// Returns the record that replaces a stored one while a backend restores its store from a copy, at a revision which
+    /// no earlier state of the store has reached. Returns `None` if the key is not that of an epoch.
+    ///
+    /// # Errors
+    /// [`Error::TokenOverflow`] if there is no higher epoch, [`Error::InvalidRequest`] if the clock is before 2025.
+    pub fn restored(stored: &Key, revision: Revision) -> Result<Option<(Key, String)>> {
+        let Some(epoch) = of_key(stored) else { return Ok(None) };
+        let restored = Self { epoch, revision }.after_restore()?;
+        if restored > MAX {
+            return Err(Error::TokenOverflow {
+                epoch: restored,
+                revision,
+            });
+        }
+        Ok(Some((key(restored), restored.to_string())))
+    }
+
+    /// The epoch after a restore that left this one. Earlier raises of a state that is lost exceeded neither the seconds
+    /// of their time nor, by much, the revision; so this one exceeds them.
+    fn after_restore(&self) -> Result<u32> {
+        let epoch = self.epoch.max(seconds_since_2025()?);
+        Ok(Self { epoch, ..*self }.highest_token()?.next_epoch())
+    }
 }
 
 /// Reads the epoch of a handle's namespace; 0 if it was never raised.
@@ -64,14 +88,14 @@ pub(crate) async fn epoch(registry: &dyn Registry) -> Result<Epoch> {
 /// larger tokens than every one that the reason names. Those that are in a queue keep theirs.
 ///
 /// # Errors
-/// [`Error::TokenOverflow`] if there is no such epoch; nothing changed. Else as [`Registry::commit`].
+/// [`Error::TokenOverflow`] if there is no such epoch, [`Error::InvalidRequest`] after a restore if the clock is before
+/// 2025; nothing changed then. Else as [`Registry::commit`].
 pub(crate) async fn raise_epoch(registry: &dyn Registry, raise: Raise) -> Result<Epoch> {
     let before = epoch(registry).await?;
-    let exceed = before.highest_token()?;
     let least = match raise {
-        Raise::Above(token) if exceed >= token => return Ok(before),
+        Raise::Above(token) if before.highest_token()? >= token => return Ok(before),
         Raise::Above(token) => token.next_epoch(),
-        Raise::AfterRestore => exceed.next_epoch().max(seconds_since_2025()),
+        Raise::AfterRestore => before.after_restore()?,
     };
     raise_to(registry, least).await?;
     epoch(registry).await
@@ -154,13 +178,23 @@ async fn stored(registry: &dyn Registry) -> Result<Option<u32>> {
         ..List::new(tree())
     };
     let entries = registry.list_all(list).await?;
-    Ok(entries.iter().filter_map(|entry| entry.key.name().parse().ok()).max())
+    Ok(entries.iter().filter_map(|entry| of_key(&entry.key)).max())
 }
 
-/// The least epoch of what is restored now.
-fn seconds_since_2025() -> u32 {
+/// The epoch of a record's key.
+fn of_key(key: &Key) -> Option<u32> {
+    let epoch: u32 = key.name().parse().ok()?;
+    (*key == self::key(epoch)).then_some(epoch)
+}
+
+/// What the epoch of a store that is restored now exceeds.
+fn seconds_since_2025() -> Result<u32> {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH + YEAR_2025);
-    since.map_or(0, |since| u32::try_from(since.as_secs()).unwrap_or(u32::MAX))
+    let since = since.map_err(|_| {
+        let why = "the clock is before 2025, and the epoch after a restore is counted from then: set the clock";
+        Error::InvalidRequest(why.into())
+    })?;
+    Ok(u32::try_from(since.as_secs()).unwrap_or(u32::MAX))
 }
 
 /// What a handle knows of its namespace's epoch and tokens.

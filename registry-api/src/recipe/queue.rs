@@ -6,8 +6,8 @@
 
 mod hold;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -23,6 +23,10 @@ use crate::{Depth, Entry, Error, Expect, Key, List, Page, Registry, Result, Revi
 
 /// How long entering or leaving is retried while the caller waits, whatever the session's TTL.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// When a key of unknown outcome is deleted again: 250 ms after the first delete, then after 500 ms and so on, two minutes in all.
+const FIRST_LATE_DELETE: Duration = Duration::from_millis(250);
+const LAST_LATE_DELETE: Duration = Duration::from_secs(64);
 
 /// The kinds of queue, each with a tree of its own beside the user's keys (K9).
 #[derive(Clone, Copy, Debug)]
@@ -166,12 +170,14 @@ impl Queue {
                 epoch,
                 session,
                 revision: None,
-                settled: false,
+                sent: Sent::UNKNOWN,
                 kept: false,
             }),
         };
         let (mut place, entered) = entering.done().await;
-        place.settled = !entered.doubt;
+        if !entered.doubt {
+            place.sent = Sent::ANSWERED;
+        }
         match entered.place {
             Ok((revision, seen)) => {
                 place.revision = Some(revision);
@@ -229,6 +235,7 @@ impl Queue {
     ) -> Result<(Revision, Seen)> {
         // An empty queue takes one request: nobody is there, so this place is the first. Where the queue is told along, so
         // does any.
+        let was_stored = epoch > 0;
         let epoch = epoch::condition(epoch);
         let txn = || {
             let absent = Txn::new().when(key, Expect::Absent);
@@ -254,8 +261,9 @@ impl Queue {
                         return Ok((revision, Seen::Queue(None)));
                     }
                     if matches!(&error, Error::Conflict { key, .. } if *key == epoch.key) {
-                        // The epoch never comes back, so no attempt in flight can succeed any more.
-                        *doubt = false;
+                        // An epoch that was stored never comes back, so no attempt in flight can succeed any more. The first
+                        // one, which is entered in before it is known, may be stored yet.
+                        *doubt &= !was_stored;
                         return Err(error);
                     }
                     if enter == Enter::IfEmpty {
@@ -358,9 +366,28 @@ struct Place {
     session: SessionId,
     /// The `create_revision` of the key, once it is known to have been put.
     revision: Option<Revision>,
-    /// Whether no put of the key can be under way any more.
-    settled: bool,
+    sent: Sent,
     kept: bool,
+}
+
+/// What is known of the requests on a contender's key that were sent before its delete.
+#[derive(Clone, Copy, Debug)]
+struct Sent {
+    /// Whether each of them was answered, so that the name can be used again.
+    settled: bool,
+    /// Whether one of them may create the key after the delete.
+    may_create: bool,
+}
+
+impl Sent {
+    const ANSWERED: Self = Self {
+        settled: true,
+        may_create: false,
+    };
+    const UNKNOWN: Self = Self {
+        settled: false,
+        may_create: true,
+    };
 }
 
 impl Place {
@@ -446,16 +473,16 @@ impl Drop for Place {
         if self.kept {
             return;
         }
-        leave_in_background(&self.queue, &self.key, self.session, self.settled);
+        leave_in_background(&self.queue, &self.key, self.session, self.sent);
     }
 }
 
 /// Deletes a contender's key in the background.
-fn leave_in_background(queue: &Queue, key: &Key, session: SessionId, settled: bool) {
+fn leave_in_background(queue: &Queue, key: &Key, session: SessionId, sent: Sent) {
     let (queue, key) = (queue.clone(), key.clone());
     spawn(async move {
         // On failure the session has ended, and the key with it.
-        let _ = leave(&queue, &key, session, settled, Retry::Everything).await;
+        let _ = leave(&queue, &key, session, sent, Retry::Everything).await;
     });
 }
 
@@ -471,9 +498,9 @@ enum Left {
 }
 
 /// Deletes a contender's key, retrying until that is done, or for a while after its session has ended and taken it
-/// along. The name of one that was `settled` is given back if the first attempt deletes it; otherwise it is never used
-/// again, so that no late delete removes another contender's key.
-async fn leave(queue: &Queue, key: &Key, session: SessionId, settled: bool, retry: Retry) -> Result<Left> {
+/// along. If every request on the key was answered, and the first attempt deletes it, its name is given back; otherwise it is
+/// never used again, so that no late delete removes another contender's key.
+async fn leave(queue: &Queue, key: &Key, session: SessionId, sent: Sent, retry: Retry) -> Result<Left> {
     let first = AtomicBool::new(true);
     let first = &first;
     let attempt = || async move {
@@ -481,7 +508,7 @@ async fn leave(queue: &Queue, key: &Key, session: SessionId, settled: bool, retr
         let first = first.swap(false, Ordering::Relaxed);
         Ok(match (deleted?, first) {
             (true, true) => {
-                if settled {
+                if sent.settled {
                     queue.give_back(session, key);
                 }
                 Left::Deleted
@@ -491,5 +518,26 @@ async fn leave(queue: &Queue, key: &Key, session: SessionId, settled: bool, retr
             (false, false) => Left::Perhaps,
         })
     };
-    until_done(&*queue.registry, session, retry, attempt).await
+    let left = until_done(&*queue.registry, session, retry, attempt).await;
+    if sent.may_create {
+        spawn(delete_late(Arc::downgrade(&queue.registry), key.clone()));
+    }
+    left
+}
+
+/// Deletes a contender's key again and again, at intervals that double: a put of unknown outcome may take effect after the
+/// delete, as one that a member of the store held up while it was cut off.
+async fn delete_late(registry: Weak<dyn Registry>, key: Key) {
+    let mut pause = FIRST_LATE_DELETE;
+    while pause <= LAST_LATE_DELETE {
+        tokio::time::sleep(pause).await;
+        // The key ends with the session, and the session with its handle.
+        let Some(registry) = registry.upgrade() else { return };
+        match registry.delete(&key).await {
+            Ok(true) => tracing::info!(%key, "deleted a contender's key that a late request had created"),
+            Err(Error::Closed) => return,
+            Ok(false) | Err(_) => {}
+        }
+        pause *= 2;
+    }
 }

@@ -29,8 +29,10 @@ impl Core {
         Needed { core, name }
     }
 
-    /// Says why the member can't go on. The first reason counts.
+    /// Says why the member can't go on. The first reason counts. From then on nothing is answered from what is applied here
+    /// alone.
     pub(crate) fn fail(&self, reason: String) {
+        self.standing().close();
         self.failed.send_if_modified(|failed| {
             let first = failed.is_none();
             failed.get_or_insert(reason);
@@ -55,8 +57,6 @@ impl Core {
         };
         tracing::error!(reason, "the member ends");
         self.store().end_watches();
-        // Whoever asks now is not answered from what is applied here alone.
-        self.standing().close();
         // An error says that it had ended already.
         let _ = self.raft().shutdown().await;
         ended.send_replace(Some(reason));

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 
-use super::{Backoff, Left, PATIENCE, Place, Queue, Retry, leave, leave_in_background};
+use super::{Backoff, Left, PATIENCE, Place, Queue, Retry, Sent, leave, leave_in_background};
 use crate::{
     BootInstant, Condition, Error, Expect, Key, Read, Result, Revision, SessionId, Token, Txn, WatchRequest, WatchScope,
 };
@@ -18,8 +18,10 @@ pub(in crate::recipe) struct Hold {
     /// The `create_revision` of the key.
     revision: Revision,
     session: SessionId,
-    /// Whether no put or delete of the key can be under way.
+    /// Whether no put or delete of the key can be in flight.
     settled: AtomicBool,
+    /// Whether a put from before the hold may create the key after its delete. Those of [`Hold::publish`] can't.
+    may_create: bool,
     lost: AtomicBool,
     released: bool,
 }
@@ -43,7 +45,8 @@ impl Place {
             token,
             revision,
             session: self.session,
-            settled: AtomicBool::new(self.settled),
+            settled: AtomicBool::new(self.sent.settled),
+            may_create: self.sent.may_create,
             lost: AtomicBool::new(false),
             released: false,
         })
@@ -142,8 +145,8 @@ impl Hold {
             return Err(self.hold_lost());
         }
         let session = self.queue.registry.session();
-        let settled = self.unsettle();
-        let leaving = leave(&self.queue, &self.key, self.session, settled, Retry::Outages);
+        let sent = self.unsettle();
+        let leaving = leave(&self.queue, &self.key, self.session, sent, Retry::Outages);
         let left = tokio::select! {
             biased;
             left = tokio::time::timeout(PATIENCE, leaving) => {
@@ -164,9 +167,12 @@ impl Hold {
         }
     }
 
-    /// Whether it was settled before this delete: of two, one may be late.
-    fn unsettle(&self) -> bool {
-        self.settled.swap(false, Ordering::AcqRel)
+    /// What was sent before this delete: of two, one may be late.
+    fn unsettle(&self) -> Sent {
+        Sent {
+            settled: self.settled.swap(false, Ordering::AcqRel),
+            may_create: self.may_create,
+        }
     }
 
     fn hold_lost(&self) -> Error {
@@ -181,7 +187,7 @@ impl Drop for Hold {
         if self.released {
             return;
         }
-        let settled = self.unsettle();
-        leave_in_background(&self.queue, &self.key, self.session, settled);
+        let sent = self.unsettle();
+        leave_in_background(&self.queue, &self.key, self.session, sent);
     }
 }
