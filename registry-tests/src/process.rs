@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::TcpListener;
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -145,4 +146,47 @@ pub fn free_port() -> u16 {
         }
     }
     panic!("loopback has no free port");
+}
+
+/// Returns the class path of a ZooKeeper server: Debian's jars of the system, or those in the folder that the environment
+/// variable `REGISTRY_ZOOKEEPER_JARS` names.
+///
+/// # Panics
+/// If the folder has no ZooKeeper in it.
+pub fn zookeeper_class_path() -> String {
+    let jars = zookeeper_jars();
+    let paths: Vec<_> = jars.iter().map(|jar| jar.display().to_string()).collect();
+    paths.join(":")
+}
+
+/// Returns the jars of a ZooKeeper server and of what it needs. Each is named without its version, most are links.
+///
+/// # Panics
+/// If the folder has no ZooKeeper in it.
+pub fn zookeeper_jars() -> Vec<PathBuf> {
+    const FOLDER: &str = "REGISTRY_ZOOKEEPER_JARS";
+    const WANTED: [&str; 7] = [
+        "zookeeper.jar",
+        "zookeeper-jute.jar",
+        "slf4j-api.jar",
+        "slf4j-simple.jar",
+        "snappy-java.jar",
+        "metrics-core.jar",
+        "netty-all.jar",
+    ];
+    let netty = |name: &str| name.starts_with("netty-") && name.ends_with(".jar");
+    let folder = std::env::var_os(FOLDER).map_or_else(|| PathBuf::from("/usr/share/java"), PathBuf::from);
+    let files = std::fs::read_dir(&folder).into_iter().flatten();
+    let names = files.filter_map(|file| file.ok()?.file_name().into_string().ok());
+    let mut jars: Vec<_> = names
+        .filter(|name| WANTED.contains(&name.as_str()) || netty(name))
+        .collect();
+    // Debian's zookeeper.jar names the system's jars as its class path: those of the folder have to come before it.
+    jars.sort();
+    assert!(
+        jars.iter().any(|name| name == "zookeeper.jar"),
+        "no zookeeper.jar in {}: apt-get install zookeeper, or set {FOLDER}",
+        folder.display()
+    );
+    jars.iter().map(|name| folder.join(name)).collect()
 }

@@ -3,8 +3,7 @@
 use std::process::Command;
 
 use registry_api::BoxError;
-
-use crate::servers::jars;
+use registry_tests::process::zookeeper_jars;
 
 pub(crate) fn describe() -> Result<String, BoxError> {
     let processor = read("/proc/cpuinfo", "model name");
@@ -14,12 +13,11 @@ pub(crate) fn describe() -> Result<String, BoxError> {
         .parse()
         .unwrap_or_default();
     let cores = std::thread::available_parallelism()?;
-    let zookeeper = jars()?
-        .split(':')
-        .filter_map(|jar| jar.rsplit("/zookeeper-").next()?.strip_suffix(".jar"))
-        .find(|version| version.starts_with(|first: char| first.is_ascii_digit()))
-        .unwrap_or("of an unknown version")
-        .to_owned();
+    // `zookeeper.jar` is a link to the jar that has the version in its name.
+    let linked = zookeeper_jars().into_iter().find(|jar| jar.ends_with("zookeeper.jar"));
+    let linked = linked.and_then(|jar| jar.canonicalize().ok()).unwrap_or_default();
+    let name = linked.file_stem().unwrap_or_default().to_string_lossy();
+    let zookeeper = name.strip_prefix("zookeeper-").unwrap_or("of an unknown version");
     Ok(format!(
         "{processor}, {cores} cores, {:.0} GiB, Linux {}; {}, ZooKeeper {zookeeper} on {}, {}; {}",
         memory / f64::from(1 << 20),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use registry_api::{BoxError, Options, Registry, SessionTtl};
 use registry_raft::{Member, MemberChange, RaftConfig};
-use registry_tests::process::free_port;
+use registry_tests::process::{free_port, zookeeper_class_path};
 use registry_tests::{Process, within};
 use tempfile::TempDir;
 use tokio::process::Command;
@@ -216,7 +216,7 @@ impl Servers {
         }
         std::fs::write(dir.join("zoo.cfg"), text)?;
         let mut command = Command::new("java");
-        command.arg("-cp").arg(jars()?);
+        command.arg("-cp").arg(zookeeper_class_path());
         command.arg("org.apache.zookeeper.server.quorum.QuorumPeerMain");
         command.arg(dir.join("zoo.cfg")).stderr(Stdio::null());
         Ok(command)
@@ -272,29 +272,4 @@ pub(crate) async fn member(arguments: &[String]) -> Result<(), BoxError> {
     let member = Member::start(&config).await?;
     println!("ready");
     Err(member.ended().await.into())
-}
-
-/// Debian's jars of ZooKeeper and what it needs: the system's, or those in the folder that `REGISTRY_ZOOKEEPER_JARS` names.
-pub(crate) fn jars() -> Result<String, BoxError> {
-    const WANTED: [&str; 6] = [
-        "zookeeper",
-        "slf4j-api",
-        "slf4j-simple",
-        "netty-",
-        "snappy",
-        "metrics-core",
-    ];
-    let mut jars = Vec::new();
-    let folder = std::env::var_os("REGISTRY_ZOOKEEPER_JARS").unwrap_or_else(|| "/usr/share/java".into());
-    for entry in std::fs::read_dir(folder)? {
-        let path = entry?.path();
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
-        let wanted = |name: &String| name.ends_with(".jar") && WANTED.iter().any(|start| name.starts_with(start));
-        if name.as_ref().is_some_and(wanted) {
-            jars.push(path.display().to_string());
-        }
-    }
-    // Debian's zookeeper.jar names the system's jars as its class path: those of the folder have to come before it.
-    jars.sort();
-    Ok(jars.join(":"))
 }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use registry_api::{Options, Registry, SessionId, SessionTtl};
 use registry_tests::Wire;
-use registry_tests::process::free_port;
+use registry_tests::process::{free_port, zookeeper_class_path};
 use registry_zk::ZkConfig;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -26,8 +26,6 @@ use zookeeper_client::{Acls, Client, CreateMode, CreateOptions};
 
 /// What tests ask for: twelve ticks, so that a session outlives what else the machine does.
 pub const TTL: Duration = Duration::from_secs(3);
-/// Names the folder of ZooKeeper's jars, for a version other than the installed one.
-const JARS: &str = "REGISTRY_ZOOKEEPER_JARS";
 /// A mark, as other tests of the mapping know it.
 pub const MARK: &[u8] = b"\0registry\0/";
 
@@ -147,7 +145,7 @@ impl Servers {
             .args(["-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"])
             .args(self.max_buffer.map(|bytes| format!("-Djute.maxbuffer={bytes}")))
             .arg("-cp")
-            .arg(jars())
+            .arg(zookeeper_class_path())
             .arg("org.apache.zookeeper.server.quorum.QuorumPeerMain")
             .arg(server.data.join("zoo.cfg"))
             .stdout(Stdio::null())
@@ -269,34 +267,6 @@ impl Drop for Servers {
 /// For each server: for clients, for its followers, for elections.
 fn free_ports(servers: usize) -> Vec<(u16, u16, u16)> {
     (0..servers).map(|_| (free_port(), free_port(), free_port())).collect()
-}
-
-fn jars() -> String {
-    const WANTED: [&str; 7] = [
-        "zookeeper.jar",
-        "zookeeper-jute.jar",
-        "slf4j-api.jar",
-        "slf4j-simple.jar",
-        "snappy-java.jar",
-        "metrics-core.jar",
-        "netty-all.jar",
-    ];
-    let netty = |name: &str| name.starts_with("netty-") && name.ends_with(".jar");
-    let dir = std::env::var_os(JARS).map_or_else(|| PathBuf::from("/usr/share/java"), PathBuf::from);
-    let files = fs::read_dir(&dir).expect("ZooKeeper is missing: apt-get install zookeeper");
-    let names = files.filter_map(|file| file.ok()?.file_name().into_string().ok());
-    let mut jars: Vec<_> = names
-        .filter(|name| WANTED.contains(&name.as_str()) || netty(name))
-        .collect();
-    // Debian's zookeeper.jar names the system's jars as its class path: those of the folder have to come before it.
-    jars.sort();
-    assert!(
-        jars.iter().any(|name| name == "zookeeper.jar"),
-        "no zookeeper.jar in {}: apt-get install zookeeper, or set {JARS}",
-        dir.display()
-    );
-    let paths: Vec<_> = jars.iter().map(|name| dir.join(name).display().to_string()).collect();
-    paths.join(":")
 }
 
 /// What a server is, once it serves.
