@@ -3,8 +3,8 @@
 //! Only the Raft leader keeps time. When a session's TTL has passed without a keep-alive it proposes to expire it, and
 //! every member drops the session's keys when it applies that entry, at the same revision. A new leader grants every
 //! session a full TTL again, because it can't know how much had passed: a session may live longer than its TTL, never
-//! shorter. So does a leader that finds itself stalled, since what its clients sent meanwhile waits unread. (Gray and
-//! Cheriton, *Leases*, 1989.)
+//! shorter. A leader that finds itself stalled adds the stall to every deadline, since the keep-alives that were sent
+//! meanwhile are still unread. (Gray and Cheriton, *Leases*, 1989.)
 //!
 //! A session that is silent for half its TTL, when no live one is, has that noted in the log, and again with each further
 //! eighth. The next leader grants it only the rest: elections, however many, do not keep a dead session. One that is heard
@@ -21,7 +21,8 @@ use crate::link::BACKEND;
 
 /// How often the leader looks.
 pub(crate) const TICK: Duration = Duration::from_millis(100);
-/// A look that comes this late says that the process stood still.
+/// A look that comes this late says that the process was paused. A session has at least so long after a pause, in which
+/// the leader reads the keep-alives that wait.
 const STALL: Duration = Duration::from_millis(700);
 /// The most sessions that one entry speaks of, and how many keys it takes along, but for those of its last session. The
 /// next entry follows when this one is applied: however many sessions end at once, others' writes wait for one such entry.
@@ -128,16 +129,15 @@ impl Expiry {
     /// count as expiring until [`Expiry::settled`].
     pub(crate) fn due(&self, term: u64, now: Instant, sessions: impl Iterator<Item = Known>) -> Due {
         let mut deadlines = self.deadlines.lock();
-        let stalled = deadlines
-            .looked
-            .is_some_and(|looked| now.saturating_duration_since(looked) > STALL);
-        if deadlines.term != Some(term) || stalled {
+        if deadlines.term != Some(term) {
             *deadlines = Deadlines {
                 term: Some(term),
                 expiring: std::mem::take(&mut deadlines.expiring),
                 ..Deadlines::default()
             };
         }
+        let late = deadlines.looked.map(|looked| now.saturating_duration_since(looked));
+        let stalled = late.filter(|late| *late > STALL);
         deadlines.looked = Some(now);
         let mut before = std::mem::take(&mut deadlines.sessions);
         let (mut due, mut keys) = (Due::default(), 0);
@@ -149,7 +149,17 @@ impl Expiry {
                 heard: known.heard,
                 arrived: None,
             });
-            if deadline.heard != known.heard {
+            if let Some(stalled) = stalled {
+                // Only what was unread: each further stall would grant a dead session more otherwise.
+                deadline.at = (deadline.at + stalled).max(now + STALL);
+            }
+            if deadline.heard == known.heard {
+                // A note that was in flight when this member began to count.
+                deadline.noted = deadline.noted.max(known.silent);
+            } else {
+                // Another leader may have answered the keep-alive that this is from.
+                let granted = now + deadline.ttl.saturating_sub(known.silent);
+                deadline.at = deadline.at.max(granted);
                 (deadline.noted, deadline.heard) = (known.silent, known.heard);
             }
             let silence = deadline.ttl.saturating_sub(deadline.at.saturating_duration_since(now));
@@ -380,14 +390,94 @@ mod tests {
     }
 
     #[test]
-    fn a_new_term_and_a_stall_grant_a_full_ttl() {
+    fn a_new_term_grants_a_full_ttl() {
+        let (expiry, start) = (Expiry::default(), Instant::now());
+        assert_eq!(run(&expiry, 1, start, 900), None);
+        assert_eq!(run(&expiry, 2, start + Duration::from_millis(950), 5_000), Some(1_000));
+    }
+
+    #[test]
+    fn a_stall_is_added_to_every_deadline() {
         let (expiry, start) = (Expiry::default(), Instant::now());
         let at = |ms| start + Duration::from_millis(ms);
-        assert_eq!(run(&expiry, 1, start, 900), None);
-        assert_eq!(run(&expiry, 2, at(950), 5_000), Some(1_000));
+        // 900 ms are left when ten seconds pass unseen.
+        assert_eq!(run(&expiry, 1, start, 100), None);
+        assert_eq!(run(&expiry, 1, at(10_100), 5_000), Some(900));
         expiry.settled(&[S.0]);
-        // Ten seconds pass unseen.
-        assert_eq!(run(&expiry, 2, at(12_000), 5_000), Some(1_000));
+        // Nothing is left: the keep-alives that wait are read first.
+        assert_eq!(run(&expiry, 1, at(21_000), 5_000), Some(700));
+    }
+
+    /// However often the leader is paused, a dead session ends within its TTL and the pauses.
+    #[test]
+    fn stalls_keep_no_dead_session() {
+        let (expiry, start, ttl) = (Expiry::default(), Instant::now(), Duration::from_secs(10));
+        let known = Known {
+            session: S.0,
+            ttl,
+            silent: Duration::ZERO,
+            heard: 0,
+            keys: 0,
+        };
+        let (mut now, mut stalls) = (start, Duration::ZERO);
+        let mut tick = 0;
+        while expiry.due(1, now, [known].into_iter()).expired.is_empty() {
+            tick += 1;
+            let pause = Duration::from_millis(if tick % 40 == 0 { 800 } else { 100 });
+            stalls += pause.saturating_sub(TICK);
+            now += pause;
+            assert!(
+                now - start < 2 * ttl + stalls,
+                "a dead session lives after {:?}",
+                now - start
+            );
+        }
+        assert!(now - start >= ttl);
+    }
+
+    /// A new leader counts before it has applied what an earlier one has committed.
+    #[test]
+    fn a_session_that_was_heard_by_an_earlier_leader_gets_its_full_ttl() {
+        let (expiry, start) = (Expiry::default(), Instant::now());
+        let at = |ms| start + Duration::from_millis(ms);
+        let known = |heard, silent| Known {
+            session: S.0,
+            ttl: TTL,
+            silent: Duration::from_millis(silent),
+            heard,
+            keys: 0,
+        };
+        assert_eq!(expiry.due(2, at(0), [known(0, 800)].into_iter()), Due::default());
+        for ms in (100..1_100).step_by(100) {
+            let due = expiry.due(2, at(ms), [known(1, 0)].into_iter());
+            assert!(due.expired.is_empty(), "expired after {ms} ms");
+        }
+        let due = expiry.due(2, at(1_100), [known(1, 0)].into_iter());
+        assert_eq!(due.expired, [[S.0]]);
+    }
+
+    /// The note of a silence is in flight while the leader is paused: the keep-alive that it reads then is answered once
+    /// the log says that the session was heard.
+    #[test]
+    fn a_stall_forgets_no_note_of_a_silence() {
+        let (expiry, start) = (Expiry::default(), Instant::now());
+        let at = |ms| start + Duration::from_millis(ms);
+        let known = |silent| Known {
+            session: S.0,
+            ttl: TTL,
+            silent: Duration::from_millis(silent),
+            heard: 0,
+            keys: 0,
+        };
+        expiry.due(1, start, [known(0)].into_iter());
+        assert_eq!(expiry.due(1, at(500), [known(0)].into_iter()).silent.len(), 1);
+        expiry.due(1, at(1_300), [known(0)].into_iter());
+        assert!(expiry.extend(S, 1, 0, at(1_310)).unwrap());
+        // A note of another leader, applied after this one has begun to count.
+        let later = Expiry::default();
+        later.due(2, start, [known(0)].into_iter());
+        later.due(2, at(100), [known(500)].into_iter());
+        assert!(later.extend(S, 2, 0, at(110)).unwrap());
     }
 
     #[test]
