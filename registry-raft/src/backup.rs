@@ -295,22 +295,25 @@ fn make(file: &Path, directory: &Path, peer: Peer) -> Result<Backup> {
     let name = peer.name.clone();
     let identity = Identity::random();
     let frozen = leap(read, tree, identity, peer, revision, &numbers)?;
-    // Made beside and renamed: a directory that is there is whole.
+    // Made beside and renamed: a directory that is there is whole. Its name is this restore's alone.
     let mut beside: OsString = directory.into();
-    beside.push(".restoring");
+    beside.push(format!(".restoring-{}", uuid::Uuid::new_v4().simple()));
     let beside = PathBuf::from(beside);
-    if beside.exists() {
-        fs::remove_dir_all(&beside).map_err(failed)?;
+    let made = || {
+        let made = Directory::open(&beside, &name, || identity)?;
+        Snapshots::open(Some(made.snapshots()), identity)?
+            .write(&frozen)
+            .map_err(failed)?;
+        fs::rename(&beside, directory)
+            .and_then(|()| File::open(parent(directory))?.sync_all())
+            .map_err(failed)
+    };
+    let made = made();
+    if made.is_err() {
+        // It is renamed, or was never made, or has what nobody will use.
+        let _ = fs::remove_dir_all(&beside);
     }
-    let made = Directory::open(&beside, &name, || identity)?;
-    Snapshots::open(Some(made.snapshots()), identity)?
-        .write(&frozen)
-        .map_err(failed)?;
-    fs::rename(&beside, directory)
-        .and_then(|()| File::open(parent(directory))?.sync_all())
-        .map_err(failed)?;
-    drop(made);
-    Ok(backup)
+    made.map(|()| backup)
 }
 
 /// The revision of a state that is restored now: above all that any group before it has given out.

@@ -166,6 +166,7 @@ fn questions() -> Vec<Ask> {
             proto::Request {
                 patience_ms: 1000,
                 forwarded: false,
+                header: None,
                 call: Some(call),
             }
             .into(),

@@ -159,6 +159,7 @@ impl Core {
         let request = proto::Request {
             patience_ms: millis(patience),
             forwarded: true,
+            header: self.identity().header(id),
             call: Some(call),
         };
         let unknown = |source: registry_api::BoxError| Error::OutcomeUnknown {

@@ -19,6 +19,7 @@ mod late;
 #[cfg(test)]
 mod leading;
 mod opening;
+mod reaching;
 #[cfg(test)]
 mod starting;
 #[cfg(test)]
@@ -57,6 +58,7 @@ use crate::store::Store;
 use crate::types::{LogId, StoredMembership, TypeConfig};
 use awake::Awake;
 use opening::{in_span_of, start, workers};
+pub(crate) use reaching::CutOff;
 
 /// How long a member may take to read its data and to lead a group of one.
 const START: Duration = Duration::from_secs(60);
@@ -353,6 +355,8 @@ pub(crate) struct Core {
     awake: Arc<Awake>,
     /// Why the member can't go on.
     failed: watch::Sender<Option<String>>,
+    /// Whether this member is cut off from its group, as its last check says.
+    cut_off: watch::Sender<bool>,
 }
 
 impl std::fmt::Debug for Core {
@@ -394,7 +398,7 @@ impl Core {
         &self.answered
     }
 
-    pub(crate) fn snapshots(&self) -> &Snapshots {
+    pub(crate) fn snapshots(&self) -> &Arc<Snapshots> {
         &self.snapshots
     }
 

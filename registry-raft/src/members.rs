@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{ChangeMembershipError, ClientWriteError, RaftError};
-use openraft::{ChangeMembers, Instant as _, LogIdOptionExt, Precondition};
+use openraft::{ChangeMembers, Instant as _, LogIdOptionExt, Membership, Precondition};
 use registry_api::{Error, Result};
 use tokio::sync::watch;
 
@@ -47,7 +47,7 @@ pub enum MemberChange {
         name: String,
     },
     /// Takes a member out for good: it stops, and its directory is of no use any more. One that is dead can be removed
-    /// as long as more than half of the others with a vote live.
+    /// as long as a majority lives both of the members with a vote, it included, and of those that are left.
     Remove {
         /// Its name.
         name: String,
@@ -74,6 +74,11 @@ impl From<MemberChange> for proto::ChangeMembers {
             address,
         }
     }
+}
+
+/// Whether a change of voters has begun, and its second entry is still to come.
+pub(crate) fn is_joint(membership: &Membership<u64, Peer>) -> bool {
+    membership.get_joint_config().len() > 1
 }
 
 /// Asks for a change, again while it is not known to be made and there is time.
@@ -109,6 +114,7 @@ impl Core {
         }
         // What was changed before is decided on, and nothing that this member does not lead any more.
         self.barrier().await?;
+        self.finish_change().await?;
         let (decided_on, membership) = self.membership();
         let Some((id, peer)) = membership.nodes().find(|(_, peer)| peer.name == *name) else {
             let names: BTreeSet<_> = membership.nodes().map(|(_, peer)| peer.name.as_str()).collect();
@@ -217,31 +223,54 @@ impl Core {
     }
 
     /// Has a change committed, unless the members have changed since what it was decided on.
+    ///
+    /// # Cancel safety
+    /// The change goes on: one of voters is two entries, and openraft proposes the second when the first is committed.
     pub(crate) async fn propose_members(
         &self,
         change: ChangeMembers<u64, Peer>,
         retain: bool,
         decided_on: Option<LogId>,
     ) -> Result<()> {
-        let unchanged = Precondition::LastMembershipLogId {
-            last_membership_log_id: decided_on,
-        };
-        match self.raft().change_membership_if(change, retain, [unchanged]).await {
+        let core = self.clone();
+        let proposing = tokio::spawn(async move {
+            let unchanged = Precondition::LastMembershipLogId {
+                last_membership_log_id: decided_on,
+            };
+            let changed = core.raft().change_membership_if(change, retain, [unchanged]).await;
+            // The first entry may be there when the second is refused.
+            changed.map_err(|error| (core.membership().0 == decided_on, error))
+        });
+        match proposing.await.map_err(unavailable)? {
             Ok(_) => Ok(()),
-            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => {
+            Err((true, RaftError::APIError(ClientWriteError::ForwardToLeader(_)))) => {
                 Err(unavailable("the Raft leader has changed"))
             }
-            Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(
-                error @ (ChangeMembershipError::InProgress(_) | ChangeMembershipError::UncommittedLeaderLog(_)),
-            ))) => Err(unavailable(error)),
-            Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(error))) => {
+            Err((
+                true,
+                RaftError::APIError(ClientWriteError::ChangeMembershipError(
+                    error @ (ChangeMembershipError::InProgress(_) | ChangeMembershipError::UncommittedLeaderLog(_)),
+                )),
+            )) => Err(unavailable(error)),
+            Err((true, RaftError::APIError(ClientWriteError::ChangeMembershipError(error)))) => {
                 Err(Error::InvalidRequest(error.to_string()))
             }
-            Err(error) => Err(Error::OutcomeUnknown {
+            Err((_, error)) => Err(Error::OutcomeUnknown {
                 operation: "a change of members",
                 source: error.into(),
             }),
         }
+    }
+
+    /// Completes a change of voters that was interrupted between its two entries, as by the end of the leader that had
+    /// proposed the first. Until then a majority of the old voters is needed too, though the new ones vote.
+    pub(crate) async fn finish_change(&self) -> Result<()> {
+        let (decided_on, membership) = self.membership();
+        if !is_joint(&membership) {
+            return Ok(());
+        }
+        let nothing_more = ChangeMembers::AddVoterIds(BTreeSet::new());
+        self.propose_members(nothing_more, false, decided_on).await
     }
 
     /// Makes another member lead, and waits until it does.

@@ -62,6 +62,8 @@ pub(crate) struct Lane {
     /// The member, if it is to be reached wherever it is now.
     member: Option<(u64, Addresses)>,
     channel: Mutex<Option<(String, Connection)>>,
+    /// One caller dials, and those that wait for it take its connection.
+    dialing: tokio::sync::Mutex<()>,
     conversation: Mutex<Option<Conversation>>,
 }
 
@@ -72,6 +74,7 @@ impl Lane {
             address: address.into(),
             member: None,
             channel: Mutex::default(),
+            dialing: tokio::sync::Mutex::default(),
             conversation: Mutex::default(),
         }
     }
@@ -82,15 +85,26 @@ impl Lane {
         now.unwrap_or_else(|| self.address.clone())
     }
 
-    pub(crate) async fn channel(&self) -> Result<Connection, Status> {
-        let address = self.address();
+    /// The connection that there is, if it leads where the member is now.
+    fn dialed(&self) -> Option<Connection> {
         let dialed = self.channel.lock().clone();
-        match dialed {
-            Some((to, channel)) if to == address => return Ok(channel),
-            // The member is elsewhere now.
-            Some(_) => self.reset(),
-            None => {}
+        let (to, channel) = dialed?;
+        if to == self.address() {
+            return Some(channel);
         }
+        self.reset();
+        None
+    }
+
+    pub(crate) async fn channel(&self) -> Result<Connection, Status> {
+        if let Some(channel) = self.dialed() {
+            return Ok(channel);
+        }
+        let _dialing = self.dialing.lock().await;
+        if let Some(channel) = self.dialed() {
+            return Ok(channel);
+        }
+        let address = self.address();
         let dialed = self.transport.dial(&address, PATIENCE).await;
         let channel = dialed.map_err(|error| {
             let cause = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
@@ -189,6 +203,8 @@ pub(crate) struct Network {
     addresses: Addresses,
     lanes: Arc<Mutex<Lanes>>,
     silences: Silences,
+    /// Whether another member refused this one's snapshot as damaged.
+    refused: Arc<AtomicBool>,
 }
 
 /// For how long each member elects no other leader after it acknowledged this one, in milliseconds, as it said with its
@@ -215,7 +231,13 @@ impl Network {
             addresses: Addresses::default(),
             lanes: Arc::default(),
             silences: Silences::default(),
+            refused: Arc::default(),
         }
+    }
+
+    /// Returns whether another member has refused this one's snapshot as damaged since the last call.
+    pub(crate) fn take_refused(&self) -> bool {
+        self.refused.swap(false, Ordering::AcqRel)
     }
 
     /// The shortest time for which one of these members elects no other leader after its acknowledgement, of those that
@@ -269,6 +291,7 @@ impl Network {
             short: self.lane(target, &peer.address),
             bulk: self.lane_of(target, &peer.address),
             silences: self.silences.clone(),
+            refused: self.refused.clone(),
             kind,
         }
     }
@@ -302,6 +325,7 @@ pub(crate) struct PeerClient {
     /// For entries, or for a snapshot: each client has its own.
     bulk: Lane,
     silences: Silences,
+    refused: Arc<AtomicBool>,
     kind: Kind,
 }
 
@@ -543,6 +567,11 @@ impl PeerClient {
         loop {
             let deadline = if reading.is_finished() { INSTALL } else { PART };
             match tokio::time::timeout(deadline, &mut sending).await {
+                Ok(Err(refused)) => {
+                    let damaged = refused.code() == Code::DataLoss;
+                    self.refused.fetch_or(damaged, Ordering::AcqRel);
+                    return Err(refused);
+                }
                 Ok(answer) => return answer.map(tonic::Response::into_inner),
                 Err(_) if moved.load(Ordering::Relaxed) > seen => seen = moved.load(Ordering::Relaxed),
                 Err(_) => return Err(Status::deadline_exceeded("a snapshot does not get on")),

@@ -153,6 +153,7 @@ impl Peers for PeerService {
         let (core, sender) = self.checked(head.header.as_ref())?;
         let (vote, meta) = peers::snapshot_head_from(head, sender)?;
         let data = receive(&mut parts, core.snapshots().incoming().map_err(unwritable)?).await?;
+        let data = checked(core, &meta, data).await?;
         let answer = install(core, vote, meta, data).await?;
         Ok(Response::new(message::SnapshotAnswer {
             header: core.identity().header(sender),
@@ -220,6 +221,19 @@ async fn receive(parts: &mut Streaming<message::SnapshotPart>, mut incoming: Inc
             Some(Part::End(_)) => return Err(Status::data_loss("a snapshot was damaged on its way")),
             Some(Part::Head(_)) | None => return Err(Status::aborted("a snapshot was cut off")),
         }
+    }
+}
+
+/// Refuses a snapshot that was damaged where it is from: to openraft one that can't be installed is the end of this member.
+async fn checked(core: &Core, meta: &SnapshotMeta, data: SnapshotData) -> Result<SnapshotData, Status> {
+    let (snapshots, meta) = (core.snapshots().clone(), meta.clone());
+    let checking = tokio::task::spawn_blocking(move || snapshots.check(&meta, &data).map(|_| data));
+    match checking.await.map_err(unwritable)? {
+        Ok(data) => Ok(data),
+        Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+            Err(Status::data_loss(format!("the snapshot is damaged: {error}")))
+        }
+        Err(error) => Err(unwritable(error)),
     }
 }
 

@@ -39,6 +39,8 @@ pub(crate) struct Remote {
     transport: Transport,
     addresses: Arc<[String]>,
     current: Arc<Mutex<Current>>,
+    /// One caller dials, and those that wait for it take its connection.
+    dialing: Arc<tokio::sync::Mutex<()>>,
     home: Arc<Mutex<Home>>,
 }
 
@@ -138,19 +140,35 @@ impl Remote {
             transport,
             addresses: addresses.into(),
             current: Arc::default(),
+            dialing: Arc::default(),
             home: Arc::default(),
+        }
+    }
+
+    /// The connection that there is, or the number of the member that is dialled first.
+    fn connected(&self) -> Result<Reached, usize> {
+        let current = self.current.lock();
+        match &current.reached {
+            Some(reached) if !reached.conversation.has_ended() => Ok(reached.clone()),
+            _ => Err(current.at),
         }
     }
 
     /// A connection to the first member from the current one on that takes one. Nothing is sent yet.
     async fn connect(&self, patience: Duration) -> Result<Reached> {
         let until = Instant::now() + patience;
-        let at = {
-            let current = self.current.lock();
-            match &current.reached {
-                Some(reached) if !reached.conversation.has_ended() => return Ok(reached.clone()),
-                _ => current.at,
-            }
+        let at = match self.connected() {
+            Ok(reached) => return Ok(reached),
+            Err(at) => at,
+        };
+        let dialing = tokio::time::timeout(patience, self.dialing.lock()).await;
+        let _dialing = dialing.map_err(|_| Error::Unavailable {
+            backend: BACKEND,
+            source: format!("{}: no connection within {patience:.1?}", self.addresses[at]).into(),
+        })?;
+        let at = match self.connected() {
+            Ok(reached) => return Ok(reached),
+            Err(at) => at,
         };
         let (mut causes, mut denied) = (Vec::new(), 0);
         for at in (0..self.addresses.len()).map(|step| (at + step) % self.addresses.len()) {
@@ -205,12 +223,18 @@ impl Remote {
 
     /// The member does not answer: the next is asked from now on.
     fn give_up(&self, at: usize) {
-        self.pass_by(at);
+        self.leave(at);
         self.current.lock().shunned = Some(at);
     }
 
-    /// The member can't do it now: the next is asked from now on.
+    /// The member can't do it now: the next is asked from now on, if there is another.
     fn pass_by(&self, at: usize) {
+        if self.addresses.len() > 1 {
+            self.leave(at);
+        }
+    }
+
+    fn leave(&self, at: usize) {
         let mut current = self.current.lock();
         if current.at == at {
             (current.at, current.reached) = ((at + 1) % self.addresses.len(), None);
@@ -341,6 +365,7 @@ impl Link for Remote {
         let request = proto::Request {
             patience_ms,
             forwarded: false,
+            header: None,
             call: Some(call),
         };
         let until = Instant::now() + patience;
@@ -400,6 +425,7 @@ impl Link for Remote {
             transport: self.transport.clone(),
             addresses: self.addresses.clone(),
             current: Arc::default(),
+            dialing: Arc::default(),
             home: self.home.clone(),
         })
     }

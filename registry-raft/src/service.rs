@@ -16,7 +16,7 @@ use crate::command::{Change, Command};
 use crate::conversation;
 use crate::founding::Door;
 use crate::link::{BACKEND, Gone};
-use crate::member::Core;
+use crate::member::{Core, CutOff, unavailable};
 use crate::proto;
 use crate::proto::failure::Kind;
 use crate::proto::registry_server::Registry;
@@ -56,7 +56,13 @@ impl Service {
             .call
             .ok_or_else(|| Error::InvalidRequest("a request this version does not know".into()));
         let (answer, leader) = match (call.and_then(|call| check(&call).map(|()| call)), self.core()) {
-            (Ok(call), Ok(core)) if request.forwarded => (core.serve_here(call, patience).await, String::new()),
+            (Ok(call), Ok(core)) if request.forwarded => {
+                let answer = match core.identity().check(request.header.as_ref()) {
+                    Ok(_) => core.serve_here(call, patience).await,
+                    Err(status) => Err(unavailable(status.message())),
+                };
+                (answer, String::new())
+            }
             (Ok(call), Ok(core)) => (core.serve(call, patience).await, core.leader_elsewhere()),
             (Err(error), _) | (_, Err(error)) => (Err(error), String::new()),
         };
@@ -68,7 +74,15 @@ impl Service {
     pub(crate) async fn once_gone(&self, gone: proto::OnceGone) -> proto::Response {
         let listed = async {
             let patience = Duration::from_millis(gone.patience_ms.into()).min(MAX_PATIENCE);
-            self.core()?.once_gone(wait(gone)?, patience).await
+            let core = self.core()?;
+            let mut cut_off = core.cut_off();
+            tokio::select! {
+                listed = core.once_gone(wait(gone)?, patience) => listed,
+                error = cut_off.wait() => Err(Error::OutcomeUnknown {
+                    operation: "a wait",
+                    source: error.into(),
+                }),
+            }
         };
         let answer = match listed.await {
             Ok(Some(page)) => Answer::Page(page),
@@ -78,11 +92,12 @@ impl Service {
         answer.into()
     }
 
-    /// Begins a watch of keys of that namespace.
-    pub(crate) async fn watch(&self, request: proto::WatchRequest) -> Result<(Namespace, Watch), Error> {
+    /// Begins a watch of keys of that namespace, and says what ends it early.
+    pub(crate) async fn watch(&self, request: proto::WatchRequest) -> Result<(Namespace, Watch, CutOff), Error> {
         let (namespace, request) = watch_request(request)?;
-        let watch = self.core()?.watch(&namespace, request, MAX_PATIENCE).await?;
-        Ok((namespace, watch))
+        let core = self.core()?;
+        let watch = core.watch(&namespace, request, MAX_PATIENCE).await?;
+        Ok((namespace, watch, core.cut_off()))
     }
 }
 

@@ -9,10 +9,10 @@ mod format;
 mod power;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, BufReader, BufWriter, Cursor, Write};
+use std::io::{self, BufReader, BufWriter, Cursor, Read as _, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -20,7 +20,7 @@ use parking_lot::Mutex;
 use registry_api::Result;
 
 use crate::directory::storage;
-use crate::disk::{self, Disk, Folder};
+use crate::disk::{self, Disk, DiskFile, Folder};
 use crate::log::Identity;
 use crate::state::{SessionRecord, State};
 use crate::tree::Tree;
@@ -122,14 +122,18 @@ impl Drop for SnapshotFile {
 
 /// A snapshot that comes from another member. Dropped before its end it leaves nothing.
 pub(crate) struct Incoming {
-    file: Option<(disk::Writer, Arc<SnapshotFile>)>,
+    file: Option<(Paced, Arc<SnapshotFile>)>,
     memory: Vec<u8>,
 }
 
 impl Incoming {
+    /// Makes what has come durable.
     pub(crate) fn finish(self) -> io::Result<SnapshotData> {
         Ok(match self.file {
-            Some((_, file)) => SnapshotData::File(file),
+            Some((paced, file)) => {
+                paced.file.sync()?;
+                SnapshotData::File(file)
+            }
             None => SnapshotData::Memory(self.memory.into()),
         })
     }
@@ -155,8 +159,6 @@ pub(crate) struct Snapshots {
     identity: Identity,
     newest: Mutex<Option<(SnapshotMeta, SnapshotData, u64)>>,
     writing: AtomicBool,
-    /// How many came from other members.
-    received: AtomicU64,
 }
 
 impl Snapshots {
@@ -178,7 +180,6 @@ impl Snapshots {
             identity,
             newest: Mutex::default(),
             writing: AtomicBool::new(false),
-            received: AtomicU64::new(0),
         })
     }
 
@@ -199,11 +200,10 @@ impl Snapshots {
                 memory: Vec::new(),
             });
         };
-        let number = self.received.fetch_add(1, Ordering::Relaxed);
-        let name = format!("from-a-member-{number}.new");
-        let file = disk::Writer::new(disk.create(&name)?);
+        // No name is used again: a file that was dropped is removed in the background.
+        let name = format!("from-a-member-{}.new", uuid::Uuid::new_v4().simple());
+        let file = Paced::new(disk.create(&name)?);
         Ok(Incoming {
-            // Installed it is written anew, as this member's own.
             file: Some((file, SnapshotFile::new(disk, name, true))),
             memory: Vec::new(),
         })
@@ -263,40 +263,71 @@ impl Snapshots {
         Ok(digest.finish())
     }
 
-    /// Takes a snapshot that another member sent: checked, made durable, and answered as a state.
-    pub(crate) fn install(&self, meta: &SnapshotMeta, data: SnapshotData) -> io::Result<Frozen> {
+    /// Reads a snapshot that another member sent.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidData`] if it is damaged, another cluster's, or not the one that was announced.
+    pub(crate) fn check(&self, meta: &SnapshotMeta, data: &SnapshotData) -> io::Result<Frozen> {
         let frozen = self.read(data.open()?)?;
         if frozen.meta != *meta {
             return Err(invalid("it is not the snapshot that was announced"));
         }
-        self.store(meta, |out| write(out, &self.identity, &frozen))?;
+        Ok(frozen)
+    }
+
+    /// Reads the newest snapshot again, which may have been damaged since it was written.
+    ///
+    /// # Errors
+    /// As [`Snapshots::check`].
+    pub(crate) fn check_newest(&self) -> io::Result<()> {
+        let newest = self.current();
+        newest.map_or(Ok(()), |newest| self.check(&newest.meta, &newest.snapshot).map(drop))
+    }
+
+    /// Takes a snapshot that another member sent: checked, made durable, and answered as a state.
+    pub(crate) fn install(&self, meta: &SnapshotMeta, data: SnapshotData) -> io::Result<Frozen> {
+        let frozen = self.check(meta, &data)?;
+        match (&self.disk, data) {
+            // It was received here. Its bytes are durable, and the same that this member would write.
+            (Some(disk), SnapshotData::File(file)) if Arc::ptr_eq(disk, &file.disk) && file.name.ends_with(".new") => {
+                let size = disk.open(&file.name)?.size()?;
+                self.adopt(disk, meta, &file.name, size)?;
+                file.replaced.store(false, Ordering::Release);
+            }
+            (_, data) => {
+                let mut bytes = Vec::new();
+                data.open()?.read_to_end(&mut bytes)?;
+                self.store(meta, |out| out.write_all(&bytes))?;
+            }
+        }
         Ok(frozen)
     }
 
     fn store(&self, meta: &SnapshotMeta, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<Snapshot> {
-        let index = meta.last_log_id.map_or(0, |id| id.index);
-        let (data, size) = match &self.disk {
-            Some(disk) => {
-                let (beside, name) = (format!("{index:020}.new"), format!("{index:020}.snap"));
-                let written = durable(&**disk, &beside, write).and_then(|size| {
-                    disk.rename(&beside, &name)?;
-                    disk.sync()?;
-                    Ok(size)
-                });
-                if written.is_err() {
-                    // On a full disk its room is the log's. What can't be removed now is at the next start.
-                    let _ = disk.remove(&beside);
-                }
-                let size = written?;
-                (SnapshotData::File(SnapshotFile::new(disk, name, false)), size)
-            }
-            None => {
-                let mut out = Vec::new();
-                write(&mut out)?;
-                let size = out.len() as u64;
-                (SnapshotData::Memory(out.into()), size)
-            }
+        let Some(disk) = &self.disk else {
+            let mut out = Vec::new();
+            write(&mut out)?;
+            let size = out.len() as u64;
+            return Ok(self.replace(meta, SnapshotData::Memory(out.into()), size));
         };
+        let beside = format!("{:020}.new", index(meta));
+        let written = durable(&**disk, &beside, write).and_then(|size| self.adopt(disk, meta, &beside, size));
+        if written.is_err() {
+            // On a full disk its room is the log's. What can't be removed now is at the next start.
+            let _ = disk.remove(&beside);
+        }
+        written
+    }
+
+    /// Gives a durable file its name as a snapshot.
+    fn adopt(&self, disk: &Arc<dyn Disk>, meta: &SnapshotMeta, beside: &str, size: u64) -> io::Result<Snapshot> {
+        let name = format!("{:020}.snap", index(meta));
+        disk.rename(beside, &name)?;
+        disk.sync()?;
+        Ok(self.replace(meta, SnapshotData::File(SnapshotFile::new(disk, name, false)), size))
+    }
+
+    fn replace(&self, meta: &SnapshotMeta, data: SnapshotData, size: u64) -> Snapshot {
         let mut newest = self.newest.lock();
         let replaced = match &*newest {
             // openraft builds a snapshot in a task of its own and may install one from the leader meanwhile. Up to the
@@ -310,11 +341,10 @@ impl Snapshots {
             // Written again for the same place in the log, it is the same file.
             replaced.replaced.store(replaced.name != newest.name, Ordering::Release);
         }
-        drop(newest);
-        Ok(Snapshot {
+        Snapshot {
             meta: meta.clone(),
             snapshot: data,
-        })
+        }
     }
 
     /// Whether there is a snapshot of a later state than that one.
@@ -347,13 +377,14 @@ impl Snapshots {
     }
 }
 
+/// The index of the last entry that a snapshot covers.
+fn index(meta: &SnapshotMeta) -> u64 {
+    meta.last_log_id.map_or(0, |id| id.index)
+}
+
 /// Writes a file that is durable when this returns, but for its name, and answers its size.
 fn durable(disk: &dyn Disk, name: &str, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<u64> {
-    let paced = Paced {
-        file: disk::Writer::new(disk.create(name)?),
-        unsynced: 0,
-        since: Instant::now(),
-    };
+    let paced = Paced::new(disk.create(name)?);
     let mut out = BufWriter::with_capacity(1 << 20, paced);
     write(&mut out)?;
     let file = out.into_inner().map_err(io::IntoInnerError::into_error)?.file;
@@ -380,6 +411,16 @@ struct Paced {
     file: disk::Writer,
     unsynced: usize,
     since: Instant,
+}
+
+impl Paced {
+    fn new(file: Arc<dyn DiskFile>) -> Self {
+        Self {
+            file: disk::Writer::new(file),
+            unsynced: 0,
+            since: Instant::now(),
+        }
+    }
 }
 
 impl Write for Paced {

@@ -45,19 +45,25 @@ impl StateMachine {
 }
 
 impl StateMachine {
-    /// Takes the digest of a state that a mark left, if there is one and no other is being taken.
+    /// Takes the digest of a state that a mark left, if there is one. If another is being taken, this one follows it.
     fn take_digest(&self) {
-        let Some(frozen) = self.store.take_marked() else { return };
-        if self.digesting.swap(true, Ordering::AcqRel) {
+        if !self.store.is_marked() || self.digesting.swap(true, Ordering::AcqRel) {
             return;
         }
-        let (store, snapshots, digesting) = (self.store.clone(), self.snapshots.clone(), self.digesting.clone());
+        let Some(frozen) = self.store.take_marked() else {
+            self.digesting.store(false, Ordering::Release);
+            return;
+        };
+        let this = self.clone();
         tokio::task::spawn_blocking(move || {
-            match snapshots.digest(&frozen) {
-                Ok(digest) => store.note_digest(frozen.meta.last_log_id.map_or(0, |id| id.index), digest),
+            match this.snapshots.digest(&frozen) {
+                Ok(digest) => this
+                    .store
+                    .note_digest(frozen.meta.last_log_id.map_or(0, |id| id.index), digest),
                 Err(error) => tracing::warn!(%error, "no digest of the state could be taken"),
             }
-            digesting.store(false, Ordering::Release);
+            this.digesting.store(false, Ordering::Release);
+            this.take_digest();
         });
     }
 }

@@ -92,10 +92,14 @@ impl Store {
         });
     }
 
+    /// Whether a mark has left a state.
+    pub(crate) fn is_marked(&self) -> bool {
+        self.inner.read().marked.is_some()
+    }
+
     /// The state as the newest mark found it, once.
     pub(crate) fn take_marked(&self) -> Option<Frozen> {
-        let any = self.inner.read().marked.is_some();
-        any.then(|| self.inner.write().marked.take()).flatten()
+        self.inner.write().marked.take()
     }
 
     /// Notes the digest of a marked state.

@@ -381,7 +381,7 @@ async fn items(
     telling: Telling,
 ) -> u64 {
     match service.watch(request).await {
-        Ok((namespace, mut watch)) => {
+        Ok((namespace, mut watch, mut cut_off)) => {
             // An empty one says that the watch has begun.
             let mut items = shared(vec![proto::WatchResponse::default()]);
             loop {
@@ -390,7 +390,12 @@ async fn items(
                         return number;
                     }
                 }
-                match watch.next().await {
+                let item = tokio::select! {
+                    biased;
+                    item = watch.next() => item,
+                    error = cut_off.wait() => Some(Err(error)),
+                };
+                match item {
                     Some(item) => items = lately.say(&namespace, item),
                     None => break,
                 }

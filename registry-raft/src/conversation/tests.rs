@@ -59,6 +59,7 @@ impl Spoken {
         let request = proto::Request {
             patience_ms: 10_000,
             forwarded: false,
+            header: None,
             call: Some(Call::Get(get)),
         };
         within(PATIENCE, self.conversation.ask(request))
@@ -321,6 +322,7 @@ async fn whatever_was_asked_the_next_is_answered() {
     let request = proto::Request {
         patience_ms: 1_000,
         forwarded: false,
+        header: None,
         call: Some(get),
     };
     let watch = proto::WatchRequest {
@@ -483,6 +485,7 @@ async fn a_large_answer_that_nobody_takes_is_read_again_when_somebody_does() {
             proto::Request {
                 patience_ms: 10_000,
                 forwarded: false,
+                header: None,
                 call: Some(Call::Get(proto::Get {
                     key: "/registry/a".into(),
                     ..proto::Get::default()

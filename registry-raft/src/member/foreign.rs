@@ -13,8 +13,10 @@ use tempfile::TempDir;
 use tonic::Code;
 
 use super::*;
+use crate::command::{Change, Command};
 use crate::network::Lane;
 use crate::proto;
+use crate::proto::failure::Kind;
 use crate::proto::registry::log::v1 as log;
 use crate::proto::registry::peer::v1 as message;
 use crate::proto::request::Call;
@@ -128,32 +130,62 @@ impl Spoken {
             header: header.clone(),
             term: None,
         };
-        let promise = message::PromiseRequest { header };
+        let promise = message::PromiseRequest { header: header.clone() };
+        let put = proto::Operation {
+            key: "/registry/forwarded".into(),
+            write: Some(proto::operation::Write::Put(proto::Put::default())),
+        };
+        let put = Command::new(Change::Txn(proto::Txn {
+            conditions: Vec::new(),
+            operations: vec![put],
+        }));
+        let list = proto::List {
+            prefix: "/registry".into(),
+            limit: 1,
+            ..proto::List::default()
+        };
+        let right = Some(self.header());
+        let forwarded = [
+            ("forwarded change", Call::Command(put)),
+            ("forwarded listing", Call::List(list)),
+            ("forwarded status", Call::Status(proto::StatusRequest {})),
+        ];
         let appended = peer.append(stream::iter([append.clone()])).await.unwrap();
-        vec![
+        let mut said = Vec::new();
+        for (what, call) in forwarded {
+            said.push((what, self.refusal_of(call, header.clone(), Kind::Unavailable).await));
+        }
+        said.extend([
             ("append", appended.into_inner().message().await.unwrap_err()),
             ("heartbeat", peer.heartbeat(append).await.unwrap_err()),
             ("vote", peer.vote(ask.clone()).await.unwrap_err()),
             ("pre-vote", peer.pre_vote(ask).await.unwrap_err()),
             ("snapshot", peer.snapshot(parts([head])).await.unwrap_err()),
             ("transfer", peer.transfer_leader(transfer).await.unwrap_err()),
-            ("read index", self.refusal_of(Call::ReadIndex(read_index)).await),
-            ("promise", self.refusal_of(Call::Promise(promise)).await),
-        ]
+            (
+                "read index",
+                self.refusal_of(Call::ReadIndex(read_index), right.clone(), Kind::Invalid)
+                    .await,
+            ),
+            (
+                "promise",
+                self.refusal_of(Call::Promise(promise), right, Kind::Invalid).await,
+            ),
+        ]);
+        said
     }
 
-    /// What is said to a question that goes the way of those of handles.
-    async fn refusal_of(&self, call: Call) -> tonic::Status {
+    /// What is said to a request that a member passes on, which goes the way of those of handles.
+    async fn refusal_of(&self, call: Call, header: Option<message::Header>, kind: Kind) -> tonic::Status {
         let request = proto::Request {
             patience_ms: 10_000,
             forwarded: true,
+            header,
             call: Some(call),
         };
         let answer = self.lane.conversation().await.unwrap().ask(request).await;
         match answer.unwrap().answer {
-            Some(Answer::Failure(said)) if said.kind() == proto::failure::Kind::Invalid => {
-                tonic::Status::failed_precondition(said.text)
-            }
+            Some(Answer::Failure(said)) if said.kind() == kind => tonic::Status::failed_precondition(said.text),
             other => panic!("it was not refused: {other:?}"),
         }
     }

@@ -8,7 +8,10 @@ use tokio::sync::watch;
 use super::Core;
 use crate::command::{Change, Command};
 use crate::expiry::{self, Known};
+use crate::members::is_joint;
 use crate::proto;
+use crate::read_index::of_term;
+use crate::types::LogId;
 
 /// How many bytes of log that a snapshot covers are kept for members that lag behind.
 const KEPT: u64 = 32 << 20;
@@ -25,7 +28,10 @@ impl Core {
                 // An error says that the member is gone.
                 _ = stopping.changed() => return,
             }
-            let Some(term) = self.leads() else {
+            // Not before it has applied all that earlier leaders have answered.
+            let leads = self.leads();
+            let leads = leads.filter(|term| self.store.read(|inner| of_term(inner.applied, *term)).is_some());
+            let Some(term) = leads else {
                 self.expiry.rest();
                 continue;
             };
@@ -83,8 +89,9 @@ impl Core {
         self.expiry.settled(&sessions);
     }
 
-    /// Takes a snapshot when the log has grown.
+    /// Takes a snapshot when the log has grown, and completes a change of voters that nobody completes.
     pub(super) async fn keep_house(self, snapshot_log_bytes: u64, mut stopping: watch::Receiver<bool>) {
+        let mut joint = None;
         let mut tick = tokio::time::interval(HOUSEKEEPING);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -93,6 +100,7 @@ impl Core {
                 // An error says that the member is gone.
                 _ = stopping.changed() => return,
             }
+            joint = self.finish_change_of_others(joint).await;
             // As much log again as the snapshot is large: what is written for snapshots is bounded by what is logged.
             let enough = snapshot_log_bytes.max(self.snapshots.bytes());
             let (covered, alone) = {
@@ -103,13 +111,39 @@ impl Core {
             };
             self.purge(covered, if alone { 0 } else { KEPT.min(snapshot_log_bytes / 2) })
                 .await;
-            if self.log.log().bytes_after(covered) > enough
+            let damaged = self.network.take_refused() && self.has_damaged_snapshot().await;
+            if (damaged || self.log.log().bytes_after(covered) > enough)
                 && !self.snapshots.is_writing()
                 && let Err(error) = self.raft.trigger().snapshot().await
             {
                 tracing::warn!(%error, "no snapshot could be taken");
             }
         }
+    }
+
+    /// Completes a change of voters that was there half a second ago and is not being completed, on the leader. Returns where
+    /// in the log the one is that is there now.
+    async fn finish_change_of_others(&self, before: Option<LogId>) -> Option<LogId> {
+        self.leads()?;
+        let (at, membership) = self.membership();
+        let at = at.filter(|_| is_joint(&membership))?;
+        if before == Some(at)
+            && let Err(error) = self.finish_change().await
+        {
+            tracing::debug!(%error, "a change of voters is not completed yet");
+        }
+        Some(at)
+    }
+
+    /// Reads the newest snapshot again, since another member refused it.
+    async fn has_damaged_snapshot(&self) -> bool {
+        let snapshots = self.snapshots.clone();
+        let checking = tokio::task::spawn_blocking(move || snapshots.check_newest());
+        let checked = checking.await.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+        if let Err(error) = &checked {
+            tracing::error!(%error, "this member's snapshot is damaged, it is written again: check the disk");
+        }
+        checked.is_err()
     }
 
     /// Drops the log that a snapshot covers, but for the newest bytes.

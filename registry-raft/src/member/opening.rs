@@ -143,6 +143,7 @@ pub(super) async fn start(config: &RaftConfig) -> Result<Started> {
         answered: Arc::default(),
         awake: Arc::default(),
         failed: watch::channel(None).0,
+        cut_off: watch::channel(false).0,
     };
     let (end, ended) = watch::channel(None);
     tokio::spawn(core.clone().end_on_failure(end, stopping.clone()));
@@ -166,6 +167,7 @@ pub(super) async fn start(config: &RaftConfig) -> Result<Started> {
     core.keep("the expiry of sessions", core.clone().keep_time(stopping.clone()));
     let keeping = core.clone().keep_house(config.snapshot_log_bytes(), stopping.clone());
     core.keep("the snapshots", keeping);
+    core.keep("the watches of handles", core.clone().keep_reaching(stopping.clone()));
     let leadership = core.standing().leadership();
     let lease = core.clone().keep_lease()?;
     core.keep("the leadership", core.clone().keep_leadership(lease, stopping.clone()));

@@ -63,12 +63,13 @@ impl WatchStream {
             backend: BACKEND,
             source: format!("no member began the watch within {patience:?}").into(),
         };
-        let items = tokio::time::timeout(patience, begun).await.map_err(no_answer)??;
-        tokio::spawn(stream.run(items));
+        let (at, items) = tokio::time::timeout(patience, begun).await.map_err(no_answer)??;
+        tokio::spawn(stream.run(at, items));
         Ok(watch)
     }
 
-    async fn open(&self, from: WatchFrom) -> Result<Items> {
+    /// Opens a stream, and says at which member.
+    async fn open(&self, from: WatchFrom) -> Result<(usize, Items)> {
         let Reached { at, conversation, .. } = self.link.connect(TO_REOPEN).await?;
         let request = proto::WatchRequest {
             prefix: self.namespace.qualify(self.request.prefix.as_str()),
@@ -100,7 +101,7 @@ impl WatchStream {
         }
         // The first item says whether the watch could begin; it is an empty one if so.
         match opened {
-            Ok((Some(proto::WatchResponse { item: None }), items)) => Ok(items),
+            Ok((Some(proto::WatchResponse { item: None }), items)) => Ok((at, items)),
             Ok((
                 Some(proto::WatchResponse {
                     item: Some(Item::Failure(said)),
@@ -169,35 +170,38 @@ impl WatchStream {
     }
 
     /// Passes the changes on until the reader is gone, over as many streams as it takes.
-    async fn run(mut self, mut items: Items) {
+    async fn run(mut self, mut at: usize, mut items: Items) {
         let gone = self.reader.lock().feed.closed();
         tokio::select! {
-            error = self.pass_on_all(&mut items) => self.reader.lock().feed.fail(error),
+            error = self.pass_on_all(&mut at, &mut items) => self.reader.lock().feed.fail(error),
             () = gone => {}
         }
     }
 
     /// Passes the changes on until something goes wrong that no other member mends.
-    async fn pass_on_all(&mut self, items: &mut Items) -> Error {
+    async fn pass_on_all(&mut self, at: &mut usize, items: &mut Items) -> Error {
         loop {
             if let Err(error) = pass_on(&self.reader, items).await {
                 return error;
             }
+            if std::mem::take(&mut self.reader.lock().unavailable) {
+                self.link.pass_by(*at);
+            }
             let mut backoff = Duration::from_millis(5);
-            *items = loop {
+            (*at, *items) = loop {
                 let from = self.reader.lock().told.map_or(WatchFrom::Now, WatchFrom::After);
-                let at = self.link.current.lock().at;
+                let current = self.link.current.lock().at;
                 let opened = tokio::time::timeout(TO_REOPEN, self.open(from)).await;
                 let opened = opened.unwrap_or_else(|elapsed| {
                     // It may never be up to date: cut off from the others, it does not know.
-                    self.link.give_up(at);
+                    self.link.give_up(current);
                     Err(Error::Unavailable {
                         backend: BACKEND,
                         source: elapsed.into(),
                     })
                 });
                 match opened {
-                    Ok(items) => break items,
+                    Ok(opened) => break opened,
                     Err(Error::Compacted { .. }) => self.reader.lock().told = None,
                     // The store does not know the revision yet that it told: it is not what it was.
                     Err(Error::InvalidRequest(reason)) if from != WatchFrom::Now => {
@@ -254,6 +258,8 @@ pub(crate) struct Reader {
     together: Vec<proto::Event>,
     /// What no other member mends.
     failed: Option<Error>,
+    /// Whether the member that the stream came from can't tell of anything now.
+    unavailable: bool,
     /// The cluster of the member that the stream comes from.
     cluster: Option<[u8; 16]>,
     /// The store is not the one that told what is known: the next listing is compared with that by equality.
@@ -272,6 +278,7 @@ impl Reader {
             current: None,
             together: Vec::new(),
             failed: None,
+            unavailable: false,
             cluster: None,
             moved: false,
         }
@@ -348,7 +355,11 @@ impl Reader {
             }
             Some(Item::Failure(said)) => match failure(said.clone()) {
                 // Of what the member can't tell of any more, the next stream tells how it is now.
-                Error::Unavailable { .. } | Error::Compacted { .. } => return Ok(false),
+                Error::Compacted { .. } => return Ok(false),
+                Error::Unavailable { .. } => {
+                    self.unavailable = true;
+                    return Ok(false);
+                }
                 error => return Err(error),
             },
             None => {}
