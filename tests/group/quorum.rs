@@ -287,3 +287,31 @@ async fn a_leader_whose_others_are_killed() {
 async fn a_follower_that_is_cut_off_from_both() {
     a_loss(Loss::CutOff, Stays::Follower).await;
 }
+
+/// W3, L1. The follower at which a handle watches and waits is cut off from its group, and not from the handle: both go on at
+/// another member.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn watches_and_waits_leave_a_member_that_is_cut_off() {
+    let group = Group::start(3).await;
+    let leader = group.leader().await;
+    let (here, other) = ((leader + 1) % 3, (leader + 2) % 3);
+    // Not the leader, whose address the handle would follow.
+    let config = RaftConfig::remote([group.address(here), group.address(other)]);
+    let registry = raft::connect(&config, &options()).await.unwrap();
+    let holder = group.connect(leader).await;
+    let lock = holder.lock(&key("/l"));
+    let held = lock.acquire().await.unwrap();
+    let request = WatchRequest::new(key("/w"), WatchScope::Key);
+    let mut watch = registry.watch(request).await.unwrap();
+    let waiter = registry.lock(&key("/l"));
+    let waiting = tokio::spawn(async move { waiter.acquire().await });
+    until("it waits", || async { lock.contenders().await.unwrap().len() == 2 }).await;
+
+    group.net.isolate(here);
+    holder.put(&key("/w"), "changed").await.unwrap();
+    held.release().await.unwrap();
+    tells(&mut watch, "changed").await;
+    let held = within(PATIENCE, waiting).await.unwrap().unwrap();
+    held.release().await.unwrap();
+    group.net.mend();
+}
