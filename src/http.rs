@@ -30,6 +30,8 @@ use answer::Refusal;
 
 /// How many connections there may be; more wait their turn.
 const CONNECTIONS: usize = 512;
+/// How many requests one of them makes at once.
+const STREAMS: u32 = 16;
 /// How long the head of a request may take, and a connection have no request in flight.
 const PATIENCE: Duration = Duration::from_secs(15);
 /// How long a request waits for the handle at the start.
@@ -114,7 +116,12 @@ async fn answer_all(door: Door, stream: Stream, mut stopped: signal::Receiver<bo
     });
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(PATIENCE);
-    builder.http2().timer(TokioTimer::new()).keep_alive_interval(PATIENCE);
+    // Each request may bring a body of the largest value.
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PATIENCE)
+        .max_concurrent_streams(STREAMS);
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service)));
     let asked_to_stop = async {
         // An error says that the server is gone.

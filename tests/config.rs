@@ -332,3 +332,24 @@ fn a_deep_file_is_refused() {
         }
     }
 }
+
+/// A value that is refused may be a password in the wrong place, or in a line that is no TOML.
+#[test]
+fn no_value_is_repeated_in_a_refusal() {
+    for text in [
+        "[registry]\ntype = \"etcd\"\n[registry.etcd]\nendpoints = [\"a:1\"]\nusername = \"u\"\npassword = \"s3cret",
+        "[registry.mysql]\nurl = \"mysql://u:s3cret@h/db\" x",
+        "[registry]\ntype = \"zk\"\n[registry.zk]\nservers = \"a:1\"\nauth = \"u:s3cret\"",
+        "[registry]\nmysql = \"mysql://u:s3cret@h/db\"",
+    ] {
+        let refusal = refusal(text);
+        assert!(!refusal.contains("s3cret"), "{refusal}");
+    }
+    let refused = refusal("[registry]\ntype = \"raft\"\n\n  x y");
+    assert!(refused.contains("line 4, column 5"), "{refused}");
+    for given in [("mysql", "mysql://u:s3cret@h/db"), ("", ""), ("raft.s3", "s3cret")] {
+        let given = vec![(given.0.to_owned(), given.1.to_owned())];
+        let refused = Config::load(None, &given).unwrap_err().to_string();
+        assert!(!refused.contains("s3cret"), "{refused}");
+    }
+}

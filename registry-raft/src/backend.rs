@@ -356,6 +356,8 @@ impl Registry for RaftRegistry {
                 return Ok(names.into_iter().collect());
             }
             call.from = answer.next;
+            // The next page is not older than this one.
+            call.at_least = self.seen();
         }
     }
 

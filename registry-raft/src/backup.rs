@@ -200,7 +200,7 @@ struct Beside(PathBuf);
 impl Beside {
     fn new(file: &Path) -> Self {
         let mut name: OsString = file.into();
-        name.push(".new");
+        name.push(format!(".{}.new", uuid::Uuid::new_v4().simple()));
         Self(name.into())
     }
 }

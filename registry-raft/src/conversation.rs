@@ -73,8 +73,12 @@ impl Conversation {
         let cluster = Arc::<OnceLock<_>>::default();
         let (waits, of) = (waiting.clone(), cluster.clone());
         tokio::spawn(async move {
-            let ended = hear(channel, asked, &waits, &of).await;
-            waits.lock().end(ended);
+            // Also when the runtime of this task stops, or the task panics: nobody who waits would notice.
+            let mut ends = Ends {
+                waiting: waits.clone(),
+                status: gone(),
+            };
+            ends.status = hear(channel, asked, &waits, &of).await;
         });
         Self {
             asking,
@@ -87,6 +91,11 @@ impl Conversation {
     /// that does not send it, or does not know its cluster yet.
     pub(crate) fn cluster(&self) -> Option<[u8; 16]> {
         self.cluster.get().copied()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.waiting, &other.waiting)
     }
 
     /// Whether whatever is asked now is answered with an error: the stream broke.
@@ -264,6 +273,18 @@ fn tell(waiting: &Mutex<Waiting>, told: proto::Told) {
             }
         }
         None => drop(waiting.waiters.remove(number)),
+    }
+}
+
+/// Ends what waits when it is dropped.
+struct Ends {
+    waiting: Arc<Mutex<Waiting>>,
+    status: Status,
+}
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.waiting.lock().end(self.status.clone());
     }
 }
 

@@ -382,7 +382,10 @@ impl Core {
             }
         };
         let changed = self.propose_members(change, true, decided_on).await;
-        changed.map_err(|error| Status::unavailable(why(&error)))
+        changed.map_err(|error| match error {
+            Error::OutcomeUnknown { .. } => Status::aborted(why(&error)),
+            error => Status::unavailable(why(&error)),
+        })
     }
 
     /// Checks that a member is at an address before that is recorded or relied on.

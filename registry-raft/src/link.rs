@@ -89,7 +89,14 @@ impl dyn Link {
 /// What a member said instead of an answer, in the words of the api.
 pub(crate) fn failure(failure: proto::Failure) -> Error {
     use proto::failure::Kind;
-    match failure.kind() {
+    let Ok(kind) = Kind::try_from(failure.kind) else {
+        // Of a newer version. What can't be classified may have happened.
+        return Error::OutcomeUnknown {
+            operation: "a request",
+            source: failure.text.into(),
+        };
+    };
+    match kind {
         Kind::Unavailable => Error::Unavailable {
             backend: BACKEND,
             source: failure.text.into(),

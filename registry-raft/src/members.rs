@@ -20,6 +20,7 @@ use crate::member::{Core, unavailable};
 use crate::proto;
 use crate::proto::registry::peer::v1 as message;
 use crate::proto::request::Call;
+use crate::proto::response::Answer;
 use crate::types::{LogId, Peer, StoredMembership};
 
 /// How often a leadership is checked that may end by time alone.
@@ -84,24 +85,34 @@ pub(crate) fn is_joint(membership: &Membership<u64, Peer>) -> bool {
 /// Asks for a change, again while it is not known to be made and there is time.
 pub(crate) async fn ask(link: &dyn Link, change: MemberChange, patience: Duration) -> Result<()> {
     let until = Instant::now() + patience;
-    let removal = matches!(change, MemberChange::Remove { .. });
-    let mut unknown = false;
+    let mut unknown = None;
     loop {
         let left = until.saturating_duration_since(Instant::now());
         match link.call(Call::Members(change.clone().into()), left).await {
             Ok(_) => return Ok(()),
-            // It is gone: an earlier try has removed it.
-            Err(Error::InvalidRequest(_)) if unknown && removal => return Ok(()),
-            Err(error @ (Error::OutcomeUnknown { .. } | Error::Unavailable { .. })) => {
-                unknown |= matches!(error, Error::OutcomeUnknown { .. });
-                if left < PAUSE {
-                    return Err(error);
-                }
+            Err(error @ Error::Unavailable { .. }) if left < PAUSE => return Err(unknown.unwrap_or(error)),
+            Err(Error::Unavailable { .. }) => tokio::time::sleep(PAUSE).await,
+            Err(error @ Error::OutcomeUnknown { .. }) if left < PAUSE => return Err(error),
+            Err(error @ Error::OutcomeUnknown { .. }) => {
+                unknown = Some(error);
                 tokio::time::sleep(PAUSE).await;
             }
-            Err(error) => return Err(error),
+            Err(refused) => {
+                let Some(unknown) = unknown else { return Err(refused) };
+                // An earlier attempt may have removed it, after which there is nothing to remove.
+                return match &change {
+                    MemberChange::Remove { name } if is_gone(link, name, left).await => Ok(()),
+                    _ => Err(unknown),
+                };
+            }
         }
     }
+}
+
+/// Whether the group has no member of that name. Unknown counts as no.
+async fn is_gone(link: &dyn Link, name: &str, patience: Duration) -> bool {
+    let status = link.call(Call::Status(proto::StatusRequest {}), patience).await;
+    matches!(status, Ok(Answer::Status(status)) if status.members.iter().all(|member| member.name != name))
 }
 
 impl Core {
@@ -194,7 +205,11 @@ impl Core {
         let admitted = self.admit(admission).await;
         admitted.map_err(|status| match status.code() {
             tonic::Code::AlreadyExists | tonic::Code::InvalidArgument => Error::InvalidRequest(status.message().into()),
-            _ => unavailable(status.message().to_owned()),
+            tonic::Code::Unavailable => unavailable(status.message().to_owned()),
+            _ => Error::OutcomeUnknown {
+                operation: "a change of members",
+                source: status.message().to_owned().into(),
+            },
         })
     }
 
@@ -446,5 +461,99 @@ impl Drop for Lease {
     fn drop(&mut self) {
         self.ended.store(true, Ordering::Release);
         self.thread.unpark();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use async_trait::async_trait;
+    use parking_lot::Mutex;
+    use registry_api::{Namespace, Watch, WatchRequest};
+
+    use super::*;
+    use crate::link::Gone;
+
+    /// Answers in that order, and then that it is unavailable.
+    #[derive(Debug)]
+    struct Answers(Mutex<VecDeque<Result<Answer>>>);
+
+    impl Answers {
+        async fn to(answers: impl IntoIterator<Item = Result<Answer>>, change: MemberChange) -> Result<()> {
+            let link = Self(Mutex::new(answers.into_iter().collect()));
+            ask(&link, change, Duration::from_millis(500)).await
+        }
+    }
+
+    #[async_trait]
+    impl Link for Answers {
+        async fn call(&self, _: Call, _: Duration) -> Result<Answer> {
+            self.0
+                .lock()
+                .pop_front()
+                .unwrap_or_else(|| Err(unavailable("nobody leads")))
+        }
+
+        async fn watch(&self, _: &Namespace, _: WatchRequest, _: Duration) -> Result<Watch> {
+            unreachable!("no change watches")
+        }
+
+        async fn once_gone(&self, _: Gone, _: Duration) -> Result<Option<proto::Page>> {
+            unreachable!("no change waits for a key")
+        }
+
+        fn endpoint(&self) -> String {
+            "here".into()
+        }
+
+        fn apart(&self) -> Arc<dyn Link> {
+            unreachable!("no change has a session")
+        }
+    }
+
+    fn unknown() -> Result<Answer> {
+        Err(Error::OutcomeUnknown {
+            operation: "a change of members",
+            source: "no answer".into(),
+        })
+    }
+
+    fn refused() -> Result<Answer> {
+        Err(Error::InvalidRequest("no".into()))
+    }
+
+    fn members(names: &[&str]) -> Result<Answer> {
+        let member = |name: &&str| proto::MemberStatus {
+            name: (*name).into(),
+            ..proto::MemberStatus::default()
+        };
+        Ok(Answer::Status(proto::StatusAnswer {
+            members: names.iter().map(member).collect(),
+            ..proto::StatusAnswer::default()
+        }))
+    }
+
+    #[tokio::test]
+    async fn a_change_that_may_have_been_made_is_not_reported_as_none() {
+        let remove = || MemberChange::Remove { name: "b".into() };
+        let promote = MemberChange::Promote { name: "b".into() };
+        let is_unknown = |changed: Result<()>| matches!(changed, Err(Error::OutcomeUnknown { .. }));
+        // Nobody leads until the time is over.
+        assert!(is_unknown(Answers::to([unknown()], promote.clone()).await));
+        assert!(is_unknown(Answers::to([unknown(), refused()], promote).await));
+        // Whether it is gone is read, and not guessed from the refusal.
+        assert!(is_unknown(
+            Answers::to([unknown(), refused(), members(&["a", "b"])], remove()).await
+        ));
+        assert!(is_unknown(Answers::to([unknown(), refused()], remove()).await));
+        Answers::to([unknown(), refused(), members(&["a"])], remove())
+            .await
+            .unwrap();
+        // What was refused at once was not made.
+        let changed = Answers::to([refused()], remove()).await;
+        assert!(matches!(changed, Err(Error::InvalidRequest(_))), "{changed:?}");
+        let changed = Answers::to([], remove()).await;
+        assert!(matches!(changed, Err(Error::Unavailable { .. })), "{changed:?}");
     }
 }

@@ -62,8 +62,6 @@ pub(crate) struct Lane {
     /// The member, if it is to be reached wherever it is now.
     member: Option<(u64, Addresses)>,
     channel: Mutex<Option<(String, Connection)>>,
-    /// One caller dials, and those that wait for it take its connection.
-    dialing: tokio::sync::Mutex<()>,
     conversation: Mutex<Option<Conversation>>,
 }
 
@@ -74,7 +72,6 @@ impl Lane {
             address: address.into(),
             member: None,
             channel: Mutex::default(),
-            dialing: tokio::sync::Mutex::default(),
             conversation: Mutex::default(),
         }
     }
@@ -97,10 +94,6 @@ impl Lane {
     }
 
     pub(crate) async fn channel(&self) -> Result<Connection, Status> {
-        if let Some(channel) = self.dialed() {
-            return Ok(channel);
-        }
-        let _dialing = self.dialing.lock().await;
         if let Some(channel) = self.dialed() {
             return Ok(channel);
         }

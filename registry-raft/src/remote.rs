@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use futures_util::StreamExt;
+use futures_util::future::{BoxFuture, Shared};
+use futures_util::{FutureExt, StreamExt};
 use parking_lot::Mutex;
 use registry_api::{BoxError, Error, Namespace, Result, SessionId, Watch, WatchRequest};
 
@@ -39,8 +40,6 @@ pub(crate) struct Remote {
     transport: Transport,
     addresses: Arc<[String]>,
     current: Arc<Mutex<Current>>,
-    /// One caller dials, and those that wait for it take its connection.
-    dialing: Arc<tokio::sync::Mutex<()>>,
     home: Arc<Mutex<Home>>,
 }
 
@@ -113,6 +112,8 @@ fn session_of(call: &Call) -> Option<u64> {
 struct Current {
     at: usize,
     reached: Option<Reached>,
+    /// Polled by all that wait for a connection, so that none of them depends on another.
+    dialing: Option<Dialing>,
     /// Did not answer when it was asked last: a hint that it leads is not followed.
     shunned: Option<usize>,
 }
@@ -123,6 +124,71 @@ struct Reached {
     at: usize,
     channel: Connection,
     conversation: Conversation,
+}
+
+/// A connection in the making: with it comes which member let the dialling wait, if one did.
+type Dialing = Shared<BoxFuture<'static, std::result::Result<(Reached, Option<usize>), Arc<NotReached>>>>;
+
+/// Why no member took a connection.
+struct NotReached {
+    causes: Vec<String>,
+    /// Whether each of them refuses this handle.
+    denied: bool,
+}
+
+impl NotReached {
+    fn error(&self) -> Error {
+        let (backend, source) = (BACKEND, self.causes.join("; ").into());
+        match self.denied {
+            true => Error::AccessDenied { backend, source },
+            false => Error::Unavailable { backend, source },
+        }
+    }
+}
+
+/// Dials one member after the other, from that one on. Each has an equal part of the time that is left: an address that drops
+/// packets takes no other's.
+async fn dial(
+    transport: Transport,
+    addresses: Arc<[String]>,
+    first: usize,
+    patience: Duration,
+) -> std::result::Result<(Reached, Option<usize>), Arc<NotReached>> {
+    let until = Instant::now() + patience;
+    let (mut causes, mut denied, mut silent) = (Vec::new(), 0, None);
+    for (at, to_come) in (0..addresses.len())
+        .map(|step| (first + step) % addresses.len())
+        .zip((1..=addresses.len()).rev())
+    {
+        let address = &addresses[at];
+        let begun = Instant::now();
+        let part = until.saturating_duration_since(begun).div_f64(to_come as f64);
+        match transport.dial(address, part).await {
+            Ok(channel) => {
+                let conversation = Conversation::begin(channel.clone());
+                let reached = Reached {
+                    at,
+                    channel,
+                    conversation,
+                };
+                return Ok((reached, silent));
+            }
+            Err(error) => {
+                denied += usize::from(matches!(error, Error::AccessDenied { .. }));
+                if begun.elapsed() >= part {
+                    silent = silent.or(Some(at));
+                }
+                causes.push(match error {
+                    Error::AccessDenied { source, .. } | Error::Unavailable { source, .. } => {
+                        format!("{address}: {source}")
+                    }
+                    error => format!("{address}: {error}"),
+                });
+            }
+        }
+    }
+    let denied = denied == addresses.len();
+    Err(Arc::new(NotReached { causes, denied }))
 }
 
 impl fmt::Debug for Current {
@@ -140,65 +206,47 @@ impl Remote {
             transport,
             addresses: addresses.into(),
             current: Arc::default(),
-            dialing: Arc::default(),
             home: Arc::default(),
         }
     }
 
-    /// The connection that there is, or the number of the member that is dialled first.
-    fn connected(&self) -> Result<Reached, usize> {
-        let current = self.current.lock();
-        match &current.reached {
-            Some(reached) if !reached.conversation.has_ended() => Ok(reached.clone()),
-            _ => Err(current.at),
-        }
-    }
-
-    /// A connection to the first member from the current one on that takes one. Nothing is sent yet.
+    /// A connection to the first member from the current one on that takes one. Nothing is sent yet. Of several callers one
+    /// begins to dial, and all of them take what comes of it.
     async fn connect(&self, patience: Duration) -> Result<Reached> {
         let until = Instant::now() + patience;
-        let at = match self.connected() {
-            Ok(reached) => return Ok(reached),
-            Err(at) => at,
-        };
-        let dialing = tokio::time::timeout(patience, self.dialing.lock()).await;
-        let _dialing = dialing.map_err(|_| Error::Unavailable {
-            backend: BACKEND,
-            source: format!("{}: no connection within {patience:.1?}", self.addresses[at]).into(),
-        })?;
-        let at = match self.connected() {
-            Ok(reached) => return Ok(reached),
-            Err(at) => at,
-        };
-        let (mut causes, mut denied) = (Vec::new(), 0);
-        for at in (0..self.addresses.len()).map(|step| (at + step) % self.addresses.len()) {
-            let address = &self.addresses[at];
+        loop {
             let left = until.saturating_duration_since(Instant::now());
-            match self.transport.dial(address, left).await {
-                Ok(channel) => {
-                    let conversation = Conversation::begin(channel.clone());
-                    let reached = Reached {
-                        at,
-                        channel,
-                        conversation,
-                    };
-                    let mut current = self.current.lock();
-                    (current.at, current.reached) = (at, Some(reached.clone()));
-                    return Ok(reached);
+            let (dialing, own) = {
+                let mut current = self.current.lock();
+                match (&current.reached, &current.dialing) {
+                    (Some(reached), _) if !reached.conversation.has_ended() => return Ok(reached.clone()),
+                    (_, Some(dialing)) => (dialing.clone(), false),
+                    _ => {
+                        let dialing = dial(self.transport.clone(), self.addresses.clone(), current.at, left);
+                        (current.dialing.insert(dialing.boxed().shared()).clone(), true)
+                    }
                 }
-                Err(Error::AccessDenied { source, .. }) => {
-                    denied += 1;
-                    causes.push(format!("{address}: {source}"));
+            };
+            let dialled = tokio::time::timeout(left, dialing.clone()).await;
+            let dialled = dialled.map_err(|_| Error::Unavailable {
+                backend: BACKEND,
+                source: format!("no member took a connection within {patience:.1?}").into(),
+            })?;
+            let mut current = self.current.lock();
+            if current.dialing.as_ref().is_some_and(|last| last.ptr_eq(&dialing)) {
+                current.dialing = None;
+                if let Ok((reached, silent)) = &dialled {
+                    (current.at, current.reached) = (reached.at, Some(reached.clone()));
+                    current.shunned = silent.or(current.shunned);
                 }
-                Err(Error::Unavailable { source, .. }) => causes.push(format!("{address}: {source}")),
-                Err(error) => causes.push(format!("{address}: {error}")),
+            }
+            match dialled {
+                Ok((reached, _)) => return Ok(reached),
+                // Another caller had begun it, with less time perhaps.
+                Err(_) if !own && Instant::now() < until => {}
+                Err(not_reached) => return Err(not_reached.error()),
             }
         }
-        let (backend, source) = (BACKEND, causes.join("; ").into());
-        Err(match denied == self.addresses.len() {
-            true => Error::AccessDenied { backend, source },
-            false => Error::Unavailable { backend, source },
-        })
     }
 
     /// The error, saying of which member it is.
@@ -372,6 +420,12 @@ impl Link for Remote {
         // Time that runs out before there is a connection leaves nothing unknown.
         let Reached { at, conversation, .. } = self.connect(patience).await?;
         let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Error::Unavailable {
+                backend: BACKEND,
+                source: format!("{}: no time is left after the connection was made", self.addresses[at]).into(),
+            });
+        }
         match tokio::time::timeout(left, conversation.ask(request)).await {
             Ok(told) => {
                 let answer = self.answered(at, told)?;
@@ -425,7 +479,6 @@ impl Link for Remote {
             transport: self.transport.clone(),
             addresses: self.addresses.clone(),
             current: Arc::default(),
-            dialing: Arc::default(),
             home: self.home.clone(),
         })
     }

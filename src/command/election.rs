@@ -37,7 +37,14 @@ impl Elect {
         let election = registry.election(&self.name);
         let stop = Stop::listen()?;
         let leadership = tokio::select! {
-            won = election.campaign(self.value.unwrap_or_default()) => won?,
+            won = election.campaign(self.value.unwrap_or_default()) => match won {
+                Ok(won) => won,
+                Err(error) => {
+                    // Its place in the queue ends with its session.
+                    stop.unless_again(close(registry)).await;
+                    return Err(error.into());
+                }
+            },
             () = stop.asked() => {
                 close(registry).await;
                 return Ok(ExitCode::from(Failure::STOPPED));

@@ -38,12 +38,16 @@ impl Epoch {
     }
 }
 
-async fn raise(registry: &dyn Registry, above: Option<Token>) -> registry::Result<registry::Epoch> {
+async fn raise(registry: &dyn Registry, above: Option<Token>) -> Result<registry::Epoch, Failure> {
     let raised = registry.raise_epoch(Raise::AfterRestore).await?;
-    match above {
-        Some(token) => registry.raise_epoch(Raise::Above(token)).await,
-        None => Ok(raised),
-    }
+    let Some(token) = above else { return Ok(raised) };
+    let above = registry.raise_epoch(Raise::Above(token)).await;
+    // A code that says that nothing has changed would not be true.
+    above.map_err(|error| {
+        Failure::from(error)
+            .with_code(1)
+            .after("the epoch was raised, but not above the token")
+    })
 }
 
 /// The first line of an export: where the fencing tokens of the store were.

@@ -163,6 +163,8 @@ impl Import {
         let size = file.metadata().map_or(0, |metadata| metadata.len());
         let registry = settings.connect().await?;
         let stop = Stop::listen()?;
+        // Perhaps: it need not be, where tokens are larger already.
+        let raised = header.is_some();
         match header {
             Some(header) => header.raise(&*registry).await?,
             None => tracing::warn!(
@@ -182,7 +184,7 @@ impl Import {
                 out.line(summary, || json!({ "imported": count }))?;
                 Ok(ExitCode::SUCCESS)
             }
-            Some(failure) => Err(partly(failure, count).after(&format!(
+            Some(failure) => Err(partly(failure, count > 0 || raised).after(&format!(
                 "{}; import the file again when the cause is removed: a line that was put is put again without harm",
                 summary()
             ))),
@@ -190,11 +192,11 @@ impl Import {
     }
 }
 
-/// The failure of an import that put some keys: a code which means that nothing changed would not be true.
-fn partly(failure: Failure, count: u64) -> Failure {
+/// The failure of an import that put some keys, or raised the epoch: a code which means that nothing changed would not be true.
+fn partly(failure: Failure, changed: bool) -> Failure {
     match failure.code() {
         Failure::UNKNOWN | Failure::LOST | Failure::STOPPED => failure,
-        _ if count == 0 => failure,
+        _ if !changed => failure,
         _ => failure.with_code(1),
     }
 }

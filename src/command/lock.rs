@@ -43,7 +43,14 @@ impl Lock {
         }
         let stop = Stop::listen()?;
         let held = tokio::select! {
-            held = self.acquire(registry) => held?,
+            held = self.acquire(registry) => match held {
+                Ok(held) => held,
+                Err(failure) => {
+                    // Its place in the queue ends with its session.
+                    stop.unless_again(close(registry)).await;
+                    return Err(failure);
+                }
+            },
             () = stop.asked() => {
                 close(registry).await;
                 return Ok(ExitCode::from(Failure::STOPPED));

@@ -1,9 +1,8 @@
 //! Where settings come from: a file, then the environment, then overrides, each over the one before.
 
-use std::collections::HashMap;
 use std::path::Path;
 
-use config::{Environment, File, FileFormat, FileSourceString};
+use config::{File, FileFormat, FileSourceString};
 use registry_api::Result;
 
 use super::{Config, Document, MEMORY, refused};
@@ -55,6 +54,9 @@ impl<'a> Sources<'a> {
             }
         }
         variables.sort();
+        if overrides.iter().any(|(name, _)| name.is_empty()) {
+            return Err(refused("--set", "a setting is given as NAME=VALUE".into()));
+        }
         Ok(Self {
             file,
             variables,
@@ -90,7 +92,7 @@ impl<'a> Sources<'a> {
 
     /// The config of the file and of the first so many other settings, or what is wrong.
     fn config_of(&self, count: usize) -> Result<Config, String> {
-        let document = self.document(count).map_err(|error| error.to_string())?;
+        let document = self.document(count).map_err(|error| described(&error))?;
         document.registry.into_config()
     }
 
@@ -103,33 +105,63 @@ impl<'a> Sources<'a> {
             Some(overrides) => (&self.variables[..], &self.overrides[..overrides]),
             None => (&self.variables[..count], &self.overrides[..0]),
         };
-        let variables = variables.iter().map(|(name, value)| {
-            let setting = name[VARIABLES.len()..].to_lowercase().replace("__", ".");
-            let value = match is_list(&setting) {
-                true => items(value).join(","),
-                false => value.clone(),
-            };
-            (name.clone(), value)
-        });
-        let mut environment = Environment::with_prefix("REGISTRY")
-            .separator("__")
-            .keep_prefix(true)
-            .try_parsing(true)
-            .list_separator(",")
-            .source(Some(variables.collect::<HashMap<_, _>>()));
-        for list in LISTS {
-            environment = environment.with_list_parse_key(&format!("registry.{list}"));
-        }
-        builder = builder.add_source(environment);
-        for (name, value) in overrides {
+        let variables = variables
+            .iter()
+            .map(|(name, value)| (name[VARIABLES.len()..].to_lowercase().replace("__", "."), value));
+        let overrides = overrides.iter().map(|(name, value)| (name.clone(), value));
+        for (name, value) in variables.chain(overrides) {
             let setting = format!("registry.{name}");
-            builder = match is_list(name) {
+            // As text, whatever it looks like: a password may be a number, and a name begin with a zero.
+            builder = match is_list(&name) {
                 true => builder.set_override(setting, items(value))?,
                 false => builder.set_override(setting, value.as_str())?,
             };
         }
         builder.build()?.try_deserialize()
     }
+}
+
+/// What is wrong, without the value: it may be a secret.
+fn described(error: &config::ConfigError) -> String {
+    use config::ConfigError;
+    let for_key = |key: &Option<String>| key.as_ref().map_or_else(String::new, |key| format!(" for key `{key}`"));
+    match error {
+        ConfigError::Type {
+            unexpected,
+            expected,
+            key,
+            ..
+        } => without_value(&format!("invalid type: {unexpected}, expected {expected}")) + &for_key(key),
+        ConfigError::At { error, key, .. } => described(error) + &for_key(key),
+        error => without_value(&error.to_string()),
+    }
+}
+
+/// serde's message of a wrong type, such as `invalid type: string "secret", expected a boolean`, without what was found.
+fn without_value(message: &str) -> String {
+    let wrong_type = ["invalid type: ", "invalid value: "];
+    match message.rsplit_once(", expected ") {
+        Some((found, expected)) if wrong_type.iter().any(|begin| found.starts_with(begin)) => {
+            let found = found.split(['"', '`']).next().unwrap_or_default().trim_end();
+            format!("{found}, expected {expected}")
+        }
+        _ => message.to_owned(),
+    }
+}
+
+/// Refuses TOML that can't be parsed, without the line itself: it may hold a secret.
+fn parsed(toml: &str) -> Result<(), String> {
+    let Err(error) = toml.parse::<toml::Table>() else {
+        return Ok(());
+    };
+    let at = error.span().map_or(0, |span| span.start);
+    let before = toml.get(..at).unwrap_or_default();
+    let column = before.len() - before.rfind('\n').map_or(0, |end| end + 1) + 1;
+    let line = before.matches('\n').count() + 1;
+    Err(format!(
+        "TOML parse error at line {line}, column {column}: {}",
+        error.message()
+    ))
 }
 
 fn variable(name: &str) -> String {
@@ -151,8 +183,11 @@ fn read(path: &Path) -> Result<(&Path, File<FileSourceString, FileFormat>, confi
     if format == FileFormat::Yaml {
         shallow(&text).map_err(|reason| refused(path.display(), reason))?;
     }
+    if format == FileFormat::Toml {
+        parsed(&text).map_err(|reason| refused(path.display(), reason))?;
+    }
     let file = File::from_str(&text, format);
-    let paths = beside(path, &file).map_err(|error| refused(path.display(), error.to_string()))?;
+    let paths = beside(path, &file).map_err(|error| refused(path.display(), described(&error)))?;
     Ok((path, file, paths))
 }
 

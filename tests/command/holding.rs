@@ -62,8 +62,11 @@ async fn a_command_runs_under_a_lock_and_a_leadership() {
             .await
             .contains("not within")
     );
+    // It has left the queue when it has ended.
+    let queue = shell.says(0, &["lock", "/l", "--show"]).await;
+    assert_eq!(queue.lines().count(), 1, "{queue}");
     assert_eq!(interrupt(&mut holder).await, Some(0));
-    shell.says(0, &["lock", "/l", "--wait", "10s", "--", "true"]).await;
+    shell.says(0, &["lock", "/l", "--wait", "1s", "--", "true"]).await;
     assert!(
         shell
             .says(127, &["lock", "/l", "--", "no-such-program"])

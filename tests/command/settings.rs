@@ -320,3 +320,16 @@ async fn an_even_number_of_voters_is_warned_of() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && !said.contains("voters"), "{said}");
 }
+
+/// A name or a password that looks like a number is taken as it is written.
+#[tokio::test]
+async fn a_variable_is_a_text_whatever_it_looks_like() {
+    let shell = Shell::new();
+    let mut serving = shell.command(&["serve"]);
+    serving
+        .env("REGISTRY__RAFT__MEMBER", "007")
+        .env("REGISTRY__RAFT__LEASE_READS", "true");
+    let (_member, ()) = Process::start(serving, |line| line.contains("ready").then_some(())).await;
+    let members = shell.says(0, &["status"]).await;
+    assert!(members.contains("member 007"), "{members}");
+}

@@ -10,9 +10,10 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::cleanup::Backoff;
+use super::queue::PATIENCE;
 use crate::{Condition, Depth, Entry, Error, Expect, Key, List, Registry, Result, Revision, Token, Txn};
 
 /// The largest epoch: a token of it is still positive.
@@ -104,6 +105,7 @@ pub(crate) async fn raise_epoch(registry: &dyn Registry, raise: Raise) -> Result
 /// Raises the epoch to at least this one.
 async fn raise_to(registry: &dyn Registry, least: u32) -> Result<()> {
     let mut backoff = Backoff::default();
+    let until = Instant::now() + PATIENCE;
     loop {
         let old = stored(registry).await?;
         if old.is_some_and(|old| old >= least) {
@@ -123,7 +125,7 @@ async fn raise_to(registry: &dyn Registry, least: u32) -> Result<()> {
                 return Ok(());
             }
             // Another client raised it, or this one did without hearing of it: read again.
-            Err(error @ (Error::Conflict { .. } | Error::OutcomeUnknown { .. })) => {
+            Err(error @ (Error::Conflict { .. } | Error::OutcomeUnknown { .. })) if Instant::now() < until => {
                 tracing::debug!(%error, "raising the epoch of fencing tokens, retrying");
                 backoff.wait().await;
             }

@@ -281,7 +281,7 @@ impl Queue {
                     backoff.wait().await;
                     continue;
                 }
-                Err(error) => return Err(error),
+                Err(error) => return Err(if *doubt { entry_unknown(error) } else { error }),
             }
             match self.own(key, session).await? {
                 Some(revision) => return Ok((revision, Seen::Queue(None))),
@@ -306,6 +306,17 @@ impl Queue {
                 Err(error) => return Err(error),
             }
         }
+    }
+}
+
+/// An earlier attempt may have entered the queue. The place is left in the background.
+fn entry_unknown(error: Error) -> Error {
+    match error {
+        Error::Unavailable { source, .. } => Error::OutcomeUnknown {
+            operation: "entering a queue",
+            source,
+        },
+        error => error,
     }
 }
 

@@ -334,3 +334,84 @@ fn a_session_is_over_where_another_cluster_answers() {
     home.answered(Some(8), other, done()).unwrap();
     assert_eq!((home.cluster, home.ended()), (other, None));
 }
+
+/// An address whose packets are lost takes a part of the time of a call, and the member behind it is reached.
+#[tokio::test]
+async fn an_address_that_takes_no_connection_leaves_time_for_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let member = Alone::open(&dir, 0).await;
+    // The queue of its listener is full, so that the system drops what comes.
+    let listener = tokio::net::TcpSocket::new_v4().unwrap();
+    listener.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = listener.listen(1).unwrap();
+    let silent = listener.local_addr().unwrap();
+    let mut queued = Vec::new();
+    while let Ok(taken) = tokio::time::timeout(Duration::from_millis(300), tokio::net::TcpStream::connect(silent)).await
+    {
+        queued.push(taken.unwrap());
+    }
+    let addresses = vec![silent.to_string(), member.address().unwrap().to_string()];
+    let transport = Transport::new(&RaftConfig::remote(addresses.clone())).unwrap();
+    let remote = Remote::new(transport, addresses.clone());
+    let call = remote.call(Call::Status(proto::StatusRequest {}), Duration::from_secs(5));
+    call.await.unwrap();
+    assert_eq!(remote.endpoint(), addresses[1]);
+    // Nor is it gone back to, though it may lead.
+    remote.led(hint(&addresses[0]));
+    assert_eq!(remote.endpoint(), addresses[1]);
+    // A handle opens.
+    let options = Options::default();
+    let registry = crate::connect(&RaftConfig::remote(addresses), &options).await.unwrap();
+    registry.put(&key("a"), "1").await.unwrap();
+    registry.close().await.unwrap();
+    member.stop().await.unwrap();
+}
+
+/// However many calls and watches look for a member at once, also when the caller that began to dial goes on no more.
+#[tokio::test]
+async fn callers_share_a_connection() {
+    let alone = Alone::start().await;
+    let address = alone.member.address().unwrap().to_string();
+    let remote = Remote::new(Transport::new(&RaftConfig::default()).unwrap(), vec![address]);
+    let mut first = Box::pin(remote.connect(PATIENCE));
+    assert!(futures_util::poll!(&mut first).is_pending());
+    let others = futures_util::future::join_all((0..50).map(|_| remote.connect(PATIENCE))).await;
+    let first = first.await.unwrap();
+    for other in others {
+        assert!(other.unwrap().conversation.is(&first.conversation));
+    }
+    alone.stop().await;
+}
+
+/// The connection was made on a runtime that stops: a wait on another one does not wait for it for ever.
+#[test]
+fn a_wait_ends_with_the_runtime_of_its_connection() {
+    let (one, other) = (
+        tokio::runtime::Runtime::new().unwrap(),
+        tokio::runtime::Runtime::new().unwrap(),
+    );
+    let alone = other.block_on(Alone::start());
+    let address = alone.member.address().unwrap().to_string();
+    let remote = Remote::new(Transport::new(&RaftConfig::default()).unwrap(), vec![address]);
+    let reached = one.block_on(remote.connect(PATIENCE)).unwrap();
+    other.block_on(async {
+        let created = alone.remote.put(&key("a"), "1").await.unwrap();
+        let waiting = reached.conversation.once_gone(proto::OnceGone {
+            patience_ms: 10_000,
+            key: "/registry/a".into(),
+            created: created.0,
+            list: Some(proto::List {
+                prefix: "/registry".into(),
+                limit: 1,
+                ..proto::List::default()
+            }),
+        });
+        let mut waiting = Box::pin(waiting);
+        let begun = tokio::time::timeout(Duration::from_millis(200), &mut waiting).await;
+        assert!(begun.is_err(), "{begun:?}");
+        one.shutdown_background();
+        let ended = tokio::time::timeout(PATIENCE, waiting).await.unwrap();
+        assert!(ended.is_err(), "{ended:?}");
+        alone.stop().await;
+    });
+}

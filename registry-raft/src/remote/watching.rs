@@ -52,19 +52,13 @@ impl WatchStream {
             namespace,
             request,
         };
-        let begun = async {
-            let items = stream.open(from).await?;
-            if let Some(after) = after {
-                stream.recall(after).await?;
-            }
-            Ok::<_, Error>(items)
-        };
+        let begun = stream.open(from);
         let no_answer = |_| Error::Unavailable {
             backend: BACKEND,
             source: format!("no member began the watch within {patience:?}").into(),
         };
         let (at, items) = tokio::time::timeout(patience, begun).await.map_err(no_answer)??;
-        tokio::spawn(stream.run(at, items));
+        tokio::spawn(stream.run(after, at, items));
         Ok(watch)
     }
 
@@ -169,11 +163,20 @@ impl WatchStream {
         }
     }
 
-    /// Passes the changes on until the reader is gone, over as many streams as it takes.
-    async fn run(mut self, mut at: usize, mut items: Items) {
+    /// Passes the changes on until the reader is gone, over as many streams as it takes. What the reader knows is read first,
+    /// however long that takes.
+    async fn run(mut self, after: Option<Revision>, mut at: usize, mut items: Items) {
         let gone = self.reader.lock().feed.closed();
+        let passing = async {
+            if let Some(after) = after
+                && let Err(error) = self.recall(after).await
+            {
+                return error;
+            }
+            self.pass_on_all(&mut at, &mut items).await
+        };
         tokio::select! {
-            error = self.pass_on_all(&mut at, &mut items) => self.reader.lock().feed.fail(error),
+            error = passing => self.reader.lock().feed.fail(error),
             () = gone => {}
         }
     }
