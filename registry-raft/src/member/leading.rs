@@ -376,3 +376,94 @@ async fn a_lease_is_as_short_as_the_shortest_timers_of_a_voter() {
     }
     group.stop().await;
 }
+
+/// A member that joins the group by that address.
+async fn joiner(dir: &std::path::Path, name: &str, by: String) -> Member {
+    let config = RaftConfig {
+        member: Some(name.into()),
+        data_dir: Some(dir.join(name)),
+        listen: Some(format!("127.0.0.1:{}", free_port())),
+        join: vec![by],
+        ..RaftConfig::default()
+    };
+    within(PATIENCE, Member::start(&config)).await.unwrap()
+}
+
+/// A change of voters is two entries of the log. Who proposed it is gone when the first is there: the leader completes it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_of_voters_that_was_interrupted_is_completed() {
+    let group = Group::start(2, |_, _| {}).await;
+    let leader = group.leader().await;
+    let c = joiner(group.dir.path(), "c", group.wires[leader].address().to_string()).await;
+    let (core, id) = (group.core(leader), c.core.identity().member);
+    let (at, membership) = core.membership();
+    assert!(membership.get_node(&id).is_some());
+    let voters = openraft::ChangeMembers::AddVoterIds(std::iter::once(id).collect());
+    let unchanged = openraft::Precondition::LastMembershipLogId {
+        last_membership_log_id: at,
+    };
+    let mut metrics = core.raft().metrics();
+    let begun = async {
+        while !crate::members::is_joint(metrics.borrow_watched().membership_config.membership()) {
+            metrics.changed().await.unwrap();
+        }
+    };
+    tokio::select! {
+        biased;
+        () = begun => {}
+        changed = core.raft().change_membership_if(voters, true, [unchanged]) => panic!("it was not interrupted: {changed:?}"),
+    }
+    eventually(PATIENCE, || async {
+        let membership = core.membership().1;
+        membership.voter_ids().count() == 3 && !crate::members::is_joint(&membership)
+    })
+    .await;
+    c.stop().await.unwrap();
+    group.stop().await;
+}
+
+/// The leader's snapshot was damaged since it was written: the member that it is sent to lives, and gets the next one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_snapshot_ends_no_other_member_and_is_replaced() {
+    let group = Group::start(1, |_, _| {}).await;
+    group.leader().await;
+    let registry = group.members[0].connect(&Options::default()).await.unwrap();
+    for n in 0..100 {
+        let key = Key::parse(&format!("/k/{n}")).unwrap();
+        registry.put(&key, vec![b'x'; 1_000]).await.unwrap();
+    }
+    registry.close().await.unwrap();
+    within(PATIENCE, group.members[0].snapshot()).await.unwrap();
+    let folder = group.dir.path().join("a/snapshots");
+    let snapshot = || {
+        let files = std::fs::read_dir(&folder).unwrap();
+        let mut files: Vec<_> = files.map(|file| file.unwrap().path()).collect();
+        files.retain(|file| file.extension().is_some_and(|ending| ending == "snap"));
+        files.pop()
+    };
+    eventually(PATIENCE, || async {
+        snapshot().is_some() && group.members[0].status().snapshot_bytes > 0
+    })
+    .await;
+    // The log that it covers is not there any more, so that another member needs it.
+    eventually(PATIENCE, || async {
+        group.core(0).raft().metrics().borrow_watched().purged.is_some()
+    })
+    .await;
+    let file = snapshot().unwrap();
+    let mut bytes = std::fs::read(&file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    assert!(group.core(0).snapshots().check_newest().is_err());
+
+    let c = joiner(group.dir.path(), "c", group.wires[0].address().to_string()).await;
+    eventually(PATIENCE, || async {
+        c.core.store().read(|inner| inner.state.tree.len()) >= 100
+    })
+    .await;
+    assert!(futures_util::FutureExt::now_or_never(c.ended()).is_none());
+    group.core(0).snapshots().check_newest().unwrap();
+    c.stop().await.unwrap();
+    group.stop().await;
+}
