@@ -41,7 +41,8 @@ pub enum Error {
         /// The session that ended.
         session: SessionId,
     },
-    /// The lock or leadership was lost while it was held, other than by release. Nothing was changed by this call.
+    /// The lock or leadership is not held any more, and not by a release that was confirmed. A release of unknown outcome,
+    /// followed by the end of the session, ends like this too. Nothing of another holder's was changed.
     #[error("the hold on {key} is lost")]
     HoldLost {
         /// The lock or election.

@@ -67,8 +67,15 @@ impl SessionStore for Sessions {
     }
 
     async fn close(&self, session: SessionId) -> Result<()> {
-        self.ask(&end(&self.tables, self.client, session, None)).await?;
-        Ok(())
+        let ended = self.ask(&end(&self.tables, self.client, session, None)).await;
+        ended.map(drop).map_err(|error| match error {
+            // An attempt whose response was lost may have ended it.
+            Error::Unavailable { source, .. } => Error::OutcomeUnknown {
+                operation: "close",
+                source,
+            },
+            error => error,
+        })
     }
 }
 

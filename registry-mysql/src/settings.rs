@@ -12,12 +12,15 @@ pub(crate) const LEAST_PACKET: u64 = 4 << 20;
 /// No limit, as `sql_select_limit` writes it.
 const UNLIMITED: &str = "18446744073709551615";
 
-/// Session settings of a connection of our own. The comments are executed by MySQL alone (`/*!50708`, a range of versions
+/// Session settings of a connection of our own. A statement whose client has gone waits for a lock no longer than ten seconds,
+/// so that the connections of those that retry don't pile up. The comments are executed by MySQL alone (`/*!50708`, a range of versions
 /// that MariaDB skips) and by MariaDB alone (`/*M!`).
 pub(crate) const SET: &str = "\
     SET SESSION completion_type = 0, autocommit = 1, sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', \
     sql_select_limit = 18446744073709551615, sql_safe_updates = 0, sql_big_selects = 1, unique_checks = 1, \
-    foreign_key_checks = 1, max_sort_length = 8192 \
+    foreign_key_checks = 1, max_sort_length = 8192, \
+    innodb_lock_wait_timeout = LEAST(@@SESSION.innodb_lock_wait_timeout, 10), \
+    lock_wait_timeout = LEAST(@@SESSION.lock_wait_timeout, 10) \
     /*!50708 , max_execution_time = 0 */ /*M! , max_statement_time = 0 */; \
     SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE";
 

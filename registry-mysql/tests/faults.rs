@@ -45,11 +45,15 @@ async fn connect_patiently(server: &Server) -> Arc<dyn Registry> {
 /// 100 ms, so who asks for it more often sees what was true when he began.)
 async fn until_waiting(server: &Server) {
     until("somebody waits for a lock", async || {
-        let waits = sqlx::raw_sql("SHOW GLOBAL STATUS LIKE 'Innodb_row_lock_current_waits'");
-        let rows = server.root().await.fetch_all(waits).await.unwrap();
-        rows[0].try_get_unchecked::<String, _>(1).unwrap() != "0"
+        waits_for_locks(server).await != "0"
     })
     .await;
+}
+
+async fn waits_for_locks(server: &Server) -> String {
+    let waits = sqlx::raw_sql("SHOW GLOBAL STATUS LIKE 'Innodb_row_lock_current_waits'");
+    let rows = server.root().await.fetch_all(waits).await.unwrap();
+    rows[0].try_get_unchecked(1).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -167,6 +171,26 @@ async fn a_lock_that_another_holds_for_long_means_that_nothing_happened() {
     within(PATIENCE, "the put", waiting).await.unwrap().unwrap();
     assert_eq!(value(&registry, "/a").await, Some("before".into()));
     registry.close().await.unwrap();
+}
+
+/// A statement waits in the server also when its client has given up: not for long, or those that retry take all connections.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_that_nobody_waits_for_ends() {
+    let server = Server::start().await;
+    let short = Options {
+        request_timeout: Duration::from_secs(1),
+        ..options()
+    };
+    let config = MysqlConfig::new(url(&server.address()));
+    let registry = registry_mysql::connect(&config, &short).await.unwrap();
+    let mut root = server.root().await;
+    let hold = "USE test; BEGIN; SELECT * FROM registry_namespaces FOR UPDATE";
+    root.execute(sqlx::raw_sql(hold)).await.unwrap();
+    registry.put(&key("/a"), "blocked").await.unwrap_err();
+    drop(registry);
+    assert_ne!(waits_for_locks(&server).await, "0");
+    until("no statement waits", async || waits_for_locks(&server).await == "0").await;
+    root.execute(sqlx::raw_sql("ROLLBACK")).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

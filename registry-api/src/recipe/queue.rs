@@ -199,7 +199,10 @@ impl Queue {
         let mut doubt = false;
         let put = self.try_put(key, epoch, value, session, enter, &mut doubt);
         match tokio::time::timeout(PATIENCE, put).await {
-            Ok(place) => Entered { place, doubt },
+            Ok(place) => Entered {
+                place: if doubt { place.map_err(entry_unknown) } else { place },
+                doubt,
+            },
             Err(elapsed) => Entered {
                 place: Err(Error::OutcomeUnknown {
                     operation: "entering a queue",
@@ -281,7 +284,7 @@ impl Queue {
                     backoff.wait().await;
                     continue;
                 }
-                Err(error) => return Err(if *doubt { entry_unknown(error) } else { error }),
+                Err(error) => return Err(error),
             }
             match self.own(key, session).await? {
                 Some(revision) => return Ok((revision, Seen::Queue(None))),
