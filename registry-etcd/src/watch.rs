@@ -46,7 +46,7 @@ pub(crate) async fn start(
         told: Revision(0),
         history: store.history.now(),
     };
-    tokio::spawn(async move {
+    registry_api::spawn(async move {
         let error = tokio::select! {
             error = watcher.run(&feed) => error,
             () = feed.closed() => return,

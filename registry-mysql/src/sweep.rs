@@ -19,6 +19,10 @@ use crate::tables::Tables;
 
 /// How many handles look after all the others; the rest look after these.
 const SWEEPERS: usize = 8;
+/// How many sessions the rest look after while one of those is silent: all of them may have ended together.
+const SUSPECTED: usize = 256;
+/// The longest pause of those that look after all. A session of the shortest TTL may be opened at any time.
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 /// How many changes one statement trims, and the rest of the revision of the last one.
 const TRIMMED: u64 = 1000;
 
@@ -27,7 +31,7 @@ pub(crate) async fn run(store: Arc<Store>, mut states: Receiver<SessionState>) {
     let mut sweep = Sweep {
         store,
         seen: HashMap::new(),
-        all: true,
+        limit: None,
     };
     loop {
         let own = states.borrow().id();
@@ -49,8 +53,8 @@ pub(crate) async fn run(store: Arc<Store>, mut states: Receiver<SessionState>) {
 struct Sweep {
     store: Arc<Store>,
     seen: HashMap<SessionId, Seen>,
-    /// Whether this handle looks after all sessions.
-    all: bool,
+    /// How many sessions this handle looks after; all if there is no number.
+    limit: Option<usize>,
 }
 
 /// A session as it was last seen.
@@ -68,11 +72,7 @@ impl Sweep {
         let Tables {
             sessions, namespace, ..
         } = &self.store.tables;
-        let limit = if self.all {
-            String::new()
-        } else {
-            format!(" LIMIT {SWEEPERS}")
-        };
+        let limit = self.limit.map_or_else(String::new, |limit| format!(" LIMIT {limit}"));
         let sql = format!(
             "{}; SELECT id, beat, ttl_ms FROM {sessions} WHERE namespace = {namespace} ORDER BY id{limit}",
             self.store.select_revision()
@@ -101,7 +101,17 @@ impl Sweep {
         }
         self.seen = seen;
         let place = rows.iter().position(|(session, ..)| *session == own);
-        self.all = place.is_some_and(|place| place < SWEEPERS);
+        let first = rows
+            .iter()
+            .take(SWEEPERS)
+            .filter_map(|(session, ..)| self.seen.get(session));
+        let suspicious =
+            first.clone().count() < rows.len().min(SWEEPERS) || first.into_iter().any(|seen| seen.is_silent(answered));
+        self.limit = match place {
+            Some(place) if place < SWEEPERS => None,
+            _ if suspicious => Some(SUSPECTED),
+            _ => Some(SWEEPERS),
+        };
         if place == Some(0) {
             self.trim(counters.revision, counters.compacted).await?;
         }
@@ -111,7 +121,12 @@ impl Sweep {
             .map(|seen| seen.ttl)
             .min()
             .unwrap_or(Duration::from_secs(1));
-        Ok((shortest / 4).max(Duration::from_millis(50)))
+        let pause = match self.limit {
+            None => (shortest / 4).min(LONGEST_PAUSE),
+            Some(SWEEPERS) => shortest / 4,
+            Some(_) => shortest / 8,
+        };
+        Ok(pause.max(Duration::from_millis(50)))
     }
 
     async fn end(&self, session: SessionId, beat: u64) -> Result<()> {
@@ -163,6 +178,11 @@ impl Sweep {
 }
 
 impl Seen {
+    /// Whether a keep-alive is missing. They come each third of the TTL.
+    fn is_silent(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.since) >= self.ttl.mul_f64(0.4)
+    }
+
     fn is_dead(&self, asked: Instant, seen_before: bool) -> bool {
         // An operator ends a session by setting its TTL to nothing.
         self.ttl.is_zero() || seen_before && asked.saturating_duration_since(self.since) >= self.ttl

@@ -38,7 +38,7 @@ pub(crate) async fn start(
         picture: Picture::default(),
         cursor: Cursor::at(Revision(0)),
     };
-    tokio::spawn(async move {
+    registry_api::spawn(async move {
         let error = tokio::select! {
             error = watcher.run(&feed) => error,
             () = feed.closed() => return,

@@ -242,6 +242,10 @@ async fn an_empty_store_at_the_same_address_is_noticed() {
         .await
         .unwrap();
     let (watch, _) = follow(watch, |held| held.len() == 21).await;
+    let mirror = registry
+        .mirror(Prefix::parse("/w").unwrap(), WatchScope::Subtree)
+        .await
+        .unwrap();
 
     place.replace("empty", None).await;
     expired(&registry, session).await;
@@ -251,6 +255,10 @@ async fn an_empty_store_at_the_same_address_is_noticed() {
     // Revisions begin anew: neither a read nor the watch waits for those that were seen.
     let revision = registry.put(&key("/w/new"), "1").await.unwrap();
     assert!(revision.0 < 20, "{revision}");
+    // Nor does one who waits for a copy take it for a newer one.
+    eventually(PATIENCE, || async { mirror.revision() == revision }).await;
+    mirror.caught_up(revision).await.unwrap();
+    assert_eq!(mirror.entries().len(), 1);
     let read = registry.get(&key("/w/new"), Read::Stale).await.unwrap();
     assert_eq!(read.unwrap().mod_revision, revision);
     let mut watch = watch;

@@ -36,17 +36,25 @@ impl Mirror {
         let task = spawn(async move {
             // After an error, or the handle's end, nothing follows, and the channel is closed.
             while let Some(Ok(item)) = watch.next().await {
-                let from_the_start = matches!(item, WatchItem::Reset);
+                let (from_the_start, changes) = match &item {
+                    WatchItem::Reset => (true, false),
+                    WatchItem::Changes(_) => (false, true),
+                    WatchItem::Synced(_) => (false, false),
+                };
                 let revision = apply(
                     &mut copy.write().unwrap_or_else(PoisonError::into_inner),
                     item,
                     &mut synced,
                 );
                 newest.send_if_modified(|newest| {
-                    // A store that went back begins with lower revisions.
-                    let changed = from_the_start || (synced && revision > *newest);
-                    *newest = if changed { revision } else { *newest };
-                    changed
+                    let before = *newest;
+                    if !changes {
+                        // A store that went back begins with lower revisions.
+                        *newest = revision;
+                    } else if synced {
+                        *newest = revision.max(before);
+                    }
+                    from_the_start || (synced && (changes || *newest != before))
                 });
             }
         });

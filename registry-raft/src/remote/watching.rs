@@ -58,7 +58,7 @@ impl WatchStream {
             source: format!("no member began the watch within {patience:?}").into(),
         };
         let (at, items) = tokio::time::timeout(patience, begun).await.map_err(no_answer)??;
-        tokio::spawn(stream.run(after, at, items));
+        registry_api::spawn(stream.run(after, at, items));
         Ok(watch)
     }
 
@@ -353,8 +353,9 @@ impl Reader {
                 }
                 self.listing = false;
                 // A stream that was cut while its events waited to be coalesced may mark what was reported before.
-                self.told = self.told.max(Some(revision));
-                self.feed.synced(revision);
+                let told = self.told.map_or(revision, |told| told.max(revision));
+                self.told = Some(told);
+                self.feed.synced(told);
             }
             Some(Item::Failure(said)) => match failure(said.clone()) {
                 // Of what the member can't tell of any more, the next stream tells how it is now.
