@@ -71,9 +71,9 @@ async fn check_kept(store: &Store, request: &WatchRequest, after: Revision) -> R
             "a watch can't start after revision {after}, which is still to come: it is {now} now"
         )));
     }
-    match store.reader(deadline).covered(&key, at(after), Values::Omitted).await {
-        Err(Error::Compacted { requested, .. }) => Err(Error::Compacted {
-            requested,
+    match store.reader(deadline).covered(&key, past(after), Values::Omitted).await {
+        Err(Error::Compacted { .. }) => Err(Error::Compacted {
+            requested: after,
             oldest: oldest(store, deadline).await?,
         }),
         covered => covered.map(drop),
@@ -169,7 +169,7 @@ impl Watcher {
             self.list(feed).await?;
             return Ok(None);
         };
-        match self.covered(at(after), Values::Wanted).await {
+        match self.covered(past(after), Values::Wanted).await {
             Ok((entries, _)) => {
                 // The reader knows this: it is what deletes are told from.
                 self.picture.replace(entries, after);
@@ -181,8 +181,8 @@ impl Watcher {
                 self.list(feed).await?;
                 Ok(None)
             }
-            Err(Error::Compacted { requested, .. }) => Err(Error::Compacted {
-                requested,
+            Err(Error::Compacted { .. }) => Err(Error::Compacted {
+                requested: after,
                 oldest: oldest(&self.store, self.store.deadline()).await?,
             }),
             Err(error) => Err(error),
@@ -405,6 +405,11 @@ impl Missing {
         let deletes = gone.map(|entry| (entry.key.clone(), entry.mod_revision)).collect();
         Self { at, puts, deletes }
     }
+}
+
+/// Returns the revision to read the past at. Revision 1 is etcd's empty store; 0 would read the present.
+fn past(revision: Revision) -> i64 {
+    at(revision).max(1)
 }
 
 /// A revision as etcd takes it.

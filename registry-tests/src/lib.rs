@@ -54,7 +54,8 @@ macro_rules! properties {
             watch: begins_with_the_present_then_follows, a_missing_key_can_be_watched, scopes_cover_what_they_say,
                 a_delete_does_not_end_it_and_carries_the_last_value, an_expiry_is_told_once_with_the_last_value,
                 several_watches_on_one_key, one_transaction_comes_together, every_change_in_order,
-                after_a_revision, after_a_revision_still_to_come_is_refused, a_slow_reader_sees_the_end, a_picture_equals_the_store, ends_with_the_handle,
+                after_a_revision, after_revision_zero_no_key_is_left_out, after_a_revision_still_to_come_is_refused,
+                a_slow_reader_sees_the_end, a_picture_equals_the_store, ends_with_the_handle,
                 a_listing_follows_the_end_of_a_key;
             lock: one_holds_at_a_time, waiters_come_in_their_order, try_acquire_never_waits, a_deadline_leaves_the_queue,
                 a_dropped_wait_leaves_the_queue, dropping_outside_a_runtime_leaves_the_queue,

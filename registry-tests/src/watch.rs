@@ -389,6 +389,34 @@ pub async fn after_a_revision(cluster: &impl Cluster) -> Result<()> {
     registry.close().await
 }
 
+/// W4. Revision 0 is before the first change: a watch from there delivers every key, or the store refuses it.
+pub async fn after_revision_zero_no_key_is_left_out(cluster: &impl Cluster) -> Result<()> {
+    let registry = cluster.connect().await?;
+    registry.put(&key("/z/a"), "1").await?;
+    for (watched, scope) in [
+        (prefix("/z"), WatchScope::Subtree),
+        (prefix("/z"), WatchScope::Children),
+        (prefix("/z/a"), WatchScope::Key),
+        (Prefix::root(), WatchScope::Subtree),
+    ] {
+        for from in [WatchFrom::After(Revision(0)), WatchFrom::AfterOrReset(Revision(0))] {
+            let request = WatchRequest {
+                from,
+                ..WatchRequest::new(watched.clone(), scope)
+            };
+            let mut watch = match registry.watch(request).await {
+                Ok(watch) => watch,
+                Err(Error::Compacted { requested, .. }) if from == WatchFrom::After(requested) => continue,
+                Err(error) => return Err(error),
+            };
+            let mut picture = Picture::default();
+            picture.until(&mut watch, |picture| picture.synced.is_some()).await?;
+            assert!(picture.has("/z/a", "1"), "{from:?} {watched} {scope:?}: {picture:?}");
+        }
+    }
+    registry.close().await
+}
+
 /// W4. A revision that no change has yet is no place to start from: the watch would keep to itself what comes until then.
 pub async fn after_a_revision_still_to_come_is_refused(cluster: &impl Cluster) -> Result<()> {
     let registry = cluster.connect().await?;
