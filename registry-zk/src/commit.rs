@@ -253,17 +253,33 @@ impl Store {
             true => Parents::Remove,
             false => Parents::Leave,
         };
-        match Plan::new(&self.names, txn, session, &view, parents) {
+        let above = self.above();
+        let mut plan = Plan::new(&self.names, txn, session, &view, parents);
+        if parents == Parents::Remove
+            && let Ok(large) = &plan
+            && large.size(above) > MAX_REQUEST
+            && large.marks.is_empty()
+        {
+            // The parents that the deletes empty can be larger than the transaction itself.
+            plan = Plan::new(&self.names, txn, session, &view, Parents::Leave);
+        }
+        match plan {
             Err(_) if attempt == 0 => Ok(None),
             Ok(plan) if attempt == 0 && plan.is_nothing() => Ok(None),
             Err(refused) => match self.is_cleared(conn, deadline, &refused).await? {
                 true => Ok(None),
                 false => Err(Sent::Failed(refused)),
             },
-            Ok(plan) if plan.size() > MAX_REQUEST && !plan.marks.is_empty() => {
+            Ok(plan) if plan.size(above) > MAX_REQUEST && !plan.marks.is_empty() => {
                 self.make_marks(conn, deadline, &plan.marks, session).await?;
                 Ok(None)
             }
+            // Names that are long in birth znodes, or a long chroot. Servers would close the connection.
+            Ok(plan) if plan.size(above) > MAX_REQUEST => Err(Sent::Failed(Error::TooLarge {
+                what: "the request that a transaction becomes on ZooKeeper",
+                size: plan.size(above),
+                limit: MAX_REQUEST,
+            })),
             Ok(plan) => Ok(Some(plan)),
         }
     }
@@ -356,7 +372,7 @@ impl Store {
                 data: Bytes::new(),
                 version: None,
             }));
-            size += steps.iter().map(Step::size).sum::<usize>();
+            size += steps.iter().map(|step| step.size(self.above())).sum::<usize>();
             batch.extend(steps);
             if size > MARKS_BYTES || place + 1 == marks.len() {
                 match self.send(conn, deadline, &batch, session).await {

@@ -35,13 +35,18 @@ pub(crate) enum Step {
 }
 
 impl Step {
-    /// About how many bytes it takes in a request.
-    pub(crate) fn size(&self) -> usize {
-        const FRAME: usize = 80;
-        match self {
-            Self::Check { path, .. } | Self::Delete { path, .. } => FRAME + path.len(),
-            Self::Set { path, data, .. } | Self::Create { path, data, .. } => FRAME + path.len() + data.len(),
-        }
+    /// Returns how many bytes the step takes in a request, or a few more. The client prepends a chroot of `above` bytes
+    /// to every path.
+    pub(crate) fn size(&self, above: usize) -> usize {
+        // The header of an operation, the lengths of its fields and the version: 17 and 21 bytes. A create has its ACL too.
+        const FRAME: usize = 24;
+        const ACL: usize = 56;
+        above
+            + match self {
+                Self::Check { path, .. } | Self::Delete { path, .. } => FRAME + path.len(),
+                Self::Set { path, data, .. } => FRAME + path.len() + data.len(),
+                Self::Create { path, data, .. } => FRAME + ACL + path.len() + data.len(),
+            }
     }
 }
 
@@ -162,8 +167,9 @@ impl Plan {
         self.steps.is_empty()
     }
 
-    pub(crate) fn size(&self) -> usize {
-        self.steps.iter().map(Step::size).sum()
+    /// Returns how many bytes the multi takes; see [`Step::size`].
+    pub(crate) fn size(&self, above: usize) -> usize {
+        self.steps.iter().map(|step| step.size(above)).sum()
     }
 }
 

@@ -91,7 +91,9 @@ impl Pruning<'_> {
         while !left.is_empty() {
             let mut bytes = 0;
             let fits = |(path, _): &&(String, _)| {
-                bytes += path.len() + 80;
+                // Each node goes with its birth znode and its guard.
+                let birth = births.get(path).map_or(0, String::len);
+                bytes += path.len() + birth + store.names.guards().len() + 3 * (store.above() + 32);
                 bytes < MAX_BYTES
             };
             let most = left.iter().take(MAX_STEPS).take_while(fits).count().max(1);

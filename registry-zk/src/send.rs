@@ -101,7 +101,7 @@ impl Store {
     }
 
     /// How many bytes a chroot puts before each path.
-    fn above(&self) -> usize {
+    pub(crate) fn above(&self) -> usize {
         self.config.servers.chroot().map_or(0, str::len)
     }
 

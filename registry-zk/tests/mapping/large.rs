@@ -82,6 +82,66 @@ async fn large_values_come_in_pages_that_fit() {
     registry.close().await.unwrap();
 }
 
+/// A delete takes along the parents that it empties. Where all of them do not fit into a request, they are left to the
+/// sweep, and the transaction is carried out. A chroot is in front of each path of the request.
+#[tokio::test(flavor = "multi_thread")]
+async fn deletes_whose_parents_do_not_fit_leave_them_to_the_sweep() {
+    let servers = Servers::start(1).await;
+    for (chroot, segments, length) in [
+        (String::new(), 31, 31),
+        (format!("/{}", "c".repeat(200)).repeat(3), 20, 24),
+    ] {
+        let registry = connect(&format!("{}{chroot}", servers.addresses())).await;
+        let session = registry.session().state().id();
+        let below = format!("/{}", "s".repeat(length)).repeat(segments);
+        let deep = |number: usize| key(&format!("/{number:02}{below}"));
+        let puts = (0..64).fold(Txn::new(), |txn, number| txn.put(&deep(number), "y"));
+        registry.commit(puts).await.unwrap();
+        let deletes = (0..64).fold(Txn::new(), |txn, number| txn.delete(&deep(number)));
+        let committed = registry.commit(deletes).await.unwrap();
+        assert_eq!(committed.changed, [true; 64]);
+        assert_eq!(registry.count(&Prefix::root(), Read::Linearizable).await.unwrap(), 0);
+        until("the parents are gone", 2 * SOON, async || {
+            children(&registry, "/").await.is_empty()
+        })
+        .await;
+        assert_eq!(registry.session().state().id(), session);
+        registry.close().await.unwrap();
+    }
+}
+
+/// Birth znodes have names of up to three times the key's. What is too large with them is refused before it is sent.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_that_is_too_large_for_a_request_is_refused_by_name() {
+    let servers = Servers::start(1).await;
+    let registry = connect(&servers.addresses()).await;
+    let percents = format!("/{}", "%".repeat(240)).repeat(4);
+    let long = |number: usize| key(&format!("/{number:02}{percents}"));
+    let child = |number: usize| key(&format!("{}/x", long(number)));
+    for numbers in (0..63).collect::<Vec<_>>().chunks(16) {
+        let puts = numbers
+            .iter()
+            .fold(Txn::new(), |txn, number| txn.put(&child(*number), ""));
+        registry.commit(puts).await.unwrap();
+    }
+    // Each of these is put over a placeholder, and gets a birth znode.
+    let puts = |value: usize| {
+        let txn = Txn::new().put(&key("/value"), vec![b'v'; value]);
+        (0..63).fold(txn, |txn, number| txn.put(&long(number), "v"))
+    };
+    let refused = registry.commit(puts(830_000)).await;
+    assert!(
+        matches!(refused, Err(Error::TooLarge { size, limit: 1_000_000, .. }) if size > 1_000_000),
+        "{refused:?}"
+    );
+    assert_eq!(get(&registry, "/value").await, None);
+    registry.commit(puts(700_000)).await.unwrap();
+    assert_eq!(get(&registry, "/value").await.unwrap().value.len(), 700_000);
+    // They are deleted with their birth znodes.
+    assert_eq!(registry.delete_prefix(&Prefix::root()).await.unwrap(), 63 + 63 + 1);
+    registry.close().await.unwrap();
+}
+
 /// A server that takes less than it does as shipped closes the connection on a larger request: what became of that is not
 /// known, and the handle goes on.
 #[tokio::test(flavor = "multi_thread")]
