@@ -2,8 +2,10 @@
 //!
 //! ZooKeeper has a tree where the contract has sorted names, and the two orders differ: `/a!` sorts between `/a` and
 //! `/a/b`. So the walk keeps a queue, sorted by name, of nodes still to be read and of nodes whose children are still to be
-//! listed, and takes what comes first. It reads values in batches, each one request and one snapshot, and none that the
-//! page has no room for.
+//! listed, and takes what comes first. It reads values in batches, each one request and one snapshot.
+//!
+//! ZooKeeper does not bound a response, and keep-alives wait behind it on the same connection. So a batch is of few nodes,
+//! whose values may be large. Once one was, the lengths of values are read first, which costs a request for each.
 
 use std::collections::BTreeMap;
 
@@ -15,12 +17,15 @@ use zookeeper_client::{Client, Error as ClientError, MultiReadResult, Stat};
 use crate::names::{Data, Names, may_be_mark, may_have_birth, newest, revision};
 use crate::store::{Conn, Store};
 
-/// How many nodes are read in one request, and how many bytes of values that is meant to bring.
-const MAX_BATCH: usize = 512;
-const FIRST_BATCH: usize = 32;
-const BATCH_BYTES: usize = 1 << 20;
-/// Values larger than this on average are not read only to be counted.
+/// How many nodes are read in one request without knowing the lengths of their values, of at most 900,000 bytes each; and
+/// how many such requests are in flight once the values of one were small.
+const FEW: usize = 8;
+const ABREAST: usize = 4;
+/// Where a value was larger than this, lengths are read first.
 const LARGE: usize = 4096;
+/// The most bytes of a request's values where their lengths are known, and how many lengths are read at a time.
+pub(crate) const BATCH_BYTES: usize = 1 << 20;
+const LENGTHS: usize = 64;
 /// How many single requests are under way at once.
 pub(crate) const PIPELINE: usize = 128;
 /// The most entries of a page, and how many bytes of keys and values end one: as on the other stores.
@@ -60,66 +65,76 @@ pub(crate) enum Values {
     OmittedAndDenied,
 }
 
-/// Reads nodes in batches whose size follows that of the values.
+/// Reads nodes in batches that are small whatever their values are.
 #[derive(Debug)]
 pub(crate) struct Fetch {
     values: Values,
-    batch: usize,
-    /// Bytes of a value, on average of the last batch.
-    average: usize,
+    /// Whether a value was large.
+    large: bool,
+    /// Whether any was read.
+    began: bool,
 }
 
 impl Fetch {
     pub(crate) fn new(values: Values) -> Self {
         Self {
             values,
-            batch: FIRST_BATCH,
-            average: 0,
+            large: false,
+            began: false,
         }
     }
 
-    /// How many nodes are read at once.
-    pub(crate) fn batch(&self) -> usize {
-        self.batch
-    }
-
-    /// Reads nodes; `None` for one that is not there.
-    pub(crate) async fn all(&mut self, client: &Client, paths: &[String]) -> Result<Vec<Option<Found>>, ClientError> {
-        let mut found = Vec::with_capacity(paths.len());
-        while found.len() < paths.len() {
-            let left = &paths[found.len()..];
-            if self.values != Values::Wanted && self.average > LARGE {
-                found.extend(self.look(client, left).await?);
-                break;
+    /// Reads the first of these nodes, at least one group. The nodes of a group are read in one request. `most` bounds
+    /// the bytes of their values where a value was large before.
+    pub(crate) async fn first(
+        &mut self,
+        client: &Client,
+        groups: &[Vec<String>],
+        most: usize,
+    ) -> Result<Vec<Vec<Option<Found>>>, ClientError> {
+        let read = if !self.large {
+            let requests = if self.began { ABREAST } else { 1 };
+            let mut left = groups;
+            let mut batches = Vec::new();
+            while !left.is_empty() && batches.len() < requests {
+                let (batch, rest) = left.split_at(how_many(left.iter().map(Vec::len), FEW));
+                batches.push(batch.concat());
+                left = rest;
             }
-            let batch = self.snapshot(client, &left[..self.batch.min(left.len())]).await?;
-            found.extend(batch);
-        }
-        Ok(found)
+            let read = batches.iter().map(|paths| self.snapshot(client, paths));
+            try_join_all(read).await?.concat()
+        } else if self.values != Values::Wanted {
+            self.look(client, &groups.concat()).await?
+        } else {
+            let groups = &groups[..how_many(groups.iter().map(Vec::len), LENGTHS)];
+            let paths = groups.concat();
+            let stats = try_join_all(paths.iter().map(|path| client.check_stat(path))).await?;
+            let mut lengths = stats.iter().map(|stat| stat.as_ref().map_or(0, length));
+            let group = |group: &Vec<String>| lengths.by_ref().take(group.len()).sum();
+            let groups = &groups[..how_many(groups.iter().map(group), most.min(BATCH_BYTES))];
+            self.snapshot(client, &groups.concat()).await?
+        };
+        self.began = true;
+        self.large |= read.iter().flatten().any(|found| length(&found.stat) > LARGE);
+        let mut read = read.into_iter();
+        let group = |group: &Vec<String>| read.by_ref().take(group.len()).collect::<Vec<_>>();
+        Ok(groups.iter().map(group).take_while(|group| !group.is_empty()).collect())
     }
 
     /// Reads nodes as they are at one moment, which takes one request whatever its size.
-    pub(crate) async fn snapshot(
-        &mut self,
-        client: &Client,
-        paths: &[String],
-    ) -> Result<Vec<Option<Found>>, ClientError> {
+    async fn snapshot(&self, client: &Client, paths: &[String]) -> Result<Vec<Option<Found>>, ClientError> {
         let mut reader = client.new_multi_reader();
         for path in paths {
             reader.add_get_data(path)?;
         }
-        let mut bytes = 0;
         let mut found = Vec::with_capacity(paths.len());
         for result in reader.commit().await? {
             found.push(match result {
-                MultiReadResult::Data { data, stat } => {
-                    bytes += data.len();
-                    Some(Found {
-                        data: Data::decode(data),
-                        stat,
-                        birth: None,
-                    })
-                }
+                MultiReadResult::Data { data, stat } => Some(Found {
+                    data: Data::decode(data),
+                    stat,
+                    birth: None,
+                }),
                 MultiReadResult::Error { err } if self.passes_over(&err) => None,
                 MultiReadResult::Error { err } => return Err(err),
                 _ => return Err(ClientError::UnexpectedError("no answer to a read of data".into())),
@@ -128,8 +143,6 @@ impl Fetch {
         if found.len() != paths.len() {
             return Err(ClientError::UnexpectedError("fewer answers than reads".into()));
         }
-        self.average = bytes / paths.len().max(1);
-        self.batch = (BATCH_BYTES / self.average.max(1)).clamp(1, MAX_BATCH);
         Ok(found)
     }
 
@@ -153,6 +166,20 @@ impl Fetch {
             _ => false,
         }
     }
+}
+
+/// Returns how many of these have at most so much in all, at least one.
+fn how_many(sizes: impl Iterator<Item = usize>, most: usize) -> usize {
+    let mut sum = 0;
+    let fits = |size: &usize| {
+        sum += size;
+        sum <= most
+    };
+    sizes.take_while(fits).count().max(1)
+}
+
+fn length(stat: &Stat) -> usize {
+    usize::try_from(stat.data_length).unwrap_or(0)
 }
 
 /// Reads a node without its value: only what is as long as the mark is read whole.
@@ -206,21 +233,17 @@ pub(crate) async fn read_births(
             .then_some((place, birth))
     };
     let wanted: Vec<_> = found.iter().enumerate().filter_map(wanted).collect();
+    let pair = |(place, birth): &(usize, String)| vec![paths[*place].clone(), birth.clone()];
+    let pairs: Vec<_> = wanted.iter().map(pair).collect();
     let mut fetch = Fetch::new(Values::Wanted);
-    let mut left = wanted.as_slice();
-    while !left.is_empty() {
-        let (batch, rest) = left.split_at(left.len().min(fetch.batch().div_ceil(2)));
-        let pair = |(place, birth): &(usize, String)| [paths[*place].clone(), birth.clone()];
-        let mut read = fetch
-            .snapshot(client, &batch.iter().flat_map(pair).collect::<Vec<_>>())
-            .await?
-            .into_iter();
-        for (place, _) in batch {
-            let node = read.next().flatten();
-            let birth = read.next().flatten().map(|birth| birth.stat.czxid);
-            found[*place] = node.map(|node| Found { birth, ..node });
+    let mut read = 0;
+    while read < pairs.len() {
+        for nodes in fetch.first(client, &pairs[read..], BATCH_BYTES).await? {
+            let [node, birth] = nodes.try_into().unwrap_or_default();
+            let birth = birth.map(|birth| birth.stat.czxid);
+            found[wanted[read].0] = node.map(|node| Found { birth, ..node });
+            read += 1;
         }
-        left = rest;
     }
     Ok(())
 }
@@ -327,7 +350,7 @@ impl<'a> Walk<'a> {
                 }
                 Item::Unread => {
                     self.queue.insert(place, item);
-                    self.read(limit - values).await?;
+                    self.read(limit - values, most - bytes).await?;
                 }
                 Item::Read(None) => {}
                 Item::Read(Some(found)) => {
@@ -368,16 +391,13 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Reads the first nodes of the queue.
-    async fn read(&mut self, most: usize) -> Result<(), ClientError> {
-        let unread = |(path, item): (&String, &Item)| matches!(item, Item::Unread).then(|| path.clone());
-        let paths: Vec<_> = self
-            .queue
-            .iter()
-            .filter_map(unread)
-            .take(most.min(4 * MAX_BATCH))
-            .collect();
-        let mut found = self.fetch.all(self.client, &paths).await?;
+    /// Reads the first nodes of the queue, at most so many, and about as many bytes as a page has room for.
+    async fn read(&mut self, limit: usize, most: usize) -> Result<(), ClientError> {
+        let unread = |(path, item): (&String, &Item)| matches!(item, Item::Unread).then(|| vec![path.clone()]);
+        let first: Vec<_> = self.queue.iter().filter_map(unread).take(limit.min(PIPELINE)).collect();
+        let found = self.fetch.first(self.client, &first, most).await?;
+        let mut found: Vec<_> = found.into_iter().flatten().collect();
+        let paths: Vec<_> = first.into_iter().flatten().take(found.len()).collect();
         if self.fetch.values == Values::Wanted {
             read_births(self.names, self.client, &paths, &mut found).await?;
         }

@@ -21,7 +21,7 @@ use zookeeper_client::{AddWatchMode, Client, Error as ClientError, EventType, Pe
 use crate::error::{self, Verdict};
 use crate::names::{newest, parent, revision};
 use crate::store::{Backoff, Conn, Store};
-use crate::walk::{Fetch, Values, Walk, entries, entry, get_key, read_births};
+use crate::walk::{BATCH_BYTES, Fetch, Found, Values, Walk, entries, entry, get_key, read_births};
 
 /// How often keys that change while they are read are read again before what is known is told.
 const MAX_ROUNDS: u32 = 16;
@@ -150,14 +150,13 @@ impl Watcher {
         let mut events = client.watch(&self.path, AddWatchMode::PersistentRecursive).await?;
         let mut marked = Marked::new();
         self.list(feed, conn, &mut events, &mut marked).await?;
-        let mut fetch = Fetch::new(Values::Wanted);
         loop {
             if marked.is_empty() {
                 let event = events.changed().await;
                 self.mark(event, &mut marked)?;
             }
             self.drain(&mut events, &mut marked)?;
-            let (seen, complete) = self.settle(client, &mut fetch, &mut events, &mut marked).await?;
+            let (seen, complete) = self.settle(client, &mut events, &mut marked).await?;
             self.tell(feed, seen);
             // A key that was created and deleted before it was read leaves nothing else to deliver.
             if revision(complete) > self.told {
@@ -183,8 +182,7 @@ impl Watcher {
         fresh.await?;
         let mut covered: BTreeMap<_, _> = covered.into_iter().map(|entry| (entry.key.clone(), entry)).collect();
         self.drain(events, marked)?;
-        let mut fetch = Fetch::new(Values::Wanted);
-        let (seen, settled) = self.settle(client, &mut fetch, events, marked).await?;
+        let (seen, settled) = self.settle(client, events, marked).await?;
         for (key, seen) in seen {
             match seen {
                 Seen::There(entry) => drop(covered.insert(key, entry)),
@@ -296,7 +294,6 @@ impl Watcher {
     async fn settle(
         &self,
         client: &Client,
-        fetch: &mut Fetch,
         events: &mut PersistentWatcher,
         marked: &mut Marked,
     ) -> Result<(BTreeMap<Key, Seen>, i64), Broken> {
@@ -309,7 +306,7 @@ impl Watcher {
                 break;
             }
             let round = std::mem::take(marked);
-            for (path, key) in self.read(client, fetch, round).await? {
+            for (path, key) in self.read(client, round).await? {
                 let at = match &key {
                     Seen::There(entry) => i64::try_from(entry.mod_revision.0).unwrap_or(i64::MAX),
                     Seen::Gone(at) => *at,
@@ -328,45 +325,35 @@ impl Watcher {
     }
 
     /// Reads keys. With one that is gone comes what tells since when: its guard and its parent, as of the same moment.
-    async fn read(
-        &self,
-        client: &Client,
-        fetch: &mut Fetch,
-        marked: Marked,
-    ) -> Result<Vec<(String, Seen)>, ClientError> {
+    async fn read(&self, client: &Client, marked: Marked) -> Result<Vec<(String, Seen)>, ClientError> {
         let names = &self.store.names;
-        let mut seen = Vec::with_capacity(marked.len());
-        let mut marked = marked.into_iter().peekable();
-        while marked.peek().is_some() {
-            let mut paths = Vec::new();
-            let mut keys = Vec::new();
-            while paths.len() < fetch.batch()
-                && let Some((path, gone)) = marked.next()
-            {
-                paths.push(path.clone());
-                if gone {
-                    paths.push(parent(&path).to_owned());
-                    paths.extend(names.part(&path).map(|part| names.guard(part)));
-                }
-                keys.push((path, gone));
+        let together = |(path, gone): (&String, &bool)| {
+            let mut paths = vec![path.clone()];
+            if *gone {
+                paths.push(parent(path).to_owned());
+                paths.extend(names.part(path).map(|part| names.guard(part)));
             }
-            let mut found = fetch.snapshot(client, &paths).await?;
-            read_births(names, client, &paths, &mut found).await?;
-            let mut found = found.into_iter();
-            for (path, gone) in keys {
-                let node = found.next().flatten();
-                let mut since = 0;
-                if gone {
-                    let above = found.next().flatten();
-                    since = above.map_or(0, |above| above.stat.pzxid);
-                    if names.part(&path).is_some() {
-                        let guard = found.next().flatten();
-                        since = since.max(guard.map_or(0, |guard| guard.stat.mzxid));
-                    }
-                }
-                let there = node.and_then(|node| entry(names, &path, node));
-                seen.push((path, there.map_or(Seen::Gone(since), Seen::There)));
-            }
+            paths
+        };
+        let wanted: Vec<_> = marked.iter().map(together).collect();
+        let mut fetch = Fetch::new(Values::Wanted);
+        let mut found = Vec::with_capacity(wanted.len());
+        while found.len() < wanted.len() {
+            found.extend(fetch.first(client, &wanted[found.len()..], BATCH_BYTES).await?);
+        }
+        let mut nodes: Vec<_> = found.iter_mut().map(|found| found[0].take()).collect();
+        let paths: Vec<_> = marked.keys().cloned().collect();
+        read_births(names, client, &paths, &mut nodes).await?;
+        let mut seen = Vec::with_capacity(paths.len());
+        for ((path, node), beside) in paths.into_iter().zip(nodes).zip(found) {
+            let since = |(place, found): (usize, &Option<Found>)| {
+                let stat = found.as_ref().map(|found| found.stat)?;
+                // Its parent, then its guard.
+                Some(if place == 0 { stat.pzxid } else { stat.mzxid })
+            };
+            let since = beside[1..].iter().enumerate().filter_map(since).max();
+            let there = node.and_then(|node| entry(names, &path, node));
+            seen.push((path, there.map_or(Seen::Gone(since.unwrap_or(0)), Seen::There)));
         }
         Ok(seen)
     }

@@ -3,6 +3,7 @@
 #![allow(missing_docs, unreachable_pub, dead_code, clippy::unwrap_used)]
 
 pub mod gate;
+pub mod meter;
 pub mod old;
 pub mod suite;
 pub mod tls;

@@ -3,6 +3,7 @@
 use registry_api::WatchItem;
 
 use super::*;
+use crate::harness::meter::Meter;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_with_fifty_thousand_children_lists() {
@@ -80,6 +81,75 @@ async fn large_values_come_in_pages_that_fit() {
         20 + 64
     );
     registry.close().await.unwrap();
+}
+
+/// Keep-alives wait behind a response on the same connection, so none is larger than a few MiB, and a page reads no more than
+/// it has room for: whatever the values are, and whichever come first.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_response_is_larger_than_a_few_mebibytes() {
+    const SMALL: usize = 40;
+    const LARGE: usize = 64;
+    const MOST: usize = 8 << 20;
+    let servers = Servers::start(1).await;
+    let meter = Meter::to(servers.address(0)).await;
+    let (registry, other) = (connect(&meter.address).await, connect(&servers.addresses()).await);
+    let value = vec![b'x'; registry_api::MAX_VALUE];
+    let small = |number: usize| key(&format!("/many/a{number:02}"));
+    let large = |number: usize| key(&format!("/many/b{number:02}"));
+    let puts = (0..SMALL).fold(Txn::new(), |txn, number| txn.put(&small(number), "1"));
+    other.commit(puts).await.unwrap();
+    for number in 0..LARGE {
+        other.put(&large(number), value.clone()).await.unwrap();
+    }
+    meter.take();
+    let behind_the_small_ones = List {
+        after: Some(small(SMALL - 1)),
+        ..List::new(key("/many"))
+    };
+    for list in [List::new(key("/many")), behind_the_small_ones] {
+        let page = registry.list(list).await.unwrap();
+        assert!(page.next.is_some() && page.entries.len() < LARGE + SMALL);
+        let (largest, total) = meter.take();
+        assert!(largest < MOST && total < 5 * MOST, "{largest} bytes, {total} in all");
+    }
+    assert_eq!(
+        registry.count(&Prefix::root(), Read::Linearizable).await.unwrap(),
+        (SMALL + LARGE) as u64
+    );
+    let (largest, total) = meter.take();
+    assert!(largest < MOST && total < 5 * MOST, "{largest} bytes, {total} in all");
+
+    let request = WatchRequest::new(key("/many"), WatchScope::Subtree);
+    let mut watch = registry.watch(request).await.unwrap();
+    let mut picture = Picture::default();
+    picture
+        .until(&mut watch, |picture| picture.synced.is_some())
+        .await
+        .unwrap();
+    assert_eq!(picture.entries.len(), SMALL + LARGE);
+    let (largest, _) = meter.take();
+    assert!(largest < MOST, "{largest} bytes");
+    // The watch hears of many changes at a time.
+    meter.hold(true);
+    for number in 0..LARGE {
+        other.put(&large(number), vec![b'y'; 800_000]).await.unwrap();
+    }
+    meter.hold(false);
+    let changed = |picture: &Picture| {
+        picture
+            .entries
+            .values()
+            .filter(|entry| entry.value.len() == 800_000)
+            .count()
+    };
+    picture
+        .until(&mut watch, |picture| changed(picture) == LARGE)
+        .await
+        .unwrap();
+    let (largest, _) = meter.take();
+    assert!(largest < MOST, "{largest} bytes");
+    registry.close().await.unwrap();
+    other.close().await.unwrap();
 }
 
 /// A delete takes along the parents that it empties. Where all of them do not fit into a request, they are left to the
