@@ -32,10 +32,13 @@ const RETRY: Duration = Duration::from_millis(100);
 /// Opens, keeps and closes the sessions of one handle.
 pub(crate) struct Sessions {
     store: Arc<Store>,
-    held: Mutex<Option<Held>>,
+    held: Mutex<Vec<Held>>,
 }
 
-/// The newest session, until ZooKeeper says that it is over.
+/// How many sessions are held at most: the newest, and those given up that ZooKeeper did not say are over.
+const MAX_HELD: usize = 8;
+
+/// A session, until ZooKeeper says that it is over.
 #[derive(Clone)]
 struct Held {
     session: SessionId,
@@ -54,7 +57,7 @@ impl Sessions {
         }
     }
 
-    fn held(&self) -> MutexGuard<'_, Option<Held>> {
+    fn held(&self) -> MutexGuard<'_, Vec<Held>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -267,12 +270,20 @@ impl SessionStore for Sessions {
         let ttl = self.store.options.accept_ttl(client.session_timeout(), BOUNDS)?;
         let conn = Arc::new(Conn::new(client));
         let session = conn.session;
-        *self.held() = Some(Held {
+        let opened = Held {
             session,
             states: conn.client.state_watcher(),
             ticket: conn.client.session().clone(),
             conn: Some(conn.clone()),
-        });
+        };
+        let mut held = self.held();
+        // One that was given up keeps its ticket: it is still to be closed.
+        held.iter_mut().for_each(|held| held.conn = None);
+        if held.len() >= MAX_HELD {
+            held.remove(0);
+        }
+        held.push(opened);
+        drop(held);
         self.store.put(Slot::Open(conn));
         Ok(Grant {
             session,
@@ -284,7 +295,7 @@ impl SessionStore for Sessions {
     }
 
     async fn keep_alive(&self, session: SessionId) -> Result<()> {
-        let held = self.held().clone().filter(|held| held.session == session);
+        let held = self.held().iter().find(|held| held.session == session).cloned();
         let Some(conn) = held.and_then(|held| held.conn) else {
             return Err(Error::SessionExpired { session });
         };
@@ -303,22 +314,17 @@ impl SessionStore for Sessions {
     }
 
     async fn close(&self, session: SessionId) -> Result<()> {
-        let given_up = |held: &mut Held| {
-            // The client closes the session when its last user lets go of it, which calls do as their connection is replaced.
-            held.conn = None;
-            held.clone()
-        };
-        let held = self
-            .held()
-            .as_mut()
-            .filter(|held| held.session == session)
-            .map(given_up);
-        let Some(held) = held else {
+        // The client closes the session when its last user lets go of it, which calls do as their connection is replaced.
+        let give_up = |held: &mut Held| (held.conn.take().is_some(), held.clone());
+        let held = self.held().iter_mut().find(|held| held.session == session).map(give_up);
+        let Some((is_newest, held)) = held else {
             return Ok(());
         };
-        self.store.put(Slot::Opening);
+        if is_newest {
+            self.store.put(Slot::Opening);
+        }
         self.end(held).await?;
-        self.held().take_if(|held| held.session == session);
+        self.held().retain(|held| held.session != session);
         Ok(())
     }
 }

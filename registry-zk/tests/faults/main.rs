@@ -133,6 +133,37 @@ async fn a_cut_shorter_than_the_ttl_loses_nothing() {
     registry.close().await.unwrap();
 }
 
+/// Servers that come back grant every session a full TTL again. One that the handle gave up meanwhile is closed as soon as the
+/// next is open, so that its keys are in nobody's way.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_given_up_while_no_server_ran_is_closed_when_they_are_back() {
+    const TTL: Duration = Duration::from_secs(10);
+    let mut servers = Servers::start(1).await;
+    let registry = connect_with_ttl(&servers.addresses(), TTL).await;
+    let session = session_of(&registry);
+    registry.put_ephemeral(&key("/alive"), "").await.unwrap();
+    let mut states = registry.session().states();
+    let down = Instant::now();
+    servers.kill(0);
+    within(PATIENCE, registry.session().ended(session)).await;
+    // The client itself gives a session up after 1.4 of its TTL, and does not connect to close it any more.
+    tokio::time::sleep((TTL * 8 / 5).saturating_sub(down.elapsed())).await;
+    servers.spawn(0);
+    servers.ready().await;
+    let renewed = states.wait_for(|state| matches!(state, SessionState::Connected(id) if *id != session));
+    within(PATIENCE, renewed).await.unwrap();
+    until("the key of the session before is deleted", TTL / 2, async || {
+        let entry = registry.get(&key("/alive"), Read::Linearizable).await;
+        entry.is_ok_and(|entry| entry.is_none())
+    })
+    .await;
+    // The calls of the next session are not disturbed.
+    let next = session_of(&registry);
+    registry.put_ephemeral(&key("/alive"), "").await.unwrap();
+    assert_eq!(session_of(&registry), next);
+    registry.close().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_longer_than_the_ttl_ends_the_session_and_a_new_one_follows() {
     let servers = Servers::start(1).await;
