@@ -370,22 +370,13 @@ impl Write<'_> {
 /// Finds out whether a batch whose commit was not answered has happened: `None` if nobody can tell any more.
 ///
 /// Whoever has the counter's lock knows that the batch's own transaction, which held it, has ended; so what it wrote is
-/// there, or never will be. InnoDB without a binary log shows a commit before it is durable, so this transaction writes and
-/// commits too: its commit waits for the log of the one before.
+/// there for good, or never will be.
 async fn settle(store: &Store, batch: &[Request], revision: u64, sequence: u64) -> Option<bool> {
-    let Tables {
-        changes,
-        namespaces,
-        namespace,
-        ..
-    } = &store.tables;
-    let write = |by: &str| format!("UPDATE {namespaces} SET revision = revision {by} 1 WHERE id = {namespace}");
+    let Tables { changes, namespace, .. } = &store.tables;
     let sql = format!(
         "{}; SELECT client, sequence FROM {changes} \
-         WHERE namespace = {namespace} AND revision = {revision} AND position = 0; {}; {}; COMMIT",
-        lock(store),
-        write("+"),
-        write("-")
+         WHERE namespace = {namespace} AND revision = {revision} AND position = 0; ROLLBACK",
+        lock(store)
     );
     let deadline = latest(batch)?;
     let answers = store.lines.ask(deadline, &sql, NO_BOUND).await.ok()?;

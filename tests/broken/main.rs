@@ -201,6 +201,7 @@ fn cases() -> Vec<Case> {
         watch::one_transaction_comes_together: EventsComeAlone, "right: 3";
         watch::every_change_in_order: EventsComeTwice, "twice";
         watch::after_a_revision: RevisionIsIgnored, "updated";
+        watch::after_revision_zero_no_key_is_left_out: FirstIsLost, "/z";
         watch::after_a_revision_still_to_come_is_refused: RevisionIsIgnored, "Ok(";
         watch::a_slow_reader_sees_the_end: SlowReadersLose, "what was to come did not";
         watch::a_picture_equals_the_store: FirstIsLost, "never created|right";
