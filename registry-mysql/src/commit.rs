@@ -367,17 +367,9 @@ impl Write<'_> {
     }
 }
 
-/// Finds out whether a batch whose commit was not answered has happened: `None` if nobody can tell any more.
-///
-/// Whoever has the counter's lock knows that the batch's own transaction, which held it, has ended; so what it wrote is
-/// there for good, or never will be.
+/// Determines whether a batch whose commit got no response was committed: `None` if the server can no longer tell.
 async fn settle(store: &Store, batch: &[Request], revision: u64, sequence: u64) -> Option<bool> {
-    let Tables { changes, namespace, .. } = &store.tables;
-    let sql = format!(
-        "{}; SELECT client, sequence FROM {changes} \
-         WHERE namespace = {namespace} AND revision = {revision} AND position = 0; ROLLBACK",
-        lock(store)
-    );
+    let sql = settlement(&lock(store), &store.tables, revision);
     let deadline = latest(batch)?;
     let answers = store.lines.ask(deadline, &sql, NO_BOUND).await.ok()?;
     let counters = Counters::of(answers.get(2)?.rows.first()?).ok()?;
@@ -386,6 +378,28 @@ async fn settle(store: &Store, batch: &[Request], revision: u64, sequence: u64) 
     }
     let mark = |row: &MySqlRow| Some((number(row, 0).ok()?, number(row, 1).ok()?));
     Some(answers.get(3)?.rows.first().and_then(mark) == Some((store.client, sequence)))
+}
+
+/// Returns the statements that read whose changes have a revision, and commit to disk what they read.
+///
+/// The transaction holds the namespace's lock. So the batch's own transaction, which held that lock, has ended: its
+/// changes are in the log, or never will be. A server without a binary log makes a commit visible before it is on disk,
+/// and a crash may still lose it. So this transaction changes the counter, changes it back and commits. The server
+/// acknowledges that commit once the redo log is synced up to it, and the batch's commit comes before it in that log.
+fn settlement(lock: &str, tables: &Tables, revision: u64) -> String {
+    let Tables {
+        namespaces,
+        changes,
+        namespace,
+        ..
+    } = tables;
+    // An update that leaves a row as it is writes no redo log, and its commit waits for nothing.
+    format!(
+        "{lock}; SELECT client, sequence FROM {changes} \
+         WHERE namespace = {namespace} AND revision = {revision} AND position = 0; \
+         UPDATE {namespaces} SET revision = revision + 1 WHERE id = {namespace}; \
+         UPDATE {namespaces} SET revision = revision - 1 WHERE id = {namespace}; COMMIT"
+    )
 }
 
 pub(crate) fn latest(batch: &[Request]) -> Option<Instant> {
@@ -478,5 +492,23 @@ fn answer_all(batch: Vec<Request>, error: impl Fn() -> registry_api::Error) {
     for request in batch {
         // A caller that has stopped waiting takes no answer.
         let _ = request.answer.send(Err(error()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tables::TablePrefix;
+
+    #[test]
+    fn a_commit_that_is_found_is_covered_by_a_durable_one() {
+        let sql = settlement("LOCK", &Tables::new(&TablePrefix::default()), 7);
+        let statements: Vec<_> = sql.split("; ").collect();
+        let [_, read, there, back, end] = statements[..] else {
+            panic!("{sql}")
+        };
+        assert!(read.starts_with("SELECT client, sequence"), "{sql}");
+        let update = |to| format!("UPDATE registry_namespaces SET revision = revision {to} 1 WHERE id = 0");
+        assert_eq!((there, back, end), (&*update("+"), &*update("-"), "COMMIT"));
     }
 }
