@@ -289,7 +289,7 @@ async fn of_two_lines_with_one_key_the_later_stays() {
             .collect();
         std::fs::write(shell.dir.path().join("twice.jsonl"), text).unwrap();
         let said = shell.says(0, &["import", "twice.jsonl"]).await;
-        assert_eq!(said, "imported 800 keys\n");
+        assert!(said.starts_with("imported 800 keys\n"), "{said}");
         for entry in shell.json(&["ls", "-r", "/k"]).await {
             let value = entry["value"].as_str().unwrap();
             assert!(
