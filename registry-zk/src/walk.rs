@@ -18,9 +18,9 @@ use crate::names::{Data, Names, may_be_mark, may_have_birth, newest, revision};
 use crate::store::{Conn, Store};
 
 /// How many nodes are read in one request without knowing the lengths of their values, of at most 900,000 bytes each; and
-/// how many such requests are in flight once the values of one were small.
+/// how many such requests are in flight at most: twice as many each time that all values were small.
 const FEW: usize = 8;
-const ABREAST: usize = 4;
+const ABREAST: usize = 16;
 /// Where a value was larger than this, lengths are read first.
 const LARGE: usize = 4096;
 /// The most bytes of a request's values where their lengths are known, and how many lengths are read at a time.
@@ -71,8 +71,8 @@ pub(crate) struct Fetch {
     values: Values,
     /// Whether a value was large.
     large: bool,
-    /// Whether any was read.
-    began: bool,
+    /// How many requests are sent at once.
+    abreast: usize,
 }
 
 impl Fetch {
@@ -80,7 +80,7 @@ impl Fetch {
         Self {
             values,
             large: false,
-            began: false,
+            abreast: 1,
         }
     }
 
@@ -93,10 +93,9 @@ impl Fetch {
         most: usize,
     ) -> Result<Vec<Vec<Option<Found>>>, ClientError> {
         let read = if !self.large {
-            let requests = if self.began { ABREAST } else { 1 };
             let mut left = groups;
             let mut batches = Vec::new();
-            while !left.is_empty() && batches.len() < requests {
+            while !left.is_empty() && batches.len() < self.abreast {
                 let (batch, rest) = left.split_at(how_many(left.iter().map(Vec::len), FEW));
                 batches.push(batch.concat());
                 left = rest;
@@ -114,7 +113,7 @@ impl Fetch {
             let groups = &groups[..how_many(groups.iter().map(group), most.min(BATCH_BYTES))];
             self.snapshot(client, &groups.concat()).await?
         };
-        self.began = true;
+        self.abreast = (2 * self.abreast).min(ABREAST);
         self.large |= read.iter().flatten().any(|found| length(&found.stat) > LARGE);
         let mut read = read.into_iter();
         let group = |group: &Vec<String>| read.by_ref().take(group.len()).collect::<Vec<_>>();

@@ -171,7 +171,7 @@ async fn deletes_whose_parents_do_not_fit_leave_them_to_the_sweep() {
         let committed = registry.commit(deletes).await.unwrap();
         assert_eq!(committed.changed, [true; 64]);
         assert_eq!(registry.count(&Prefix::root(), Read::Linearizable).await.unwrap(), 0);
-        until("the parents are gone", 2 * SOON, async || {
+        until("the parents are gone", 6 * SOON, async || {
             children(&registry, "/").await.is_empty()
         })
         .await;
