@@ -369,7 +369,7 @@ impl Write<'_> {
 
 /// Determines whether a batch whose commit got no response was committed: `None` if the server can no longer tell.
 async fn settle(store: &Store, batch: &[Request], revision: u64, sequence: u64) -> Option<bool> {
-    let sql = settlement(&lock(store), &store.tables, revision);
+    let sql = settlement(&lock(store), &store.tables, revision, (store.client, sequence));
     let deadline = latest(batch)?;
     let answers = store.lines.ask(deadline, &sql, NO_BOUND).await.ok()?;
     let counters = Counters::of(answers.get(2)?.rows.first()?).ok()?;
@@ -385,20 +385,23 @@ async fn settle(store: &Store, batch: &[Request], revision: u64, sequence: u64) 
 /// The transaction holds the namespace's lock. So the batch's own transaction, which held that lock, has ended: its
 /// changes are in the log, or never will be. A server without a binary log makes a commit visible before it is on disk,
 /// and a crash may still lose it. So this transaction changes the counter, changes it back and commits. The server
-/// acknowledges that commit once the redo log is synced up to it, and the batch's commit comes before it in that log.
-fn settlement(lock: &str, tables: &Tables, revision: u64) -> String {
+/// acknowledges that commit once the redo log is synced up to it, and the batch's commit comes before it in that log. Where
+/// the batch's changes are not in the log, nothing is written: a full disk does not make the outcome unknown.
+fn settlement(lock: &str, tables: &Tables, revision: u64, (client, sequence): (u64, u64)) -> String {
     let Tables {
         namespaces,
         changes,
         namespace,
         ..
     } = tables;
+    let at = format!("FROM {changes} WHERE namespace = {namespace} AND revision = {revision} AND position = 0");
+    let ours = format!("EXISTS (SELECT 1 {at} AND client = {client} AND sequence = {sequence})");
     // An update that leaves a row as it is writes no redo log, and its commit waits for nothing.
+    let change = |by| format!("UPDATE {namespaces} SET revision = revision {by} 1 WHERE id = {namespace} AND {ours}");
     format!(
-        "{lock}; SELECT client, sequence FROM {changes} \
-         WHERE namespace = {namespace} AND revision = {revision} AND position = 0; \
-         UPDATE {namespaces} SET revision = revision + 1 WHERE id = {namespace}; \
-         UPDATE {namespaces} SET revision = revision - 1 WHERE id = {namespace}; COMMIT"
+        "{lock}; SELECT client, sequence {at}; {}; {}; COMMIT",
+        change("+"),
+        change("-")
     )
 }
 
@@ -502,13 +505,17 @@ mod tests {
 
     #[test]
     fn a_commit_that_is_found_is_covered_by_a_durable_one() {
-        let sql = settlement("LOCK", &Tables::new(&TablePrefix::default()), 7);
+        let sql = settlement("LOCK", &Tables::new(&TablePrefix::default()), 7, (3, 5));
         let statements: Vec<_> = sql.split("; ").collect();
         let [_, read, there, back, end] = statements[..] else {
             panic!("{sql}")
         };
         assert!(read.starts_with("SELECT client, sequence"), "{sql}");
-        let update = |to| format!("UPDATE registry_namespaces SET revision = revision {to} 1 WHERE id = 0");
-        assert_eq!((there, back, end), (&*update("+"), &*update("-"), "COMMIT"));
+        for (change, by) in [(there, "+"), (back, "-")] {
+            let update = format!("UPDATE registry_namespaces SET revision = revision {by} 1 WHERE id = 0 AND EXISTS");
+            assert!(change.starts_with(&update), "{change}");
+            assert!(change.ends_with("client = 3 AND sequence = 5)"), "{change}");
+        }
+        assert_eq!(end, "COMMIT");
     }
 }

@@ -25,6 +25,11 @@ async fn value(registry: &Arc<dyn Registry>, path: &str) -> Option<String> {
 async fn connections_that_died_while_they_were_idle_are_not_used() {
     let server = Server::start().await;
     let wire = Wire::to(server.address().parse().unwrap()).await;
+    // Eight others look after the sessions, each 250 ms: this handle is none of those.
+    connect(&server.address()).await.close().await.unwrap();
+    let others: Vec<_> = (1..=8).map(|id| format!("(1, {id}, 3600000, 1, NOW(3))")).collect();
+    let insert = "INSERT INTO test.registry_sessions (namespace, id, ttl_ms, beat, seen_at) VALUES";
+    server.run(&format!("{insert} {}", others.join(", "))).await;
     let rare = Options {
         // Keep-alives and reads of the sessions are rare, and keep no connection alive.
         session_ttl: SessionTtl::new(Duration::from_secs(3600)).unwrap(),
